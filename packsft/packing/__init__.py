@@ -1,0 +1,1 @@
+"""Packing: lengths in, plans out. Knows numpy, not tokens, tensors or models."""
