@@ -1,0 +1,357 @@
+"""Attention over documents laid end to end: `varlen_attention` and its back ends.
+
+A document attends causally to itself and to nothing else. The boundaries come as `cu_seqlens`; no [T, T] mask is
+built on any path. Back ends, in the order in which `backend="auto"` tries them:
+
+    flash_attn_4, flash_attn_3, flash_attn_2   the packages, where installed and able
+    torch_varlen                               `torch.nn.attention.varlen`, in PyTorch itself, Ampere and newer
+    sdpa                                       one SDPA call per document: the CPU, float32, and whatever else is left
+
+Which one takes a call is a question to a table (`why_not`), answered with a reason. This file knows tensors only.
+
+Shapes: T tokens, D documents, H query heads, G key heads, K head size.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What a call asks of a back end: everything that decides whether it can run, and nothing that is data."""
+
+    device: str
+    dtype: torch.dtype
+    head_dim: int
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    dropout: float = 0.0
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention within each document of a packed row.
+
+    Per document and head, in PyTorch (`reference.varlen_attention` is this, in any dtype):
+
+        scores = softcap * tanh(q @ k.T * scale / softcap)          # the softcap where one is given
+        out = softmax(scores + mask, dim=-1) @ v                    # causal, and within the window
+
+    Args:
+        q: `[T, H, K]`.
+        k: `[T, G, K]`, H a multiple of G (grouped-query attention).
+        v: `[T, G, K]`.
+        cu_seqlens: `[D + 1]` int32, document boundaries from 0 to T, on the device of `q`.
+        max_seqlen: length of the longest document, an int on the host.
+        causal: whether a token sees only itself and what is before it.
+        scale: factor of the scores, default `K ** -0.5`.
+        window: how many tokens a token sees, itself included (transformers' `sliding_window`); None for all.
+        softcap: bound of the scores, as in Gemma 2.
+        sinks: `[H]`, a logit per head that takes part in the softmax and has no value, as in gpt-oss.
+        dropout: probability of dropping an attention weight.
+        backend: "auto", or one of `BACKENDS`.
+
+    Returns:
+        `[T, H, K]` in the dtype of the computation: the autocast dtype under autocast, else the promoted dtype of
+        `q`, `k` and `v`. Models under autocast hand over float32 q and k and a bfloat16 v; flash kernels refuse that.
+
+    Raises:
+        ValueError: shapes that do not fit, boundaries that are not int32, or a back end that cannot run this call.
+    """
+    _check_shapes(q, k, v, cu_seqlens, max_seqlen, sinks)
+    dtype = _compute_dtype(q, k, v)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    spec = AttentionSpec(q.device.type, dtype, q.shape[-1], causal, window, softcap, sinks is not None, dropout)
+    run = BACKENDS[choose_backend(spec, backend)].run
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return run(q, k, v, cu_seqlens, max_seqlen, scale, sinks, spec)
+
+
+def choose_backend(spec: AttentionSpec, backend: str = "auto") -> str:
+    """The name of the back end that takes a call: `backend` itself if it can, the first able one for "auto".
+
+    Raises:
+        ValueError: the name is unknown, or that back end cannot run the call; the reason is in the message.
+    """
+    if backend == "auto":
+        return next(name for name in BACKENDS if why_not(name, spec) is None)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown, expected 'auto' or one of {list(BACKENDS)}")
+    if (reason := why_not(backend, spec)) is not None:
+        able = [name for name in BACKENDS if why_not(name, spec) is None]
+        raise ValueError(f"backend={backend!r} cannot run this attention: {reason}; able here: {able}")
+    return backend
+
+
+@cache
+def why_not(name: str, spec: AttentionSpec) -> str | None:
+    """Why back end `name` cannot run a call, or None if it can. The table of capabilities, read row by row."""
+    backend = BACKENDS[name]
+    if name == "sdpa":
+        return "SDPA has no dropout beside a softcap or sinks" if spec.dropout and (spec.softcap or spec.sinks) else None
+    if spec.device != "cuda":
+        return f"it needs a CUDA device, the tensors are on {spec.device!r}"
+    if backend.package is not None and not _installed(backend.package):
+        return f"the package {backend.package!r} is not installed"
+    if backend.package is None and not _installed("torch.nn.attention.varlen"):
+        return f"torch {torch.__version__} has no torch.nn.attention.varlen"
+    if spec.dtype not in HALF_DTYPES:
+        return f"it computes in bfloat16 or float16, not in {spec.dtype}"
+    capability = torch.cuda.get_device_capability()
+    if not backend.min_capability <= capability[0] <= backend.max_capability:
+        return f"it does not run on compute capability {capability[0]}.{capability[1]}"
+    if spec.head_dim > backend.max_head_dim or spec.head_dim % 8:
+        return f"head size {spec.head_dim} is not a multiple of 8 up to {backend.max_head_dim}"
+    asked = {
+        "dropout": spec.dropout > 0,
+        "softcap": spec.softcap is not None,
+        "window": spec.window is not None,
+        "sinks": spec.sinks,
+    }
+    if name == "torch_varlen" and spec.window is not None and "window_size" not in _varlen_attn_parameters():
+        return f"torch {torch.__version__}'s varlen_attn has no window"
+    if missing := [feature for feature, wanted in asked.items() if wanted and feature not in backend.features]:
+        return f"it has no {' and no '.join(missing)}"
+    return None
+
+
+@cache
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a parent package is missing
+        return False
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, sinks: Tensor | None) -> None:
+    if q.ndim != 3 or k.ndim != 3 or v.ndim != 3:
+        shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape)
+        raise ValueError(f"q, k and v must be [T, heads, head_dim], got {shapes[0]}, {shapes[1]} and {shapes[2]}")
+    if k.shape[:2] != v.shape[:2] or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit: the same T, the same heads in "
+            "k and v, the same head size in q and k, and query heads a multiple of key heads"
+        )
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(f"cu_seqlens must be [D + 1] int32, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, q on {q.device}: they must be on one device")
+    if not isinstance(max_seqlen, int) or max_seqlen < 0:
+        raise ValueError(f"max_seqlen must be an int on the host, 0 or more, got {max_seqlen!r}")
+    if sinks is not None and sinks.shape != (q.shape[1],):
+        raise ValueError(f"sinks must be [H] = [{q.shape[1]}], got {tuple(sinks.shape)}")
+
+
+def _compute_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        return torch.get_autocast_dtype(q.device.type)
+    return torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+
+
+# --- back ends: (q, k, v, cu_seqlens, max_seqlen, scale, sinks, spec) -> out -------------------------------------------
+
+
+def _flash_attn_2(
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, sinks: Tensor | None, spec: AttentionSpec
+) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest, dropout_p=spec.dropout,
+        softmax_scale=scale, causal=spec.causal, window_size=_window_pair(spec, none=-1), softcap=spec.softcap or 0.0,
+    )  # fmt: skip
+
+
+def _flash_attn_3(
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, sinks: Tensor | None, spec: AttentionSpec
+) -> Tensor:
+    from flash_attn_interface import flash_attn_varlen_func
+
+    out = flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest,
+        softmax_scale=scale, causal=spec.causal, window_size=_window_pair(spec, none=-1), softcap=spec.softcap or 0.0,
+    )  # fmt: skip
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _flash_attn_4(
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, sinks: Tensor | None, spec: AttentionSpec
+) -> Tensor:
+    from flash_attn.cute import flash_attn_varlen_func
+
+    out = flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest, softmax_scale=scale,
+        causal=spec.causal, window_size=_window_pair(spec, none=None), learnable_sink=sinks, softcap=spec.softcap or 0.0,
+    )  # fmt: skip
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _torch_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, sinks: Tensor | None, spec: AttentionSpec
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, object] = {}
+    if "window_size" in _varlen_attn_parameters():  # later releases spell causal as a window
+        options["window_size"] = _window_pair(spec, none=-1, causal_right=0)
+    else:
+        options["is_causal"] = spec.causal
+    if "scale" in _varlen_attn_parameters():
+        options["scale"] = scale
+    else:  # torch 2.10 always takes K ** -0.5
+        q = q * (scale * q.shape[-1] ** 0.5)
+    if "enable_gqa" in _varlen_attn_parameters():
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+    elif q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return varlen_attn(q, k, v, cu, cu, longest, longest, **options)
+
+
+@cache
+def _varlen_attn_parameters() -> frozenset[str]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _window_pair(spec: AttentionSpec, none: int | None, causal_right: int | None = None) -> tuple:
+    """(left, right) neighbours of a token. A window of W tokens counts the token itself, so W - 1 are on its left."""
+    left = none if spec.window is None else spec.window - 1
+    if spec.causal:
+        return left, 0 if spec.window is not None or causal_right is not None else none
+    return left, left
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, sinks: Tensor | None, spec: AttentionSpec
+) -> Tensor:
+    """One SDPA call per document, neighbours of equal length in one batch: cost follows the sum of squared lengths.
+
+    `split` and `cat` rather than slices: the backward of a slice fills a [T, H, K] of zeros for every document.
+    """
+    runs = _equal_length_runs(cu.tolist(), q.shape[0])
+    sizes = [count * length for count, length in runs]
+    outs = [
+        _documents(q_run, k_run, v_run, count, scale, sinks, spec)
+        for (count, _), q_run, k_run, v_run in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+    ]
+    return outs[0] if len(outs) == 1 else torch.cat(outs) if outs else q
+
+
+def _equal_length_runs(boundaries: list[int], num_tokens: int) -> list[tuple[int, int]]:
+    """(how many, how long) for each run of neighbouring documents of one length; empty documents left out."""
+    runs: list[tuple[int, int]] = []
+    for document, (start, stop) in enumerate(zip(boundaries[:-1], boundaries[1:], strict=True)):
+        if stop < start:
+            raise ValueError(f"cu_seqlens falls from {start} to {stop} at document {document}: it must not decrease")
+        if stop == start:
+            continue
+        if runs and runs[-1][1] == stop - start:
+            runs[-1] = (runs[-1][0] + 1, stop - start)
+        else:
+            runs.append((1, stop - start))
+    if boundaries[0] != 0 or boundaries[-1] != num_tokens:
+        raise ValueError(f"cu_seqlens runs from {boundaries[0]} to {boundaries[-1]}, expected from 0 to T = {num_tokens}")
+    return runs
+
+
+def _documents(
+    q: Tensor, k: Tensor, v: Tensor, count: int, scale: float, sinks: Tensor | None, spec: AttentionSpec
+) -> Tensor:
+    """`count` documents of one length, laid end to end: `[count * length, H, K]` in and out."""
+    q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))  # [count, heads, length, K]
+    length = q.shape[2]
+    window = spec.window if spec.window is not None and spec.window < length else None
+    if spec.softcap is not None or sinks is not None:
+        mask = _document_mask(length, spec.causal, window, q.device) if spec.causal or window else None
+        out = attention_with_scores(q, k, v, scale, mask, spec.softcap, sinks)
+    elif window is not None:
+        mask = _document_mask(length, spec.causal, window, q.device)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=spec.dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    else:
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=spec.causal, dropout_p=spec.dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _document_mask(length: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
+    """`[length, length]` bool, True where a query (row) sees a key (column): of one document, never of the row."""
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    return seen if window is None else seen & (distance.abs() < window)
+
+
+def attention_with_scores(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Attention written out, for scores that SDPA cannot express: a softcap, or sinks. `[B, H, S, K]` in and out.
+
+    The softmax is taken in float32 at least, as the models that use these define it.
+    """
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = (q @ k.transpose(2, 3)) * scale
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        sink_column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink_column], dim=-1)
+    weights = scores.softmax(dim=-1)
+    weights = weights[..., :-1] if sinks is not None else weights
+    return weights.to(v.dtype) @ v
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of the table: what runs it, which package it needs (None: PyTorch's own), and what it can do."""
+
+    run: Callable[..., Tensor]
+    package: str | None = None
+    features: frozenset[str] = frozenset()
+    min_capability: int = 8
+    max_capability: int = 12
+    max_head_dim: int = 256
+
+
+BACKENDS: dict[str, Backend] = {
+    "flash_attn_4": Backend(
+        _flash_attn_4, "flash_attn.cute", frozenset({"window", "softcap", "sinks"}), 9, 11, max_head_dim=128
+    ),
+    "flash_attn_3": Backend(_flash_attn_3, "flash_attn_interface", frozenset({"window", "softcap"}), 9, 9),
+    "flash_attn_2": Backend(_flash_attn_2, "flash_attn.flash_attn_interface", frozenset({"window", "softcap", "dropout"})),
+    "torch_varlen": Backend(_torch_varlen, None, frozenset({"window"})),
+    "sdpa": Backend(_sdpa, None, frozenset({"window", "softcap", "sinks", "dropout"}), 0),
+}

@@ -1,0 +1,130 @@
+"""Registers `attn_implementation="packsft"` with transformers: per-document attention where boundaries arrive.
+
+A layer that is handed `cu_seq_lens_q` attends within documents, through `packsft_kernels.varlen_attention`, and needs
+no mask. A layer that is not (generation, padded evaluation) gets SDPA with transformers' own mask. The decision is
+made by the keyword argument alone, so it holds when a checkpointed layer is recomputed in the backward.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from packsft_kernels.varlen_attention import AttentionSpec, attention_with_scores, choose_backend, varlen_attention
+
+ATTENTION_NAME = "packsft"
+
+logger = logging.getLogger("packsft")
+
+
+def packed_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: `[B, heads, S, K]` in, `([B, S, H, K], None)` out.
+
+    Raises:
+        ValueError: inside a packed forward the boundaries did not arrive, so that documents would see each other.
+    """
+    cu_seqlens = kwargs.get("cu_seq_lens_q")
+    if cu_seqlens is None:
+        return _unpacked(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs), None
+    if query.shape[0] != 1:
+        raise ValueError(f"cu_seq_lens_q needs one row of documents, got a batch of {query.shape[0]}")
+    options: dict[str, Any] = {
+        "causal": getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        "window": kwargs.get("sliding_window"),
+        "softcap": kwargs.get("softcap"),
+        "dropout": dropout,
+    }
+    sinks = kwargs.get("s_aux")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, K], views
+    out = varlen_attention(
+        q, k, v, cu_seqlens, int(kwargs["max_length_q"]), scale=scaling, sinks=sinks, backend=_backend, **options
+    )
+    if not torch.compiler.is_compiling():
+        _announce_backend(AttentionSpec(q.device.type, out.dtype, q.shape[-1], sinks=sinks is not None, **options))
+    return out.unsqueeze(0), None
+
+
+def _unpacked(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    **kwargs: Any,
+) -> Tensor:
+    if ATTENTION_NAME not in AttentionMaskInterface._global_mapping:
+        raise ValueError(
+            f"{type(module).__name__} was called on packed documents without cu_seq_lens_q: the model drops keyword "
+            "arguments on the way to its attention, so that its documents would see each other"
+        )
+    softcap, sinks = kwargs.pop("softcap", None), kwargs.pop("s_aux", None)
+    if softcap is None and sinks is None:
+        out, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
+        )
+        return out
+    if attention_mask is None and query.shape[2] > 1:
+        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+        attention_mask = attention_mask.tril(key.shape[2] - query.shape[2])
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = attention_with_scores(query, key, value, scale, attention_mask, softcap, sinks)
+    return out.transpose(1, 2).contiguous()
+
+
+_backend = "auto"
+
+
+def set_backend(backend: str) -> None:
+    """Choose the back end of packed attention for this process: "auto" or a name of `varlen_attention.BACKENDS`."""
+    global _backend
+    _backend = backend
+
+
+@cache
+def _announce_backend(spec: AttentionSpec) -> None:
+    name = choose_backend(spec, _backend)
+    why = "chosen by name" if _backend != "auto" else "the first that can"
+    logger.info("attention: %s (%s), %s on %s, head size %d", name, why, spec.dtype, spec.device, spec.head_dim)
+
+
+@contextmanager
+def packed_forward() -> Iterator[None]:
+    """While open, transformers builds no mask for `attn_implementation="packsft"`.
+
+    The mask function is SDPA's, which a padded call needs. In a packed call it would build a [T, T] mask, and even to
+    find out that it must, transformers reads `position_ids` back from the device. A name that is not in the mask
+    registry is handed no mask and no read takes place (`transformers.masking_utils._preprocess_mask_arguments`).
+    """
+    mapping = AttentionMaskInterface._global_mapping
+    mask_function = mapping.pop(ATTENTION_NAME, None)
+    try:
+        yield
+    finally:
+        if mask_function is not None:
+            mapping[ATTENTION_NAME] = mask_function
+
+
+AttentionInterface.register(ATTENTION_NAME, packed_attention_forward)
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)

@@ -1,0 +1,41 @@
+"""The contract between collator, trainer and head: which keys a batch of packed documents has, and what they mean.
+
+Everything about a pack is worked out once, on the host, by the collator. Nothing here touches a device.
+
+| key                            | shape, dtype    | meaning                                                           |
+|--------------------------------|-----------------|-------------------------------------------------------------------|
+| `input_ids`                    | `[1, T]` int64  | documents end to end, the pad a document of its own at the end    |
+| `position_ids`                 | `[1, T]` int64  | restart at 0 in every document                                    |
+| `cu_seq_lens_q`, `..._k`       | `[D + 1]` int32 | document boundaries, from 0 to T                                  |
+| `max_length_q`, `max_length_k` | int             | longest document                                                  |
+| `seq_idx`                      | `[1, T]` int32  | document number of each token, for hybrid layers                  |
+| `labels`                       | `[1, T]` int64  | unshifted; -100 = not scored, as is each document's first token   |
+| `loss_rows`                    | `[N]` int64     | positions t whose next token is scored                            |
+| `loss_targets`                 | `[N]` int64     | `labels[t + 1]` of those positions                                |
+
+A padded batch (for models that cannot keep packed documents apart) has `[B, S]` `input_ids` and `labels`, and its
+`loss_rows` count through the flattened rows; it has no boundaries, since right padding comes after what it could hurt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+LOSS_KEYS = ("loss_rows", "loss_targets")  # read by the head, unknown to the models
+BOUNDARY_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+def count_scored(batch: Mapping[str, Any]) -> int:
+    """N, the tokens that the loss scores: a shape, so no device is read."""
+    return batch["loss_rows"].numel()
+
+
+def count_tokens(batch: Mapping[str, Any]) -> int:
+    """Tokens that go through the model, padding included."""
+    return batch["input_ids"].numel()
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model's own forward takes: all but the labels, which would make it compute a loss of its own."""
+    return {key: value for key, value in batch.items() if key not in LOSS_KEYS and key != "labels"}

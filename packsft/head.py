@@ -1,0 +1,175 @@
+"""The LM head inside the model's forward: loss and per-token metrics from hidden states, the logits never whole.
+
+`install_head` teaches a model's forward the keyword arguments of `batch.LOSS_KEYS`. With them it runs the backbone
+and scores only the listed positions, in one of two ways:
+
+- fused: `linear_cross_entropy` on the head's weight, after a probe has shown that it reproduces the model's own
+  log-probabilities;
+- compact logits: the model's own head on the scored positions, then `cross_entropy`. Any head works: adapters,
+  quantised weights, transforms between backbone and head.
+
+It happens inside the forward so that the hooks of DDP, FSDP and ZeRO fire around it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from packsft.batch import LOSS_KEYS
+from packsft.compat import gathered_parameters, is_tuner_layer
+from packsft_kernels import LossOptions, LossOutput, cross_entropy, linear_cross_entropy
+
+
+@dataclass
+class HeadOutput(ModelOutput):
+    """What a forward with `loss_rows` returns. All are 0-d tensors on the device, of N scored rows.
+
+    Attributes:
+        loss: sum of the rows' losses over `num_items`, the only differentiable one.
+        entropy_sum: sum of the entropies of the predicted distributions, in nats.
+        num_correct: rows whose target is the first argmax.
+        aux_loss: the router's load-balancing loss of a mixture of experts, unweighted, where the model returns one.
+    """
+
+    loss: Tensor | None = None
+    entropy_sum: Tensor | None = None
+    num_correct: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+def install_head(model: PreTrainedModel, options: LossOptions) -> str | None:
+    """Teach `model.forward` the keyword arguments `loss_rows`, `loss_targets` and `num_items`.
+
+    Without them the forward stays what it was. Call before the model is wrapped (DDP, FSDP); a PEFT model's base model
+    is what to pass.
+
+    Args:
+        model: a causal language model with output embeddings.
+        options: the loss; softcap and logit scale are the model's and are filled in here.
+
+    Returns:
+        None where the head is fused, else the reason why the compact-logits path is taken.
+
+    Raises:
+        ValueError: the model has no language-model head.
+    """
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model).__name__} has no language-model head (get_output_embeddings() is None): "
+            "packsft trains causal language models, load one with AutoModelForCausalLM"
+        )
+    options = replace(options, entropy=True, correct=True)
+    fused_options = replace(options, **_logit_transform(model.config.get_text_config()))
+    why_compact = _why_not_fused(model, fused_options)
+    own_forward = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` validates its arguments against this signature
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if "loss_rows" not in kwargs:
+            return own_forward(*args, **kwargs)
+        rows, targets = (kwargs.pop(key) for key in LOSS_KEYS)
+        num_items = kwargs.pop("num_items", None)
+        if why_compact is None:
+            hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+            return _reduce(_fused_loss(self, hidden, rows, targets, fused_options, num_items))
+        outputs, logits = _compact_logits(own_forward, rows, *args, use_cache=False, **kwargs)
+        # the logits are ours alone, so that their gradient may take their place
+        loss = cross_entropy(
+            logits, shift=False, targets=targets, options=options, num_items=num_items, inplace=logits.requires_grad
+        )
+        return _reduce(loss, getattr(outputs, "aux_loss", None))
+
+    model.forward = types.MethodType(forward, model)
+    return why_compact
+
+
+def _fused_loss(
+    model: PreTrainedModel,
+    hidden: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    options: LossOptions,
+    num_items: Tensor | int | None,
+) -> LossOutput:
+    head = model.get_output_embeddings()  # looked up on each call, since wrappers replace it
+    hidden_TM = hidden.flatten(0, 1).to(head.weight.device)
+    with gathered_parameters(head.weight, head.bias) as (weight, bias):
+        return linear_cross_entropy(
+            hidden_TM, weight, targets, rows=rows, bias=bias, options=options, num_items=num_items
+        )
+
+
+def _compact_logits(forward: Any, rows: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+    """The model's outputs and its logits `[N, V]` of the rows (positions in the flattened batch)."""
+    packed = kwargs["input_ids"].shape[0] == 1 if "input_ids" in kwargs else False
+    if packed and "logits_to_keep" in inspect.signature(forward).parameters:
+        outputs = forward(*args, logits_to_keep=rows.long(), **kwargs)
+        return outputs, outputs.logits[0]
+    outputs = forward(*args, **kwargs)
+    return outputs, outputs.logits.flatten(0, 1).index_select(0, rows)
+
+
+def _reduce(output: LossOutput, aux_loss: Tensor | None = None) -> HeadOutput:
+    assert output.entropy is not None and output.correct is not None
+    return HeadOutput(
+        loss=output.loss, entropy_sum=output.entropy.sum(), num_correct=output.correct.sum(), aux_loss=aux_loss
+    )
+
+
+def _logit_transform(config: Any) -> dict[str, float | None]:
+    """How the model makes logits of its head's output, as `LossOptions` fields; transformers has no one name for it."""
+    scale = 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if (value := getattr(config, name, None)) is not None:
+            scale = float(value)
+            break
+    else:
+        if (divisor := getattr(config, "logits_scaling", None)) is not None:
+            scale = float(divisor) if config.model_type == "hyperclovax" else 1.0 / divisor
+    return {"softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": scale}
+
+
+@torch.no_grad()
+def _why_not_fused(model: PreTrainedModel, options: LossOptions) -> str | None:
+    """None if the fused head gives the model's own log-probabilities on a few tokens, else the reason."""
+    head = model.get_output_embeddings()
+    if is_tuner_layer(head):
+        return "an adapter sits on the language-model head"
+    if type(head) is not nn.Linear:
+        return f"the head is a {type(head).__name__}, not a plain Linear"
+    if not head.weight.is_floating_point():
+        return f"the head's weight is quantised ({head.weight.dtype})"
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        return "the model adds the router's auxiliary loss to its own output"
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(head.weight.shape[0], (1, 8), generator=generator).to(model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        rows = torch.arange(7, dtype=torch.int32, device=ids.device)
+        targets = ids[0, 1:]
+        plain = replace(options, label_smoothing=0.0, z_loss=0.0, dft=False)
+        ours = _fused_loss(model, hidden, rows, targets, plain, None).log_prob
+        theirs = logits[:7].double().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        return f"the probe of the head failed: {error}"
+    finally:
+        for module, training in modes:
+            module.training = training
+    # Both round the logits to their dtype: a few units in the last place of the largest one is all they may differ by.
+    allowed = 4 * torch.finfo(logits.dtype).eps * float(logits.abs().max().clamp(min=1))
+    difference = float((ours.double() - theirs).abs().max())
+    if not difference <= allowed:
+        return f"its log-probabilities would be off by {difference:.2g} nats (allowed {allowed:.2g})"
+    return None

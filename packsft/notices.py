@@ -1,0 +1,76 @@
+"""What a user should know before training starts: the steps, the packing, and what in the configuration never fires."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from packsft.packing import PackingReport
+
+logger = logging.getLogger("packsft")
+
+CHECKPOINT_FILE = "packsft.json"
+
+
+def never_fires(args: TrainingArguments, max_steps: int, *, has_eval_dataset: bool) -> list[str]:
+    """Settings that a run of `max_steps` optimizer steps never reaches, one sentence each."""
+    notices = []
+    evaluates, saves = str(args.eval_strategy.value), str(args.save_strategy.value)
+    if has_eval_dataset and evaluates == "no":
+        notices.append('an eval_dataset was given, but eval_strategy="no": it is never evaluated')
+    if evaluates == "steps" and args.eval_steps is not None and _interval(args.eval_steps, max_steps) > max_steps:
+        notices.append(f"eval_steps={args.eval_steps} is more than the {max_steps} steps: no evaluation takes place")
+    if saves == "steps" and _interval(args.save_steps, max_steps) > max_steps:
+        notices.append(f"save_steps={args.save_steps} is more than the {max_steps} steps: the only checkpoint is the last")
+    if str(args.logging_strategy.value) == "steps" and _interval(args.logging_steps, max_steps) > max_steps:
+        notices.append(f"logging_steps={args.logging_steps} is more than the {max_steps} steps: no loss is logged")
+    if (warmup := args.get_warmup_steps(max_steps)) >= max_steps:
+        notices.append(f"the warm-up of {warmup} steps is as long as the run: the learning rate never reaches its value")
+    return notices
+
+
+def _interval(steps: float, max_steps: int) -> float:
+    """transformers reads an interval below 1 as a share of the run."""
+    return steps if steps >= 1 else max(1.0, steps * max_steps)
+
+
+class PackingNotice(TrainerCallback):
+    """Announces the run when it begins, and leaves what was planned and checked in every checkpoint.
+
+    Args:
+        report: gives the packing report, or None where there is no plan (streams, packs made by the user).
+        record: what goes into `packsft.json` of each checkpoint.
+        has_eval_dataset: whether there is anything to evaluate.
+    """
+
+    def __init__(
+        self, report: Callable[[], PackingReport | None], record: Callable[[], dict[str, Any]], has_eval_dataset: bool
+    ) -> None:
+        self._report = report
+        self._record = record
+        self._has_eval_dataset = has_eval_dataset
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        report = self._report()
+        lines = [] if report is None else [f"{label}: {text}" for label, text in report.rows() if "steps" not in label]
+        steps = f"optimizer steps: {state.max_steps:,}"
+        if report is not None and args.max_steps <= 0 and report.steps_unpacked != state.max_steps:
+            steps += f" (unpacked it would be {report.steps_unpacked:,}: a step takes packs, not examples)"
+        lines.append(steps)
+        lines += never_fires(args, state.max_steps, has_eval_dataset=self._has_eval_dataset)
+        logger.warning("packsft\n  " + "\n  ".join(lines))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = os.path.join(args.output_dir or ".", f"checkpoint-{state.global_step}")
+        if state.is_world_process_zero and os.path.isdir(folder):
+            with open(os.path.join(folder, CHECKPOINT_FILE), "w", encoding="utf-8") as file:
+                json.dump(self._record(), file, indent=2)

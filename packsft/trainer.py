@@ -1,0 +1,346 @@
+"""`PackedSFTTrainer`: TRL's `SFTTrainer` on packed sequences. The story of a run, in the order in which it happens.
+
+Each override says what it adds to the parent and hands over: rows to `dataset.py`, packs to `collator.py`, the loss to
+`head.py`, its denominator to `loss.py`, numbers to `metrics.py`, the proof to `isolation.py`. What has to reach inside
+the parent is in `compat.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import importlib.util
+import inspect
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from packsft_kernels import LossOptions
+from packsft_kernels.version import __version__
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import is_kernels_available
+from trl import SFTConfig, SFTTrainer
+
+from packsft import attention, compat
+from packsft.batch import LOSS_KEYS, count_scored, count_tokens, model_inputs
+from packsft.collator import PackingCollator
+from packsft.config import PackedSFTConfig
+from packsft.dataset import PackedDataset, pack_dataset
+from packsft.head import HeadOutput, install_head
+from packsft.isolation import IsolationVerdict, check_isolation
+from packsft.loss import ranks_per_batch, scored_in_step
+from packsft.metrics import MetricSums
+from packsft.notices import PackingNotice
+from packsft.packing import PackingReport, packing_report
+
+STRATEGIES = ("bfd", "bfd_split", "wrapped")
+
+logger = logging.getLogger("packsft")
+
+
+class PackedSFTTrainer(SFTTrainer):
+    """`trl.SFTTrainer` that trains on packed sequences: no padding, no T x T mask, no T x V logits.
+
+    The constructor is the parent's, argument for argument. `args` may be an `SFTConfig` or a [`PackedSFTConfig`];
+    with `packing=False` the examples of a batch are laid end to end without padding. Every data set form of the parent
+    works packed; so does a data set with `dataset_kwargs={"skip_prepare_dataset": True}` whose rows are packs the user
+    made (`input_ids`, `labels`, `seq_lengths`).
+
+    Attributes:
+        isolation: the verdict of the check that packed documents cannot see each other on this model.
+        packing_report: what packing did to the training set and to the number of steps; None for a stream.
+
+    Raises:
+        ValueError: bad input, before anything is tokenised; the message names the field or the row.
+    """
+
+    _tag_names = ["trl", "sft", "packsft"]  # noqa: RUF012 (the parent's spelling)
+    loss_is_scaled_for_ga = True  # the denominator is that of the whole optimizer step, see loss.py
+
+    @functools.wraps(SFTTrainer.__init__)
+    def __init__(self, *positional: Any, **named: Any) -> None:
+        compat.check_versions()
+        call = inspect.signature(SFTTrainer.__init__).bind(self, *positional, **named)
+        call.arguments["args"] = args = _own_arguments(call.arguments)
+        _check_arguments(args, call.arguments)
+        self._filter_nonfinite = args.logging_nan_inf_filter
+        args.logging_nan_inf_filter = False  # it reads the device twice per micro-step; training_step does it there
+        self._vocab_size: int | None = None
+        with compat.own_head_during_init():
+            super().__init__(*call.args[1:], **call.kwargs)
+
+        self._sums = {"train": MetricSums(), "eval": MetricSums()}
+        base_model = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        self._vocab_size = base_model.get_input_embeddings().num_embeddings
+        for dataset in self._packed_datasets():
+            dataset.rows.check_ids(self._vocab_size)
+        self.padding_free = True  # the parent's name for a batch without padding
+        self.isolation = self._prepare_attention(base_model)
+        self.data_collator = PackingCollator(
+            pad_token_id=self._tokenizer.pad_token_id,
+            pad_to_multiple_of=self.args.pad_to_multiple_of,
+            vocab_size=self._vocab_size,
+            padded=not self.isolation.isolated,
+        )
+        why_compact = install_head(base_model, self._loss_options())
+        if why_compact is not None:
+            logger.warning("the language-model head is not fused: %s; it computes the scored logits instead", why_compact)
+        self.add_callback(PackingNotice(lambda: self.packing_report, self._record, self.eval_dataset is not None))
+
+    # ---- data: rows to packs ----
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: Any,
+        args: SFTConfig,
+        packing: bool,
+        formatting_func: Callable[[dict], str] | None,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset | PackedDataset:
+        """Adds to the parent's preparation: packs are planned over the whole data set and gathered when needed."""
+        if isinstance(dataset, PackedDataset):
+            return dataset
+        _check_tokenizer(processing_class, args)
+        if isinstance(dataset, IterableDataset):
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        # The parent tokenises and labels. It neither cuts nor drops nor shuffles: the plan does, and counts.
+        tokenise = copy.copy(args)
+        tokenise.max_length, tokenise.shuffle_dataset = None, False
+        rows = super()._prepare_dataset(dataset, processing_class, tokenise, False, formatting_func, dataset_name)
+        packed = pack_dataset(
+            rows,
+            args.max_length,
+            strategy=args.packing_strategy if packing else "none",
+            name=dataset_name,
+            vocab_size=self._vocab_size,
+            seed=args.seed if args.shuffle_dataset else None,
+            keep_end=args.truncation_mode == "keep_end",
+        )
+        if packed.unscored_dropped:
+            logger.warning(
+                "%s data set: %d of %d examples have no token to score and are left out",
+                dataset_name, packed.unscored_dropped, len(rows),
+            )  # fmt: skip
+        if packed.plan.examples_truncated:
+            logger.warning(
+                "%s data set: %d examples are cut at max_length=%d, %d of %d tokens are lost",
+                dataset_name, packed.plan.examples_truncated, packed.plan.max_length,
+                packed.plan.tokens_truncated, packed.plan.tokens_in,
+            )  # fmt: skip
+        return packed
+
+    def _packed_datasets(self) -> list[PackedDataset]:
+        evals = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        return [dataset for dataset in (self.train_dataset, *evals) if isinstance(dataset, PackedDataset)]
+
+    @property
+    def packing_report(self) -> PackingReport | None:
+        if not isinstance(self.train_dataset, PackedDataset):
+            return None
+        return packing_report(
+            self.train_dataset.plan,
+            effective_batch_size=self.get_total_train_batch_size(self.args),
+            num_train_epochs=self.args.num_train_epochs,
+            unscored_dropped=self.train_dataset.unscored_dropped,
+        )
+
+    # ---- the model: attention and head ----
+
+    def _prepare_attention(self, model: PreTrainedModel) -> IsolationVerdict:
+        """Give the model per-document attention, and prove on it that documents stay apart; else train padded."""
+        own_attention = model.config._attn_implementation
+        attention.set_backend(getattr(self.args, "attention_backend", "auto"))
+        if own_attention in (None, "eager", "sdpa"):  # flash and flex attention read the same boundaries themselves
+            model.set_attn_implementation(attention.ATTENTION_NAME)
+        if not getattr(self.args, "check_packing", True):
+            return IsolationVerdict(True, "not checked")
+        verdict = check_isolation(model, self.accelerator.autocast)
+        if verdict.isolated:
+            return verdict
+        if getattr(self.args, "on_unpackable", "pad") == "error":
+            raise ValueError(f"{type(model).__name__} cannot be trained on packed documents: {verdict.reason}")
+        logger.warning(
+            "%s is trained on padded rows instead of packed ones, with the same examples in each step: %s",
+            type(model).__name__, verdict.reason,
+        )  # fmt: skip
+        if own_attention is not None and own_attention != model.config._attn_implementation:
+            model.set_attn_implementation(own_attention)
+        return verdict
+
+    def _loss_options(self) -> LossOptions:
+        # as in the parent, DFT takes no label smoothing
+        dft = self.args.loss_type == "dft"
+        return LossOptions(dft=dft, label_smoothing=0.0 if dft else self.args.label_smoothing_factor)
+
+    def _record(self) -> dict[str, Any]:
+        plan = self.train_dataset.plan if isinstance(self.train_dataset, PackedDataset) else None
+        return {
+            "packsft_version": __version__,
+            "plan_fingerprint": None if plan is None else plan.fingerprint,
+            "isolation": asdict(self.isolation),
+        }
+
+    # ---- a step: batches to loss ----
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, int | Tensor]:
+        """Adds to the parent: the denominator is a count the host already has."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        across_ranks = self.args.average_tokens_across_devices
+        return batches, scored_in_step(batches, self.accelerator, across_ranks=across_ranks)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Adds to the parent: the clock, and `logging_nan_inf_filter` on the device."""
+        self._sums["train"].start()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not self._filter_nonfinite:
+            return loss
+        steps = 1 + self.state.global_step - self._globalstep_last_logged
+        return torch.where(torch.isfinite(loss), loss, self._tr_loss.to(loss.device) / steps)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The parent's loss, whole and ours: sum over scored tokens / `num_items_in_batch` (default: of this batch)."""
+        mode = "train" if self.model.training else "eval"
+        scored = count_scored(inputs)
+        output = self._forward_head(model, inputs, max(scored, 1) if num_items_in_batch is None else num_items_in_batch)
+        loss = output.loss
+        if callable(self.compute_loss_func):  # deprecated in TRL; it wants logits, which costs a second forward
+            with self._packed_forward():
+                logits = model(**model_inputs(inputs), use_cache=False)
+            loss = self.compute_loss_func(logits, inputs["labels"], num_items_in_batch=num_items_in_batch)
+        self._sums[mode].add(
+            output, scored=scored, tokens=count_tokens(inputs), mean_loss=loss.detach() if mode == "eval" else None
+        )
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * (self.accelerator.num_processes // ranks_per_batch(self.accelerator))  # DDP averages
+        if self.aux_loss_enabled and output.aux_loss is not None:
+            passes = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.router_aux_loss_coef * output.aux_loss / passes
+        if not return_outputs:
+            return loss
+        with torch.no_grad(), self._packed_forward():
+            return loss, model(**model_inputs(inputs), use_cache=False)
+
+    def _forward_head(self, model: nn.Module, inputs: dict[str, Any], num_items: int | Tensor) -> HeadOutput:
+        extra: dict[str, Any] = {key: inputs[key] for key in LOSS_KEYS}
+        if self.aux_loss_enabled:
+            extra["output_router_logits"] = True
+        with self._packed_forward():
+            return model(**model_inputs(inputs), **extra, num_items=num_items)
+
+    def _packed_forward(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.data_collator.padded else attention.packed_forward()
+
+    # ---- evaluation and logging ----
+
+    def evaluation_loop(
+        self, dataloader: Any, description: str, *positional: Any, metric_key_prefix: str = "eval", **named: Any
+    ) -> EvalLoopOutput:
+        """Adds to the parent: the loss is averaged by scored token, so that it is the same number packed or not."""
+        output = super().evaluation_loop(
+            dataloader, description, *positional, metric_key_prefix=metric_key_prefix, **named
+        )
+        totals = self._sums["eval"].drain(self.accelerator)
+        if totals:
+            output.metrics[f"{metric_key_prefix}_loss"] = totals["loss"]
+            # TRL's keys start with "eval_" whichever of several evaluation sets they are of
+            prefix = "eval" if metric_key_prefix.startswith("eval") else metric_key_prefix
+            for name in ("entropy", "mean_token_accuracy", "aux_loss"):
+                if name in totals:
+                    output.metrics[f"{prefix}_{name}"] = totals[name]
+            output.metrics[f"{prefix}_num_tokens"] = self._total_train_tokens
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds to the parent: TRL's training metrics, read from the device here and nowhere else."""
+        totals = self._sums["train"].drain(self.accelerator) if self.model.training else {}
+        if totals:
+            tokens = totals.pop("tokens") / ranks_per_batch(self.accelerator)
+            self._total_train_tokens += int(tokens)
+            logs["num_tokens"] = self._total_train_tokens
+            if (seconds := totals.pop("seconds")) > 0:
+                logs["tokens_per_second"] = round(tokens / seconds, 1)
+            logs.update(totals)
+        super().log(logs, start_time)
+
+
+def _own_arguments(arguments: dict[str, Any]) -> SFTConfig:
+    """A copy of the configuration, since the trainer adjusts it and the caller may use it again."""
+    args = arguments.get("args")
+    if args is None:
+        model = arguments["model"]
+        name = model if isinstance(model, str) else (getattr(model.config, "_name_or_path", "") or "model")
+        args = PackedSFTConfig(f"{name.split('/')[-1]}-SFT")
+    if isinstance(args, TrainingArguments) and not isinstance(args, SFTConfig):
+        args = SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # `to_dict` hides the token
+    args = copy.copy(args)
+    args.accelerator_config = copy.copy(args.accelerator_config)
+    args.accelerator_config.non_blocking = True
+    return args
+
+
+def _check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
+    """Everything about the call that can be known to be wrong before a row is tokenised."""
+    if args.packing and args.max_length is None:
+        raise ValueError("packing=True needs max_length, the number of tokens in a pack; got max_length=None")
+    if args.packing and args.packing_strategy not in STRATEGIES:
+        raise ValueError(f"packing_strategy={args.packing_strategy!r} is unknown, expected one of {STRATEGIES}")
+    if args.accelerator_config.dispatch_batches:
+        raise ValueError(
+            "accelerator_config.dispatch_batches=True is not supported: it cuts a batch by rows, and the boundaries of "
+            "packed documents do not split that way; leave it unset"
+        )
+    if arguments.get("data_collator") is not None:
+        raise ValueError(
+            f"data_collator={type(arguments['data_collator']).__name__} is not supported: packsft lays out the batch "
+            "itself. Prepare rows instead: `input_ids`, `labels` (-100 = not scored) and, for packs of your own, "
+            "`seq_lengths`"
+        )
+    evals = arguments.get("eval_dataset")
+    datasets = {"train_dataset": arguments.get("train_dataset")}
+    datasets |= {f"eval_dataset[{k!r}]": v for k, v in evals.items()} if isinstance(evals, dict) else {"eval_dataset": evals}
+    for name, dataset in datasets.items():
+        if isinstance(dataset, Dataset) and len(dataset) == 0:
+            raise ValueError(f"{name} is empty: it has 0 rows")
+    if arguments.get("processing_class") is not None:
+        _check_tokenizer(arguments["processing_class"], args)
+    model = arguments["model"]
+    if isinstance(model, str):
+        requested = (args.model_init_kwargs or {}).get("attn_implementation")
+        if requested == "flash_attention_2" and not (
+            importlib.util.find_spec("flash_attn") is not None or is_kernels_available()
+        ):
+            raise ValueError(
+                "attn_implementation='flash_attention_2' needs the package flash-attn, which is not installed: install "
+                "it, or leave attn_implementation unset and packsft takes PyTorch's own varlen attention"
+            )
+    elif isinstance(model, PreTrainedModel) and model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model).__name__} has no language-model head (get_output_embeddings() is None): packsft trains "
+            "causal language models, load one with AutoModelForCausalLM"
+        )
+
+
+def _check_tokenizer(processing_class: Any, args: Any) -> None:
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.eos_token is None and not args.eos_token:
+        raise ValueError(
+            f"the tokenizer {type(tokenizer).__name__} has no eos_token, so that no example would have an end: set "
+            "tokenizer.eos_token, or eos_token in the configuration"
+        )
