@@ -64,7 +64,8 @@ class PackPlan:
             array = _smallest(getattr(self, name))
             array.setflags(write=False)  # else the fingerprint could stop being true
             object.__setattr__(self, name, array)
-        assert self.offsets[0] == 0 and self.offsets[-1] == len(self.examples) == len(self.starts) == len(self.stops)
+        assert self.offsets[0] == 0
+        assert self.offsets[-1] == len(self.examples) == len(self.starts) == len(self.stops)
         assert self.examples_in == self.examples_packed + self.examples_dropped
 
     def __len__(self) -> int:
@@ -120,9 +121,9 @@ class PackPlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to exactly `path`, as npz without pickle."""
-        content = {field.name: np.asarray(getattr(self, field.name)) for field in fields(self)}
+        content: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         with open(path, "wb") as file:  # given a name instead of a file, numpy would append .npz to it
-            np.savez(file, fingerprint=np.asarray(self.fingerprint), **content)
+            np.savez(file, fingerprint=self.fingerprint, **content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PackPlan:
@@ -183,33 +184,29 @@ def plan_packs(
         num_split = int((phases + kept > max_length).sum())
         examples, starts, stops = _cut(examples, kept, phases, max_length)
     else:
-        stops = np.minimum(kept, max_length)
+        stops = _smallest(np.minimum(kept, max_length))
 
     if strategy in ("bfd", "bfd_split"):
         offsets, order = _best_fit_decreasing(stops - starts, max_length, rng)
-        examples, starts, stops = examples[order], starts[order], stops[order]
     elif strategy == "wrapped":
         ends = np.cumsum(stops - starts)
-        full = np.flatnonzero(ends % max_length == 0) + 1
-        offsets = np.concatenate(([0], full, [len(ends)] if len(ends) and ends[-1] % max_length else [])).astype(
-            np.int64
-        )
+        closes_pack = ends % max_length == 0
+        closes_pack[-1:] = True
+        offsets, order = np.concatenate(([0], np.flatnonzero(closes_pack) + 1)), np.arange(len(stops))
     else:
-        offsets = np.arange(len(examples) + 1)
-
+        offsets, order = np.arange(len(stops) + 1), np.arange(len(stops))
     if rng is not None:
         shuffled = rng.permutation(len(offsets) - 1)
         counts = np.diff(offsets)[shuffled]
-        order = _ranges(offsets[shuffled], counts)
+        order = order[_ranges(offsets[shuffled], counts)]
         offsets = np.concatenate(([0], np.cumsum(counts)))
-        examples, starts, stops = examples[order], starts[order], stops[order]
 
     tokens_in = int(lengths_in.sum())
     return PackPlan(
         offsets=offsets,
-        examples=examples,
-        starts=starts,
-        stops=stops,
+        examples=examples[order],
+        starts=starts[order],
+        stops=stops[order],
         max_length=max_length,
         strategy=strategy,
         examples_in=len(lengths_in),
@@ -244,21 +241,21 @@ def _best_fit_decreasing(
     if not len(sizes):
         return np.zeros(1, np.int64), np.zeros(0, np.int64)
     descending = _smallest(sizes.max() - sizes)  # 16 bits or fewer, if they hold it: numpy then sorts by radix
-    if rng is None:
-        order = np.argsort(descending, kind="stable")
-    else:
-        order = rng.permutation(len(sizes))
-        order = order[np.argsort(descending[order], kind="stable")]
+    order = np.argsort(descending, kind="stable")
     in_order = descending[order]
     firsts = np.concatenate(([0], np.flatnonzero(in_order[1:] != in_order[:-1]) + 1))
     counts = np.diff(firsts, append=len(sizes))
+    distinct = sizes[order[firsts]]
+    if rng is not None:
+        for equal in np.split(order, firsts[1:]):
+            rng.shuffle(equal)  # a view: shuffles `order`, where the index says nothing but a tie
 
     spaces: list[int] = []  # the remaining spaces that some open pack has, ascending
     open_packs: dict[int, list[NDArray[np.int32]]] = {}  # space: the packs that have it
     num_packs = 0
     batches: list[NDArray[np.int32]] = []  # the packs that took `takes` pieces each, the pieces being dealt in order
     takes: list[int] = []
-    for size, left in zip(sizes[order[firsts]].tolist(), counts.tolist(), strict=True):
+    for size, left in zip(distinct.tolist(), counts.tolist(), strict=True):
         while left:
             at = bisect_left(spaces, size)
             space = spaces[at] if at < len(spaces) else max_length
