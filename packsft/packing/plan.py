@@ -310,19 +310,18 @@ def _checked_lengths(lengths: Sequence[int] | IntArray) -> NDArray[np.int64]:
     """As int64 `[examples]`, or a ValueError that names the first row at fault."""
     try:
         array = np.asarray(lengths)
-    except ValueError:  # rows of unequal lengths
+    except ValueError:  # rows of unequal lengths: the loop below names the first that is no integer
         array = np.empty(len(lengths), object)
-        array[:] = lengths
     if array.ndim != 1:
         raise ValueError(f"lengths must be 1-D, one integer per row, but have shape {array.shape}")
     if not len(array):
         return np.zeros(0, np.int64)
-    if array.dtype.kind not in "iu":
-        bad = [not isinstance(row, (int, np.integer)) or isinstance(row, bool) for row in array.tolist()]
-        row = bad.index(True) if True in bad else 0
-        raise ValueError(f"lengths[{row}] is {array[row]!r}: a length must be an integer of at least 0")
-    as_int64 = array.astype(np.int64, copy=False)
-    if as_int64.min() < 0:  # negative, or past int64
-        row = int(as_int64.argmin())
-        raise ValueError(f"lengths[{row}] is {array[row]}: a length must be an integer of at least 0")
-    return as_int64
+    if array.dtype.kind in "iu":
+        as_int64 = array.astype(np.int64, copy=False)
+        if as_int64.min() >= 0:  # uint64 past int64 has wrapped around to below 0
+            return as_int64
+    for row, length in enumerate(lengths):
+        if isinstance(length, bool) or not isinstance(length, (int, np.integer)) or not 0 <= length < 2**63:
+            given = length.item() if isinstance(length, np.generic) else length
+            raise ValueError(f"lengths[{row}] is {given!r}: a length must be an integer of at least 0, below 2**63")
+    return np.asarray(list(lengths), np.int64)
