@@ -1,0 +1,327 @@
+"""From the lengths of the examples to a plan: which piece of which example lies in which pack.
+
+A plan is a few flat integer arrays, some bytes per example; it never holds or copies a token. It is the same for the
+same lengths, `max_length`, strategy and seed, in every process, and its `fingerprint` proves it. This file refuses to
+know tokens, tensors, data sets and models: numpy is its only import.
+
+Best fit decreasing puts the longest example left into the fullest pack that still has room. Here it runs over
+histograms (of lengths, and of the space left in packs), so its cost follows the number of distinct lengths and not of
+examples. Sources: Krell et al., arXiv 2107.02027 (packing by histogram); Ding et al., arXiv 2404.10830 (best fit
+decreasing for training sequences).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import os
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.integer[Any]]
+
+STRATEGIES = ("bfd", "bfd_split", "wrapped", "none")
+_ARRAYS = ("offsets", "examples", "starts", "stops")
+
+
+@dataclass(frozen=True, eq=False)
+class PackPlan:
+    """Packs as flat arrays: pack `i` holds the pieces `offsets[i]:offsets[i + 1]`, in this order.
+
+    Piece `j` is the tokens `starts[j]:stops[j]` of example `examples[j]`; it becomes one document of the pack.
+    P packs, S pieces. The arrays are read-only and stored in the smallest unsigned dtype that holds them; the methods
+    return int64, in which differences cannot wrap around. Plans are compared by `fingerprint`.
+
+    - `offsets` `[P + 1]`, `examples` `[S]`, `starts` `[S]`, `stops` `[S]`
+    - `max_length`: the most tokens in a pack; `strategy`: one of `STRATEGIES`
+    - `examples_in` = `examples_packed` + `examples_dropped` (those of length 0)
+    - `examples_truncated` lost their tokens past `max_length`; `examples_split` lie in more than one piece
+    - `tokens_in` = `num_tokens` + `tokens_truncated`
+    """
+
+    offsets: IntArray
+    examples: IntArray
+    starts: IntArray
+    stops: IntArray
+    max_length: int
+    strategy: str
+    examples_in: int
+    examples_packed: int
+    examples_truncated: int
+    examples_split: int
+    examples_dropped: int
+    tokens_in: int
+    tokens_truncated: int
+
+    def __post_init__(self) -> None:
+        for name in _ARRAYS:
+            array = _smallest(getattr(self, name))
+            array.setflags(write=False)  # else the fingerprint could stop being true
+            object.__setattr__(self, name, array)
+        assert self.offsets[0] == 0
+        assert self.offsets[-1] == len(self.examples) == len(self.starts) == len(self.stops)
+        assert self.examples_in == self.examples_packed + self.examples_dropped
+
+    def __len__(self) -> int:
+        """The number of packs."""
+        return len(self.offsets) - 1
+
+    def __getitem__(self, pack: int) -> NDArray[np.int64]:
+        """The example indices of a pack, `[D]` int64, in the order in which they lie in it."""
+        return self.examples[self._slice(pack)].astype(np.int64)
+
+    def pieces(self, pack: int) -> NDArray[np.int64]:
+        """A pack's documents, `[D, 3]` int64: one row (example, start, stop) per document."""
+        where = self._slice(pack)
+        return np.stack([a[where].astype(np.int64) for a in (self.examples, self.starts, self.stops)], axis=1)
+
+    def seq_lengths(self, pack: int) -> NDArray[np.int64]:
+        """The lengths of a pack's documents in tokens, `[D]` int64."""
+        where = self._slice(pack)
+        return self.stops[where].astype(np.int64) - self.starts[where].astype(np.int64)
+
+    def _slice(self, pack: int) -> slice:
+        index = operator.index(pack)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"pack {index} of a plan with {len(self)} packs")
+        index %= len(self)
+        return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Tokens in all packs."""
+        return int(self.stops.sum(dtype=np.int64) - self.starts.sum(dtype=np.int64))
+
+    @property
+    def lower_bound(self) -> int:
+        """`ceil(num_tokens / max_length)`: no plan of these tokens has fewer packs."""
+        return -(-self.num_tokens // self.max_length)
+
+    @property
+    def fill(self) -> float:
+        """`num_tokens / (packs * max_length)`, between 0 and 1; 0 for a plan without packs."""
+        return self.num_tokens / (len(self) * self.max_length) if len(self) else 0.0
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 in hex over the arrays, `max_length` and `strategy`; the same in every process."""
+        digest = hashlib.sha256(f"packsft plan 1 {self.strategy} {self.max_length}".encode())
+        for name in _ARRAYS:
+            array = getattr(self, name)
+            array = array.astype(array.dtype.newbyteorder("<"), copy=False)
+            digest.update(f" {name} {array.dtype.str} {len(array)} ".encode())
+            digest.update(array.data)
+        return digest.hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan to exactly `path`, as npz without pickle."""
+        content: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        with open(path, "wb") as file:  # given a name instead of a file, numpy would append .npz to it
+            np.savez(file, fingerprint=self.fingerprint, **content)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PackPlan:
+        """Read what `save` wrote. ValueError if it is no plan, or not the one whose fingerprint the file carries."""
+        with np.load(path, allow_pickle=False) as file:
+            missing = [name for name in ("fingerprint", *(field.name for field in fields(cls))) if name not in file]
+            if missing:
+                raise ValueError(f"{os.fspath(path)} is not a packing plan: it lacks {', '.join(missing)}")
+            content = {field.name: file[field.name] for field in fields(cls)}
+            fingerprint = file["fingerprint"].item()
+        plan = cls(**{name: value if name in _ARRAYS else value.item() for name, value in content.items()})
+        if plan.fingerprint != fingerprint:
+            raise ValueError(
+                f"{os.fspath(path)} is damaged: its plan has fingerprint {plan.fingerprint}, not {fingerprint}"
+            )
+        return plan
+
+
+def plan_packs(
+    lengths: Sequence[int] | IntArray, max_length: int, *, strategy: str = "bfd", seed: int | None = None
+) -> PackPlan:
+    """Plan packs of at most `max_length` tokens for examples of the given lengths (in tokens, `[examples]` integers).
+
+    Strategies
+    - `"bfd"`: best fit decreasing; an example longer than `max_length` is truncated
+    - `"bfd_split"`: the same, but a longer example is split into pieces of `max_length` tokens and a rest
+    - `"wrapped"`: the examples end to end in order, cut every `max_length` tokens; each piece is its own document
+    - `"none"`: packing off, one example per pack, truncated
+
+    The two best-fit strategies make exactly as many packs as one-by-one best fit decreasing over the whole set. Their
+    packs come in the order in which they were opened, the one with the longest document first; in a pack, documents
+    come in decreasing length, those of equal length in the order of their index.
+
+    With a `seed`, the packs come in a random order, and the best-fit strategies also deal out examples of equal length
+    in a random order, so that epochs differ. Examples of length 0 are not packed, and counted as dropped.
+
+    Raises ValueError naming the row or the argument: lengths that are negative, not integers or not one per row;
+    `max_length` None or below 1; an unknown strategy; a negative seed.
+    """
+    max_length = _checked_max_length(max_length)
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy={strategy!r}: choose one of {', '.join(STRATEGIES)}")
+    if seed is not None and (not isinstance(seed, (int, np.integer)) or seed < 0):
+        raise ValueError(f"seed={seed!r}: give None or an integer of at least 0")
+    rng = None if seed is None else np.random.default_rng(seed)
+    lengths_in = _checked_lengths(lengths)
+
+    examples = _smallest(np.flatnonzero(lengths_in))
+    kept = lengths_in if len(examples) == len(lengths_in) else lengths_in[examples]
+    num_overlong = int((kept > max_length).sum())
+    num_split = 0
+    starts: IntArray = np.zeros(len(kept), np.uint8)
+    if strategy == "bfd_split":
+        examples, starts, stops = _cut(examples, kept, np.zeros_like(kept), max_length)
+        num_split = num_overlong
+    elif strategy == "wrapped":
+        phases = (np.cumsum(kept) - kept) % max_length
+        num_split = int((phases + kept > max_length).sum())
+        examples, starts, stops = _cut(examples, kept, phases, max_length)
+    else:
+        stops = _smallest(np.minimum(kept, max_length))
+
+    if strategy in ("bfd", "bfd_split"):
+        offsets, order = _best_fit_decreasing(stops - starts, max_length, rng)
+    elif strategy == "wrapped":
+        ends = np.cumsum(stops - starts)
+        closes_pack = ends % max_length == 0
+        closes_pack[-1:] = True
+        offsets, order = np.concatenate(([0], np.flatnonzero(closes_pack) + 1)), np.arange(len(stops))
+    else:
+        offsets, order = np.arange(len(stops) + 1), np.arange(len(stops))
+    if rng is not None:
+        shuffled = rng.permutation(len(offsets) - 1)
+        counts = np.diff(offsets)[shuffled]
+        order = order[_ranges(offsets[shuffled], counts)]
+        offsets = np.concatenate(([0], np.cumsum(counts)))
+
+    tokens_in = int(lengths_in.sum())
+    return PackPlan(
+        offsets=offsets,
+        examples=examples[order],
+        starts=starts[order],
+        stops=stops[order],
+        max_length=max_length,
+        strategy=strategy,
+        examples_in=len(lengths_in),
+        examples_packed=len(kept),
+        examples_truncated=num_overlong if strategy in ("bfd", "none") else 0,
+        examples_split=num_split,
+        examples_dropped=len(lengths_in) - len(kept),
+        tokens_in=tokens_in,
+        tokens_truncated=tokens_in - int(stops.sum(dtype=np.int64) - starts.sum(dtype=np.int64)),
+    )
+
+
+def _cut(
+    examples: IntArray, lengths: IntArray, phases: IntArray, max_length: int
+) -> tuple[IntArray, IntArray, IntArray]:
+    """Cut examples at every multiple of `max_length`, where example `e` starts `phases[e]` after such a multiple."""
+    num_pieces = (phases + lengths - 1) // max_length + 1
+    cuts = _ranges(np.zeros_like(num_pieces), num_pieces) * max_length - np.repeat(phases, num_pieces)
+    stops = np.minimum(cuts + max_length, np.repeat(lengths, num_pieces))
+    return np.repeat(examples, num_pieces), np.maximum(cuts, 0), stops
+
+
+def _best_fit_decreasing(
+    sizes: IntArray, max_length: int, rng: np.random.Generator | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pack pieces of the given sizes (1 to `max_length`): the packs' offsets `[P + 1]` and the pieces in order `[S]`.
+
+    All pieces of one size meet all packs with one remaining space at once. This is one-by-one best fit exactly: of
+    equal pieces, a pack that took one and has room for another is the fullest with room, so it takes the next one too,
+    until it has `space // size` of them. Hence every batch below fills whole packs, but for the last pieces of a size.
+    """
+    if not len(sizes):
+        return np.zeros(1, np.int64), np.zeros(0, np.int64)
+    descending = _smallest(sizes.max() - sizes)  # 16 bits or fewer, if they hold it: numpy then sorts by radix
+    order = np.argsort(descending, kind="stable")
+    in_order = descending[order]
+    firsts = np.concatenate(([0], np.flatnonzero(in_order[1:] != in_order[:-1]) + 1))
+    counts = np.diff(firsts, append=len(sizes))
+    distinct = sizes[order[firsts]]
+    if rng is not None:
+        for equal in np.split(order, firsts[1:]):
+            rng.shuffle(equal)  # a view: shuffles `order`, where the index says nothing but a tie
+
+    spaces: list[int] = []  # the remaining spaces that some open pack has, ascending
+    open_packs: dict[int, list[NDArray[np.int32]]] = {}  # space: the packs that have it
+    num_packs = 0
+    batches: list[NDArray[np.int32]] = []  # the packs that took `takes` pieces each, the pieces being dealt in order
+    takes: list[int] = []
+    for size, left in zip(distinct.tolist(), counts.tolist(), strict=True):
+        while left:
+            at = bisect_left(spaces, size)
+            space = spaces[at] if at < len(spaces) else max_length
+            take = min(space // size, left)
+            if at < len(spaces):
+                chunks = open_packs[space]
+                packs = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+                batch = packs[: left // take]
+                if len(batch) < len(packs):
+                    open_packs[space] = [packs[len(batch) :]]
+                else:
+                    del spaces[at], open_packs[space]
+            else:
+                batch = np.arange(num_packs, num_packs + left // take, dtype=np.int32)
+                num_packs += len(batch)
+            left -= take * len(batch)
+            batches.append(batch)
+            takes.append(take)
+            space -= take * size
+            if space in open_packs:
+                open_packs[space].append(batch)
+            elif space:
+                open_packs[space] = [batch]
+                spaces.insert(bisect_left(spaces, space), space)
+
+    # Each entry of `packs` took the next `num_taken` pieces of `order`; sorting the entries by pack gives the plan.
+    packs = np.concatenate(batches)
+    num_taken = np.repeat(np.asarray(takes), [len(batch) for batch in batches])
+    entries = np.argsort(packs, kind="stable")
+    order = order[_ranges((np.cumsum(num_taken) - num_taken)[entries], num_taken[entries])]
+    last_entries = np.cumsum(np.bincount(packs)) - 1
+    return np.concatenate(([0], np.cumsum(num_taken[entries])[last_entries])), order
+
+
+def _ranges(starts: IntArray, counts: IntArray) -> NDArray[np.int64]:
+    """`concatenate([arange(s, s + c) for s, c in zip(starts, counts)])`."""
+    return np.arange(counts.sum()) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
+
+
+def _smallest(array: IntArray) -> IntArray:
+    """The same values (0 or more) in the smallest unsigned dtype."""
+    return array.astype(np.min_scalar_type(int(array.max()) if len(array) else 0))
+
+
+def _checked_max_length(max_length: int) -> int:
+    if isinstance(max_length, bool) or not isinstance(max_length, (int, np.integer)) or max_length < 1:
+        raise ValueError(f"max_length={max_length!r}: packing needs an integer of at least 1 token")
+    return int(max_length)
+
+
+def _checked_lengths(lengths: Sequence[int] | IntArray) -> NDArray[np.int64]:
+    """As int64 `[examples]`, or a ValueError that names the first row at fault."""
+    try:
+        array = np.asarray(lengths)
+    except ValueError:  # rows of unequal lengths: the loop below names the first that is no integer
+        array = np.empty(len(lengths), object)
+    if array.ndim != 1:
+        raise ValueError(f"lengths must be 1-D, one integer per row, but have shape {array.shape}")
+    if not len(array):
+        return np.zeros(0, np.int64)
+    if array.dtype.kind in "iu":
+        as_int64 = array.astype(np.int64, copy=False)
+        if as_int64.min() >= 0:  # uint64 past int64 has wrapped around to below 0
+            return as_int64
+    for row, length in enumerate(lengths):
+        if isinstance(length, bool) or not isinstance(length, (int, np.integer)) or not 0 <= length < 2**63:
+            given = length.item() if isinstance(length, np.generic) else length
+            raise ValueError(f"lengths[{row}] is {given!r}: a length must be an integer of at least 0, below 2**63")
+    return np.asarray(list(lengths), np.int64)

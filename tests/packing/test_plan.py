@@ -1,0 +1,366 @@
+"""Plans: every kept token exactly once, no pack too long, as few packs as best fit decreasing, nothing lost silently.
+
+Hypothesis draws lengths of 0 to 40 at `max_length` 1 to 24: small enough that ties, exact fits, overlong and empty
+examples all come up in nearly every draw, and that a failing example can be checked by hand.
+"""
+
+import os
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trl import pack_dataset
+
+from packsft.packing import PackPlan, plan_packs
+
+STRATEGIES = ("bfd", "bfd_split", "wrapped", "none")
+LENGTHS = st.lists(st.integers(0, 40), max_size=60)
+MAX_LENGTHS = st.integers(1, 24)
+SEEDS = st.none() | st.integers(0, 5)
+property_test = settings(max_examples=80, deadline=None)
+# 60 lengths in 23 packs or more under each strategy: two seeds agree by chance once in 23! draws.
+MIXED = np.random.default_rng(0).integers(1, 15, 60)
+
+
+def packs(plan):
+    """The plan as nested lists of (example, start, stop)."""
+    return [[tuple(piece) for piece in plan.pieces(i).tolist()] for i in range(len(plan))]
+
+
+def one_by_one_best_fit_decreasing(sizes, max_length):
+    """The number of packs of the textbook algorithm, one piece and one pack at a time."""
+    spaces = []
+    for size in sorted(sizes, reverse=True):
+        fitting = [space for space in spaces if space >= size]
+        space = min(fitting, default=max_length)
+        if fitting:
+            spaces.remove(space)
+        spaces.append(space - size)
+    return len(spaces)
+
+
+def trl_packs(lengths, max_length, strategy):
+    """The documents' lengths in TRL's packs over the whole set at once."""
+    data = datasets.Dataset.from_dict({"input_ids": [[0] * int(length) for length in lengths]})
+    return pack_dataset(data, max_length, strategy, map_kwargs={"batch_size": None})
+
+
+# ---------------------------------------------------------------- properties of every plan
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@property_test
+@given(lengths=LENGTHS, max_length=MAX_LENGTHS, seed=SEEDS)
+def test_each_kept_token_lies_in_exactly_one_pack_and_in_order(strategy, lengths, max_length, seed):
+    plan = plan_packs(lengths, max_length, strategy=strategy, seed=seed)
+    pieces = sorted(piece for pack in packs(plan) for piece in pack)
+    rebuilt = {example: 0 for example, _, _ in pieces}
+    for example, start, stop in pieces:
+        assert start == rebuilt[example] < stop  # goes on where the piece before ended, and is not empty
+        rebuilt[example] = stop
+    limit = max_length if strategy in ("bfd", "none") else max(lengths, default=0)
+    assert rebuilt == {example: min(length, limit) for example, length in enumerate(lengths) if length}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@property_test
+@given(lengths=LENGTHS, max_length=MAX_LENGTHS, seed=SEEDS)
+def test_no_pack_is_empty_or_above_max_length(strategy, lengths, max_length, seed):
+    plan = plan_packs(lengths, max_length, strategy=strategy, seed=seed)
+    assert all(1 <= plan.seq_lengths(i).sum() <= max_length for i in range(len(plan)))
+    assert plan.lower_bound <= len(plan)
+    assert 0 <= plan.fill <= 1
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@property_test
+@given(lengths=LENGTHS, max_length=MAX_LENGTHS, seed=SEEDS)
+def test_counts_add_up_to_the_input(strategy, lengths, max_length, seed):
+    plan = plan_packs(lengths, max_length, strategy=strategy, seed=seed)
+    pieces = [piece for pack in packs(plan) for piece in pack]
+    num_pieces = np.bincount([example for example, _, _ in pieces], minlength=len(lengths))
+    kept = np.bincount([example for example, _, _ in pieces], [stop - start for _, start, stop in pieces], len(lengths))
+    assert plan.examples_in == len(lengths) == plan.examples_packed + plan.examples_dropped
+    assert plan.examples_packed == (num_pieces > 0).sum()
+    assert plan.examples_dropped == lengths.count(0)
+    assert plan.examples_split == (num_pieces > 1).sum()
+    assert plan.examples_truncated == (kept < lengths).sum()
+    assert plan.tokens_in == sum(lengths) == plan.num_tokens + plan.tokens_truncated
+    assert plan.num_tokens == kept.sum()
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
+@property_test
+@given(lengths=LENGTHS, max_length=MAX_LENGTHS, seed=SEEDS)
+def test_as_many_packs_as_one_by_one_best_fit_decreasing(strategy, lengths, max_length, seed):
+    plan = plan_packs(lengths, max_length, strategy=strategy, seed=seed)
+    sizes = [stop - start for pack in packs(plan) for _, start, stop in pack]
+    assert len(plan) == one_by_one_best_fit_decreasing(sizes, max_length)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@property_test
+@given(lengths=LENGTHS, max_length=MAX_LENGTHS, seed=SEEDS)
+def test_same_seed_gives_the_same_plan(strategy, lengths, max_length, seed):
+    first, second = (plan_packs(lengths, max_length, strategy=strategy, seed=seed) for _ in range(2))
+    assert packs(first) == packs(second)
+    assert first.fingerprint == second.fingerprint
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@settings(max_examples=30, deadline=None)
+@given(lengths=LENGTHS, max_length=MAX_LENGTHS, seed=SEEDS)
+def test_a_saved_plan_loads_as_the_same_plan(strategy, lengths, max_length, seed, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / f"{strategy}.plan"  # no .npz: numpy must not append one
+    plan = plan_packs(lengths, max_length, strategy=strategy, seed=seed)
+    plan.save(path)
+    loaded = PackPlan.load(path)
+    assert loaded.fingerprint == plan.fingerprint
+    for name, value in vars(plan).items():
+        if name in ("num_tokens", "fingerprint"):
+            continue  # cached, not stored
+        assert np.array_equal(getattr(loaded, name), value), name
+        assert type(getattr(loaded, name)) is type(value), name
+
+
+# ---------------------------------------------------------------- TRL gives as many packs
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+@pytest.mark.parametrize(("max_length", "longest"), [(7, 12), (64, 64), (512, 900)])
+def test_as_many_packs_as_trl_over_the_whole_set(strategy, max_length, longest):
+    lengths = np.random.default_rng(max_length).integers(1, longest + 1, 400)
+    plan = plan_packs(lengths, max_length, strategy=strategy)
+    packed = trl_packs(lengths, max_length, strategy)
+    assert len(plan) == len(packed)
+    assert plan.num_tokens == sum(len(ids) for ids in packed["input_ids"])
+
+
+def test_as_many_packs_as_trl_on_log_normal_lengths():
+    lengths = np.clip(np.random.default_rng(0).lognormal(4.9, 0.9, 3000), 8, 2048).astype(int)
+    assert len(plan_packs(lengths, 1024)) == len(trl_packs(lengths, 1024, "bfd"))
+
+
+# ---------------------------------------------------------------- by hand
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [  # the example of TRL's docstring: lengths 5, 2, 3, 1 at 4
+        ("bfd", [[(0, 0, 4)], [(2, 0, 3), (3, 0, 1)], [(1, 0, 2)]]),
+        ("bfd_split", [[(0, 0, 4)], [(2, 0, 3), (0, 4, 5)], [(1, 0, 2), (3, 0, 1)]]),
+        ("wrapped", [[(0, 0, 4)], [(0, 4, 5), (1, 0, 2), (2, 0, 1)], [(2, 1, 3), (3, 0, 1)]]),
+        ("none", [[(0, 0, 4)], [(1, 0, 2)], [(2, 0, 3)], [(3, 0, 1)]]),
+    ],
+)
+def test_the_example_of_trl(strategy, expected):
+    assert packs(plan_packs([5, 2, 3, 1], 4, strategy=strategy)) == expected
+
+
+def test_best_fit_prefers_the_fullest_pack_with_room():
+    # 6 and 7 open packs with 4 and 3 tokens left; 3 fits both and belongs with the 7, so that 4 still fits with the 6.
+    plan = plan_packs([6, 7, 3, 4], 10)
+    assert [plan[i].tolist() for i in range(len(plan))] == [[1, 2], [0, 3]]
+
+
+def test_indices_count_every_row_although_empty_ones_are_dropped():
+    plan = plan_packs([0, 2, 0, 3], 3)
+    assert [plan[i].tolist() for i in range(len(plan))] == [[3], [1]]
+    assert (plan.examples_in, plan.examples_packed, plan.examples_dropped) == (4, 2, 2)
+
+
+def test_ten_equal_lengths_fill_packs_of_three():
+    plan = plan_packs([3] * 10, 10)
+    assert [plan[i].tolist() for i in range(4)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
+    assert plan.lower_bound == 3
+    assert plan.fill == 30 / 40
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("lengths", [[], [0, 0]], ids=["none", "only empty"])
+def test_a_data_set_without_tokens_gives_no_packs(strategy, lengths):
+    plan = plan_packs(lengths, 8, strategy=strategy, seed=0)
+    assert (len(plan), list(plan), plan.num_tokens, plan.fill, plan.lower_bound) == (0, [], 0, 0.0, 0)
+    with pytest.raises(IndexError, match="pack 0 of a plan with 0 packs"):
+        plan[0]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_data_set_of_one_example_gives_one_pack(strategy):
+    assert packs(plan_packs([5], 8, strategy=strategy)) == [[(0, 0, 5)]]
+
+
+def test_only_overlong_examples():
+    truncated = [[(0, 0, 4)], [(1, 0, 4)]]
+    assert packs(plan_packs([9, 6], 4)) == truncated
+    assert packs(plan_packs([9, 6], 4, strategy="none")) == truncated
+    split = packs(plan_packs([9, 6], 4, strategy="bfd_split"))
+    assert split == [[(0, 0, 4)], [(0, 4, 8)], [(1, 0, 4)], [(1, 4, 6), (0, 8, 9)]]
+    wrapped = plan_packs([9, 6], 4, strategy="wrapped")
+    assert packs(wrapped) == [[(0, 0, 4)], [(0, 4, 8)], [(0, 8, 9), (1, 0, 3)], [(1, 3, 6)]]
+    assert (wrapped.examples_split, wrapped.examples_truncated, wrapped.tokens_truncated) == (2, 0, 0)
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+def test_lengths_of_one_fill_every_pack_but_the_last(strategy):
+    assert [len(pack) for pack in plan_packs([1] * 10, 4, strategy=strategy)] == [4, 4, 2]
+
+
+def test_max_length_of_one_gives_a_pack_to_every_token_kept():
+    assert packs(plan_packs([2, 1], 1)) == [[(0, 0, 1)], [(1, 0, 1)]]
+    for strategy in ("bfd_split", "wrapped"):
+        assert packs(plan_packs([2, 1], 1, strategy=strategy)) == [[(0, 0, 1)], [(0, 1, 2)], [(1, 0, 1)]]
+
+
+def test_lengths_that_are_all_different_at_a_long_max_length():
+    # 3,000 lengths over a range of 131,072: no histogram to profit from, more than 16 bits to sort by.
+    lengths = np.random.default_rng(0).permutation(131_072)[:3000] + 1
+    plan = plan_packs(lengths, 131_072)
+    assert len(plan) == one_by_one_best_fit_decreasing(lengths.tolist(), 131_072)
+    assert sorted(np.concatenate(list(plan)).tolist()) == list(range(3000))
+
+
+def test_max_length_far_above_all_lengths_costs_no_memory():
+    assert packs(plan_packs([3, 2], 10**12)) == [[(0, 0, 3), (1, 0, 2)]]
+
+
+# ---------------------------------------------------------------- seeds
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_different_seeds_give_different_plans(strategy):
+    plans = [plan_packs(MIXED, 10, strategy=strategy, seed=seed) for seed in (None, 0, 1, 2)]
+    assert len({plan.fingerprint for plan in plans}) == 4
+    assert len({len(plan) for plan in plans}) == 1
+    assert min(len(plan) for plan in plans) >= 23
+
+
+def test_a_seed_changes_which_equal_examples_share_a_pack():
+    pairs = [{frozenset(pack.tolist()) for pack in plan_packs([5] * 40, 10, seed=seed)} for seed in (0, 1)]
+    assert [len(p) for p in pairs] == [20, 20]
+    assert pairs[0] != pairs[1]
+
+
+def test_without_a_seed_packs_and_documents_come_longest_first():
+    plan = plan_packs(MIXED, 10)
+    sizes = [plan.seq_lengths(i).tolist() for i in range(len(plan))]
+    assert all(pack == sorted(pack, reverse=True) for pack in sizes)
+    longest = [pack[0] for pack in sizes]
+    assert longest == sorted(longest, reverse=True)
+
+
+# ---------------------------------------------------------------- the plan as an object
+
+
+def test_negative_and_out_of_range_indices():
+    plan = plan_packs([5, 2, 3, 1], 4)
+    for accessor in (plan.__getitem__, plan.pieces, plan.seq_lengths):
+        assert np.array_equal(accessor(-1), accessor(2))
+        assert np.array_equal(accessor(-3), accessor(0))
+        for outside in (3, -4):
+            with pytest.raises(IndexError, match=f"pack {outside} of a plan with 3 packs"):
+                accessor(outside)
+
+
+def test_arrays_take_the_smallest_dtype_and_answers_are_int64():
+    plan = plan_packs(np.full(300, 200), 1000)
+    assert (plan.examples.dtype, plan.starts.dtype, plan.stops.dtype) == (np.uint16, np.uint8, np.uint8)
+    assert plan[0].dtype == plan.pieces(0).dtype == plan.seq_lengths(0).dtype == np.int64
+    assert plan.pieces(1).tolist() == [[example, 0, 200] for example in range(5, 10)]
+
+
+def test_a_plan_cannot_be_changed():
+    plan = plan_packs([5, 2, 3, 1], 4)
+    with pytest.raises(ValueError, match="read-only"):
+        plan.examples[0] = 1
+    with pytest.raises(AttributeError):
+        plan.max_length = 5
+
+
+def test_fingerprint_tells_max_length_strategy_and_pieces_apart():
+    fingerprints = {
+        plan_packs([4, 4], 4).fingerprint,
+        plan_packs([4, 4], 5).fingerprint,
+        plan_packs([4, 4], 4, strategy="none").fingerprint,
+        plan_packs([4, 3], 4).fingerprint,
+    }
+    assert len(fingerprints) == 4
+
+
+def test_fingerprint_is_the_same_in_another_process():
+    code = "from packsft.packing import plan_packs; print(plan_packs(range(1, 40), 64, seed=3).fingerprint)"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.split()[-1] == plan_packs(range(1, 40), 64, seed=3).fingerprint
+
+
+def test_a_file_that_is_no_plan_or_was_changed_is_refused(tmp_path):
+    plan = plan_packs([5, 2, 3, 1], 4)
+    path = tmp_path / "plan.npz"
+    np.savez(path, offsets=plan.offsets)
+    with pytest.raises(ValueError, match="is not a packing plan: it lacks fingerprint, examples, starts"):
+        PackPlan.load(path)
+    plan.save(path)
+    with np.load(path) as file:
+        content = dict(file)
+    content["examples"] = content["examples"][::-1]
+    np.savez(path, **content)
+    with pytest.raises(ValueError, match="is damaged"):
+        PackPlan.load(path)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("dtype", [list, np.uint8, np.int32, np.uint64, object])
+def test_any_integer_array_is_taken(dtype):
+    lengths = [5, 2, 3, 1] if dtype is list else np.asarray([5, 2, 3, 1], dtype)
+    assert plan_packs(lengths, np.int32(4)).fingerprint == plan_packs((5, 2, 3, 1), 4).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([3, -1, -2], r"lengths\[1\] is -1: a length must be an integer of at least 0"),
+        (np.array([3, -1]), r"lengths\[1\] is -1:"),
+        ([3, 2.5], r"lengths\[1\] is 2\.5:"),
+        (np.array([3.0, 4.0]), r"lengths\[0\] is 3\.0:"),
+        ([3, None], r"lengths\[1\] is None:"),
+        ([3, "4"], r"lengths\[1\] is '4':"),
+        ([3, 2**70], r"lengths\[1\] is 1180591620717411303424:"),
+        (np.array([3, 2**63], np.uint64), r"lengths\[1\] is 9223372036854775808:"),
+        ([True, False], r"lengths\[0\] is True:"),
+        ([3, [1, 2]], r"lengths\[1\] is \[1, 2\]:"),
+        ([[3, 4], [1, 2]], r"1-D, one integer per row, but have shape \(2, 2\)"),
+        (7, r"1-D, one integer per row, but have shape \(\)"),
+    ],
+)
+def test_bad_lengths_name_the_row(lengths, message):
+    with pytest.raises(ValueError, match=message):
+        plan_packs(lengths, 4)
+
+
+@pytest.mark.parametrize("max_length", [None, 0, -1, 4.0, True, "4"])
+def test_bad_max_length_is_named(max_length):
+    with pytest.raises(ValueError, match=f"max_length={max_length!r}: packing needs an integer of at least 1 token"):
+        plan_packs([1], max_length)
+
+
+def test_unknown_strategy_lists_the_known_ones():
+    with pytest.raises(ValueError, match="strategy='ffd': choose one of bfd, bfd_split, wrapped, none"):
+        plan_packs([1], 4, strategy="ffd")
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, "0"])
+def test_bad_seed_is_named(seed):
+    with pytest.raises(ValueError, match="seed="):
+        plan_packs([1], 4, seed=seed)

@@ -1,0 +1,103 @@
+"""The report: counts that add up, and the steps formula, on sets small enough to count by hand."""
+
+import json
+
+import pytest
+
+from packsft.packing import packing_report, plan_packs
+
+
+def report(lengths, max_length=4, strategy="bfd", effective_batch_size=2, num_train_epochs=1, **kwargs):
+    plan = plan_packs(lengths, max_length, strategy=strategy)
+    return packing_report(plan, effective_batch_size=effective_batch_size, num_train_epochs=num_train_epochs, **kwargs)
+
+
+def test_counts_of_the_example_of_trl():
+    # packs [0 cut to 4], [2, 3], [1]: 3 packs for 4 examples, 10 of 11 tokens, in steps of 2
+    got = report([5, 2, 3, 1, 0], unscored_dropped=7).as_dict()
+    assert got == {
+        "strategy": "bfd",
+        "max_length": 4,
+        "examples_in": 12,
+        "examples_packed": 4,
+        "examples_truncated": 1,
+        "examples_split": 0,
+        "examples_dropped": 1,
+        "unscored_dropped": 7,
+        "tokens_in": 11,
+        "tokens_kept": 10,
+        "tokens_lost": 1,
+        "packs": 3,
+        "packs_lower_bound": 3,
+        "fill": 10 / 12,
+        "examples_per_pack_mean": 4 / 3,
+        "examples_per_pack_min": 1,
+        "examples_per_pack_max": 2,
+        "effective_batch_size": 2,
+        "num_train_epochs": 1,
+        "steps_packed": 2,
+        "steps_unpacked": 2,
+    }
+
+
+def test_steps_are_rounded_up_before_they_are_multiplied_by_epochs():
+    # 14,250 examples in batches of 64: ceil(222.7) = 223, twice; as 1,425 packs of ten: ceil(22.3) = 23, twice
+    got = report([10] * 14_250, max_length=100, effective_batch_size=64, num_train_epochs=2)
+    assert (got.packs, got.steps_unpacked, got.steps_packed) == (1425, 446, 46)
+
+
+def test_a_fraction_of_an_epoch_is_rounded_up():
+    assert report([4] * 10, num_train_epochs=0.5).steps_packed == 3  # 5 steps an epoch
+
+
+def test_split_examples_count_once_per_piece_in_a_pack():
+    got = report([9], strategy="bfd_split")  # pieces of 4, 4 and 1, each a pack
+    assert (got.examples_split, got.packs, got.tokens_lost, got.examples_per_pack_mean) == (1, 3, 0, 1.0)
+
+
+def test_no_packs_give_no_steps():
+    got = report([])
+    assert (got.packs, got.fill, got.steps_packed, got.steps_unpacked, got.examples_per_pack_max) == (0, 0.0, 0, 0, 0)
+    assert dict(got.rows())["fill"] == "0.00%"
+
+
+def test_as_dict_is_plain_json():
+    got = report([5, 2, 3, 1]).as_dict()
+    assert json.loads(json.dumps(got)) == got
+
+
+def test_rows_show_every_loss():
+    rows = dict(report([5, 2, 3, 0], unscored_dropped=1).rows())
+    assert rows["examples"] == "5"
+    assert rows["examples truncated at 4 tokens"] == "1 (20.00%)"
+    assert rows["examples dropped, empty"] == "1 (20.00%)"
+    assert rows["examples dropped, no scored token"] == "1 (20.00%)"
+    assert rows["tokens lost"] == "1 (10.00%)"
+    assert rows["packs of 4 (bfd)"] == "3 (at least 3 needed)"
+    assert rows["examples per pack"] == "1.0 (1 to 1)"
+
+
+def test_rows_leave_out_what_did_not_happen():
+    assert [label for label, _ in report([3, 1]).rows()] == [
+        "examples",
+        "tokens kept",
+        "tokens lost",
+        "packs of 4 (bfd)",
+        "fill",
+        "examples per pack",
+        "optimizer steps, packed",
+        "optimizer steps, unpacked",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"effective_batch_size": 0}, "effective_batch_size=0: must be at least 1"),
+        ({"num_train_epochs": 0}, "num_train_epochs=0: must be above 0"),
+        ({"unscored_dropped": -1}, "unscored_dropped=-1: must be at least 0"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        report([1], **arguments)
