@@ -10,8 +10,9 @@ Everything about a pack is worked out once, on the host, by the collator. Nothin
 | `max_length_q`, `max_length_k` | int             | longest document                                                  |
 | `seq_idx`                      | `[1, T]` int32  | document number of each token, for hybrid layers                  |
 | `labels`                       | `[1, T]` int64  | unshifted; -100 = not scored, as is each document's first token   |
-| `loss_rows`                    | `[N]` int64     | positions t whose next token is scored                            |
+| `loss_rows`                    | `[N]` int32     | positions t whose next token is scored                            |
 | `loss_targets`                 | `[N]` int64     | `labels[t + 1]` of those positions                                |
+| `num_tokens`                   | int             | tokens of the documents, without padding                          |
 
 A padded batch (for models that cannot keep packed documents apart) has `[B, S]` `input_ids` and `labels`, and its
 `loss_rows` count through the flattened rows; it has no boundaries, since right padding comes after what it could hurt.
@@ -23,7 +24,7 @@ from collections.abc import Mapping
 from typing import Any
 
 LOSS_KEYS = ("loss_rows", "loss_targets")  # read by the head, unknown to the models
-BOUNDARY_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+HOST_KEYS = ("labels", "num_tokens")  # for the trainer; labels would make the model compute a loss of its own
 
 
 def count_scored(batch: Mapping[str, Any]) -> int:
@@ -31,11 +32,6 @@ def count_scored(batch: Mapping[str, Any]) -> int:
     return batch["loss_rows"].numel()
 
 
-def count_tokens(batch: Mapping[str, Any]) -> int:
-    """Tokens that go through the model, padding included."""
-    return batch["input_ids"].numel()
-
-
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model's own forward takes: all but the labels, which would make it compute a loss of its own."""
-    return {key: value for key, value in batch.items() if key not in LOSS_KEYS and key != "labels"}
+    """What the model's own forward takes."""
+    return {key: value for key, value in batch.items() if key not in LOSS_KEYS + HOST_KEYS}

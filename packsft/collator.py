@@ -37,15 +37,16 @@ class PackingCollator(DataCollatorForLanguageModeling):
     def torch_call(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         documents = [document for row, example in enumerate(examples) for document in self._documents(row, example)]
         lengths = [len(ids) for ids, _ in documents]
+        num_tokens = sum(lengths)
         if self.padded:
-            return self._padded(documents, max(lengths))
+            return self._padded(documents, max(lengths)) | {"num_tokens": num_tokens}
         ids = np.concatenate([ids for ids, _ in documents])
         labels = np.concatenate([labels for _, labels in documents])
         if self.pad_to_multiple_of and (tail := -len(ids) % self.pad_to_multiple_of):
             ids = np.concatenate([ids, np.full(tail, self.pad_token_id)])
             labels = np.concatenate([labels, np.full(tail, IGNORE_INDEX)])
             lengths.append(tail)  # a document of its own: varlen kernels leave what is past the last boundary undefined
-        return self._packed(ids, labels, np.array(lengths, dtype=np.int64))
+        return self._packed(ids, labels, np.array(lengths, dtype=np.int64)) | {"num_tokens": num_tokens}
 
     def _documents(self, row: int, example: Mapping[str, Any]) -> list[tuple[np.ndarray, np.ndarray]]:
         """(input ids, labels) of each document in a row, the label of its first token set to -100."""

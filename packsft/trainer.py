@@ -30,7 +30,7 @@ from transformers.utils import is_kernels_available
 from trl import SFTConfig, SFTTrainer
 
 from packsft import attention, compat
-from packsft.batch import LOSS_KEYS, count_scored, count_tokens, model_inputs
+from packsft.batch import LOSS_KEYS, count_scored, model_inputs
 from packsft.collator import PackingCollator
 from packsft.config import PackedSFTConfig
 from packsft.dataset import PackedDataset, pack_dataset
@@ -225,7 +225,7 @@ class PackedSFTTrainer(SFTTrainer):
                 logits = model(**model_inputs(inputs), use_cache=False)
             loss = self.compute_loss_func(logits, inputs["labels"], num_items_in_batch=num_items_in_batch)
         self._sums[mode].add(
-            output, scored=scored, tokens=count_tokens(inputs), mean_loss=loss.detach() if mode == "eval" else None
+            output, scored=scored, tokens=inputs["num_tokens"], mean_loss=loss.detach() if mode == "eval" else None
         )
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // ranks_per_batch(self.accelerator))  # DDP averages
@@ -291,7 +291,7 @@ def _own_arguments(arguments: dict[str, Any]) -> SFTConfig:
         args = SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # `to_dict` hides the token
     args = copy.copy(args)
     args.accelerator_config = copy.copy(args.accelerator_config)
-    args.accelerator_config.non_blocking = True
+    args.accelerator_config.non_blocking = args.dataloader_pin_memory and args.device.type == "cuda"
     return args
 
 

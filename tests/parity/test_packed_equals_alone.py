@@ -1,0 +1,128 @@
+"""Packed training is the same training: against plain transformers on one document at a time, in float64.
+
+The truth runs each document alone through the model's own forward (transformers' SDPA, no packsft code), sums the
+cross-entropy of its scored tokens and divides by their number over all documents.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import assert_within_torch_error, relative_error
+from tiny import token_rows, tiny_model, tiny_tokenizer
+
+from packsft import PackedSFTConfig, PackedSFTTrainer
+
+# What RMSNorm and rotary embeddings round to float32 inside may flip a rare last bit; GPT-2 and OPT have neither.
+EXACT = {"gpt2": 1e-12, "opt": 1e-12, "llama": 1e-9, "qwen3": 1e-9, "gemma2": 1e-9, "stablelm": 1e-9}
+
+
+def documents_alone(model, rows, dtype):
+    model = copy.deepcopy(model).to(dtype).train()
+    model.set_attn_implementation("eager" if "gemma" in model.config.model_type else "sdpa")
+    count = sum(label != -100 for row in rows for label in row["labels"][1:])
+    loss = 0.0
+    for row in rows:
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        labels = torch.tensor(row["labels"][1:])
+        loss = loss + F.cross_entropy(logits.to(torch.promote_types(dtype, torch.float32)), labels, reduction="sum")
+    loss = loss / count
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def packed_step(model, rows, tmp_path, dtype, **options):
+    """Loss and gradients of all rows as one optimizer step of the trainer."""
+    args = PackedSFTConfig(
+        str(tmp_path), bf16=False, gradient_checkpointing=False, report_to="none", **{"max_length": 32} | options
+    )
+    trainer = PackedSFTTrainer(
+        model=copy.deepcopy(model).to(dtype), args=args, train_dataset=rows, processing_class=tiny_tokenizer()
+    )
+    trainer.model.train()
+    batches = list(trainer.get_train_dataloader())
+    batches, num_items = trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)
+    trainer.current_gradient_accumulation_steps = len(batches)
+    loss = sum(trainer.training_step(trainer.model, batch, num_items) for batch in batches)
+    return trainer, loss, {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(autouse=True)
+def _training_loss_is_not_filtered(monkeypatch):
+    # outside of train() there is no running loss that could stand in for one that is not finite
+    monkeypatch.setattr(PackedSFTTrainer, "_globalstep_last_logged", 0, raising=False)
+    monkeypatch.setattr(PackedSFTTrainer, "_tr_loss", torch.tensor(float("nan")), raising=False)
+
+
+@pytest.mark.parametrize("family", list(EXACT))
+def test_loss_and_every_gradient_equal_the_documents_alone_in_float64(family, tmp_path):
+    rows, model = token_rows(12), tiny_model(family)
+    trainer, loss, grads = packed_step(model, rows, tmp_path, torch.float64)
+    exact_loss, exact_grads = documents_alone(model, rows, torch.float64)
+    assert trainer.isolation.isolated == (family != "stablelm")  # which drops keyword arguments, and trains padded
+    assert relative_error(loss, exact_loss) < EXACT[family]
+    assert grads.keys() == exact_grads.keys()
+    for name, grad in grads.items():
+        assert relative_error(grad, exact_grads[name]) < EXACT[family], name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lower_precision_is_as_close_to_float64_as_plain_pytorch(dtype, tmp_path):
+    rows, model = token_rows(12), tiny_model("llama")
+    _, loss, grads = packed_step(model, rows, tmp_path, dtype)
+    torch_loss, torch_grads = documents_alone(model, rows, dtype)
+    exact_loss, exact_grads = documents_alone(model.to(dtype), rows, torch.float64)
+    assert_within_torch_error(loss, torch_loss, exact_loss)
+    flat = [torch.cat([g.flatten() for g in grads.values()]) for grads in (grads, torch_grads, exact_grads)]
+    assert_within_torch_error(*flat)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"packing": False},
+        {"packing": False, "per_device_train_batch_size": 4},
+        {"max_length": 16},
+        {"max_length": 64, "per_device_train_batch_size": 3},
+        {"max_length": 24, "pad_to_multiple_of": 16},
+    ],
+    ids=str,
+)
+def test_the_split_into_packs_and_micro_batches_changes_nothing(options, tmp_path):
+    rows, model = token_rows(12), tiny_model("gpt2")
+    exact_loss, exact_grads = documents_alone(model, rows, torch.float64)
+    _, loss, grads = packed_step(model, rows, tmp_path, torch.float64, **options)
+    assert relative_error(loss, exact_loss) < 1e-12
+    for name, grad in grads.items():
+        assert relative_error(grad, exact_grads[name]) < 1e-12, name
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    # the recomputation runs in the backward, outside of any context of ours
+    rows, model = token_rows(12), tiny_model("gpt2")
+    _, exact_grads = documents_alone(model, rows, torch.float64)
+    for use_reentrant in (False, True):
+        _, _, grads = packed_step(
+            model, rows, tmp_path, torch.float64,
+            gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
+        )  # fmt: skip
+        for name, grad in grads.items():
+            assert relative_error(grad, exact_grads[name]) < 1e-12, name
+
+
+def test_a_document_in_the_wrong_place_would_be_seen(tmp_path, monkeypatch):
+    # the tolerances above can fail: positions that do not restart are off by more than a thousand times
+    from packsft.collator import PackingCollator
+
+    packed = PackingCollator._packed
+
+    def positions_run_on(self, ids, labels, lengths):
+        batch = packed(self, ids, labels, lengths)
+        return batch | {"position_ids": torch.arange(len(ids))[None]}
+
+    monkeypatch.setattr(PackingCollator, "_packed", positions_run_on)
+    rows, model = token_rows(12), tiny_model("gpt2")
+    _, loss, _ = packed_step(model, rows, tmp_path, torch.float64)
+    exact_loss, _ = documents_alone(model, rows, torch.float64)
+    assert relative_error(loss, exact_loss) > 1e-9

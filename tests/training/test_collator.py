@@ -1,0 +1,95 @@
+"""The collator against five literal rows that can be checked by hand."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import ROWS
+
+from packsft.collator import PackingCollator
+
+
+def collate(*rows, **options):
+    return PackingCollator(pad_token_id=0, vocab_size=24, **options)([dict(row) for row in rows])
+
+
+def test_two_documents_make_one_row_whose_positions_restart():
+    batch = collate(ROWS[0], ROWS[2])
+    assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 1, 8, 9, 1]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2]]
+    assert batch["seq_idx"].tolist() == [[0, 0, 0, 0, 0, 1, 1, 1]]
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 5, 8]
+    assert batch["max_length_q"] == batch["max_length_k"] == 5
+    assert batch["labels"].tolist() == [[-100, -100, 5, 6, 1, -100, 9, 1]]
+
+
+def test_dtypes_are_those_of_the_contract():
+    batch = collate(*ROWS)
+    int64, int32 = ("input_ids", "position_ids", "labels", "loss_targets"), ("cu_seq_lens_q", "seq_idx", "loss_rows")
+    assert {batch[key].dtype for key in int64} == {torch.int64}
+    assert {batch[key].dtype for key in int32} == {torch.int32}
+
+
+def test_loss_rows_are_the_positions_before_the_scored_tokens():
+    batch = collate(ROWS[0], ROWS[2])
+    # tokens 5, 6, 1 stand at 2, 3, 4 and 9, 1 at 6, 7: they are predicted one position earlier
+    assert batch["loss_rows"].tolist() == [1, 2, 3, 5, 6]
+    assert batch["loss_targets"].tolist() == [5, 6, 1, 9, 1]
+
+
+def test_no_position_predicts_the_first_token_of_the_next_document():
+    # the labels of row 1 and row 3 score their first token; nothing may predict it
+    batch = collate(ROWS[1], ROWS[3], ROWS[1])
+    assert batch["labels"].tolist() == [[-100, 1, -100, -100, 1]]
+    assert batch["loss_rows"].tolist() == [0, 3]
+
+
+def test_a_pack_given_by_the_user_keeps_its_documents():
+    pack = {"input_ids": [7, 1, 8, 9, 1], "labels": [7, 1, 8, 9, 1], "seq_lengths": [2, 3]}
+    assert collate(pack)["cu_seq_lens_q"].tolist() == collate(ROWS[1], ROWS[2])["cu_seq_lens_q"].tolist()
+    assert collate(pack)["labels"].tolist() == [[-100, 1, -100, 9, 1]]
+
+
+def test_labels_default_to_the_input_ids():
+    assert collate({"input_ids": [7, 8, 1]})["labels"].tolist() == [[-100, 8, 1]]
+
+
+def test_the_pad_is_a_document_of_its_own_and_not_scored():
+    batch = collate(ROWS[0], pad_to_multiple_of=4)
+    assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 1, 0, 0, 0]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 5, 8]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2]]
+    assert batch["loss_rows"].tolist() == [1, 2, 3]
+
+
+def test_a_padded_batch_scores_the_same_tokens():
+    packed, padded = collate(*ROWS), collate(*ROWS, padded=True)
+    assert padded["input_ids"].shape == (5, 5)
+    assert padded["loss_targets"].tolist() == packed["loss_targets"].tolist()
+    predicted_by = padded["input_ids"].flatten()[padded["loss_rows"] + 1]
+    assert predicted_by.tolist() == padded["loss_targets"].tolist()
+    assert "cu_seq_lens_q" not in padded
+
+
+def test_padding_is_not_counted_as_tokens():
+    for options in ({}, {"padded": True}, {"pad_to_multiple_of": 8}):
+        assert collate(*ROWS, **options)["num_tokens"] == 15
+
+
+def test_rows_are_not_changed():
+    row = {"input_ids": np.array([7, 1]), "labels": np.array([7, 1])}
+    collate(row)
+    assert row["labels"].tolist() == [7, 1]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input_ids": [3, 4], "labels": [3]}, "row 1 of the batch: 1 labels for 2 input_ids"),
+        ({"input_ids": [3, 24]}, "row 1 of the batch: input_ids holds 24, but the vocabulary has 24 entries"),
+        ({"input_ids": [3, 4], "labels": [-100, -7]}, "row 1 of the batch: labels holds -7"),
+        ({"input_ids": [3, 4], "seq_lengths": [1, 2]}, "row 1 of the batch: seq_lengths sum to 3"),
+    ],
+)
+def test_a_bad_row_is_named(row, message):
+    with pytest.raises(ValueError, match=message):
+        collate(ROWS[0], row)
