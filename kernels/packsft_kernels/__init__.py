@@ -1,5 +1,8 @@
 """Loss and attention for packed sequences. Knows tensors; knows nothing of Hugging Face."""
 
+from packsft_kernels.cross_entropy import cross_entropy
+from packsft_kernels.linear_cross_entropy import linear_cross_entropy
+from packsft_kernels.options import LossOptions, LossOutput
 from packsft_kernels.version import __version__
 
-__all__ = ["__version__"]
+__all__ = ["LossOptions", "LossOutput", "__version__", "cross_entropy", "linear_cross_entropy"]

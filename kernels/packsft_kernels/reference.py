@@ -1,0 +1,96 @@
+"""The definitions, in plain PyTorch: what every kernel and every fast path is compared with.
+
+Written to be read, to run in float64, and to be differentiated by autograd. Knows no chunk, no kernel and no speed.
+
+Legend: T tokens, N scored rows, V vocabulary, M model width.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from packsft_kernels.options import LossOptions, LossOutput
+
+_DEFAULT_OPTIONS = LossOptions()
+
+
+def cross_entropy(
+    logits: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    *,
+    shift: bool = True,
+    rows: torch.Tensor | None = None,
+    targets: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+    options: LossOptions = _DEFAULT_OPTIONS,
+    num_items: int | torch.Tensor | None = None,
+    reduction: str = "mean",
+) -> LossOutput:
+    """Cross-entropy of `logits` [..., V] with `labels` [...] (shifted here), or of the rows listed in `rows` [N]."""
+    if labels is not None:
+        if shift:
+            labels = F.pad(labels[..., 1:], (0, 1), value=options.ignore_index)
+        targets = labels.flatten()
+    assert targets is not None
+    logits_NV = logits.flatten(0, -2)
+    if rows is not None:
+        logits_NV = logits_NV[rows.long()]
+    scored_N = targets != options.ignore_index
+    # An ignored row may hold anything, NaN included: it leaves the computation before any arithmetic.
+    logits_NV = logits_NV.masked_fill(~scored_N[:, None], 0.0)
+    targets = targets.masked_fill(~scored_N, 0)
+
+    z_NV = logits_NV * options.logit_scale
+    if options.softcap is not None:
+        z_NV = options.softcap * torch.tanh(z_NV / options.softcap)
+    log_p_NV = torch.log_softmax(z_NV, -1)
+    log_prob_N = log_p_NV.gather(-1, targets[:, None]).squeeze(-1)
+    lse_N = torch.logsumexp(z_NV, -1)
+    loss_N = -log_prob_N
+    if options.label_smoothing:
+        loss_N = (1 - options.label_smoothing) * loss_N - options.label_smoothing * log_p_NV.mean(-1)
+    if options.dft:
+        loss_N = log_prob_N.detach().exp() * loss_N
+    if options.z_loss:
+        loss_N = loss_N + options.z_loss * lse_N**2
+    if weights is not None:
+        loss_N = loss_N * weights.flatten()
+    loss_N = loss_N.masked_fill(~scored_N, 0.0)
+
+    if reduction == "mean":
+        loss = loss_N.sum() / (scored_N.sum().clamp(min=1) if num_items is None else num_items)
+    else:
+        loss = loss_N.sum() if reduction == "sum" else loss_N
+    return LossOutput(
+        loss,
+        log_prob_N.masked_fill(~scored_N, 0.0).detach(),
+        torch.special.entr(log_p_NV.exp()).sum(-1).masked_fill(~scored_N, 0.0).detach() if options.entropy else None,
+        (z_NV.argmax(-1) == targets) & scored_N if options.correct else None,
+        lse_N.masked_fill(~scored_N, 0.0).detach(),
+    )
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    rows: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+    options: LossOptions = _DEFAULT_OPTIONS,
+    num_items: int | torch.Tensor | None = None,
+    reduction: str = "mean",
+) -> LossOutput:
+    """Cross-entropy of `F.linear(hidden [T, M], weight [V, M], bias [V])` in the rows [N] with the targets [N]."""
+    if rows is not None:
+        hidden = hidden[rows.long()]
+    # The rows that are ignored must not reach `weight.grad` either: 0 * NaN is NaN.
+    hidden = hidden.masked_fill((targets == options.ignore_index)[:, None], 0.0)
+    return cross_entropy(
+        F.linear(hidden, weight, bias),
+        targets=targets,
+        weights=weights,
+        options=options,
+        num_items=num_items,
+        reduction=reduction,
+    )
