@@ -14,12 +14,11 @@ from functools import cache
 from typing import Any
 
 import torch
+from packsft_kernels.varlen_attention import AttentionSpec, attention_with_scores, choose_backend, varlen_attention
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-
-from packsft_kernels.varlen_attention import AttentionSpec, attention_with_scores, choose_backend, varlen_attention
 
 ATTENTION_NAME = "packsft"
 

@@ -6,9 +6,8 @@ import logging
 from dataclasses import dataclass, field
 
 import torch
-from trl import SFTConfig
-
 from packsft_kernels.varlen_attention import BACKENDS
+from trl import SFTConfig
 
 logger = logging.getLogger("packsft")
 

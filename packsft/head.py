@@ -20,13 +20,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from packsft_kernels import LossOptions, LossOutput, cross_entropy, linear_cross_entropy
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from packsft.batch import LOSS_KEYS
 from packsft.compat import gathered_parameters, is_tuner_layer
-from packsft_kernels import LossOptions, LossOutput, cross_entropy, linear_cross_entropy
 
 
 @dataclass

@@ -49,7 +49,12 @@ def check_isolation(model: PreTrainedModel, autocast: Callable[[], AbstractConte
     middle = begin + DOCUMENT_LENGTHS[-1] // 2
     devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices), _eval_mode(model), _embedding_leaf(model) as leaf, _layers(model) as layers:
+        with (
+            torch.random.fork_rng(devices),
+            _eval_mode(model),
+            _embedding_leaf(model) as leaf,
+            _layers(model) as layers,
+        ):
             with torch.enable_grad(), autocast(), packed_forward():
                 logits = model(**inputs, use_cache=False).logits
             if not leaf:
@@ -75,9 +80,13 @@ def _gradient(source: Tensor, leaf: Tensor) -> Tensor:
 
 
 def _first_leak(layers: list[tuple[str, Tensor]], leaf: Tensor, begin: int) -> str:
-    """" (first in ...)" with the name of the first layer whose last document depends on another one."""
+    """ " (first in ...)" with the name of the first layer whose last document depends on another one."""
     for name, hidden in layers:
-        if hidden.requires_grad and hidden.shape[:2] == leaf.shape[:2] and _gradient(hidden[0, begin:], leaf)[:begin].any():
+        if (
+            hidden.requires_grad
+            and hidden.shape[:2] == leaf.shape[:2]
+            and _gradient(hidden[0, begin:], leaf)[:begin].any()
+        ):
             return f" (first in {name})"
     return ""
 

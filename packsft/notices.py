@@ -26,11 +26,15 @@ def never_fires(args: TrainingArguments, max_steps: int, *, has_eval_dataset: bo
     if evaluates == "steps" and args.eval_steps is not None and _interval(args.eval_steps, max_steps) > max_steps:
         notices.append(f"eval_steps={args.eval_steps} is more than the {max_steps} steps: no evaluation takes place")
     if saves == "steps" and _interval(args.save_steps, max_steps) > max_steps:
-        notices.append(f"save_steps={args.save_steps} is more than the {max_steps} steps: the only checkpoint is the last")
+        notices.append(
+            f"save_steps={args.save_steps} is more than the {max_steps} steps: the only checkpoint is the last"
+        )
     if str(args.logging_strategy.value) == "steps" and _interval(args.logging_steps, max_steps) > max_steps:
         notices.append(f"logging_steps={args.logging_steps} is more than the {max_steps} steps: no loss is logged")
     if (warmup := args.get_warmup_steps(max_steps)) >= max_steps:
-        notices.append(f"the warm-up of {warmup} steps is as long as the run: the learning rate never reaches its value")
+        notices.append(
+            f"the warm-up of {warmup} steps is as long as the run: the learning rate never reaches its value"
+        )
     return notices
 
 

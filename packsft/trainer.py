@@ -92,7 +92,9 @@ class PackedSFTTrainer(SFTTrainer):
         )
         why_compact = install_head(base_model, self._loss_options())
         if why_compact is not None:
-            logger.warning("the language-model head is not fused: %s; it computes the scored logits instead", why_compact)
+            logger.warning(
+                "the language-model head is not fused: %s; it computes the scored logits instead", why_compact
+            )
         self.add_callback(PackingNotice(lambda: self.packing_report, self._record, self.eval_dataset is not None))
 
     # ---- data: rows to packs ----
@@ -314,7 +316,9 @@ def _check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
         )
     evals = arguments.get("eval_dataset")
     datasets = {"train_dataset": arguments.get("train_dataset")}
-    datasets |= {f"eval_dataset[{k!r}]": v for k, v in evals.items()} if isinstance(evals, dict) else {"eval_dataset": evals}
+    datasets |= (
+        {f"eval_dataset[{k!r}]": v for k, v in evals.items()} if isinstance(evals, dict) else {"eval_dataset": evals}
+    )
     for name, dataset in datasets.items():
         if isinstance(dataset, Dataset) and len(dataset) == 0:
             raise ValueError(f"{name} is empty: it has 0 rows")

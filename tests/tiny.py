@@ -6,6 +6,7 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
@@ -15,7 +16,6 @@ from transformers import (
     Qwen3Config,
     StableLmConfig,
 )
-from transformers import AutoModelForCausalLM
 
 WORDS = "<pad> <eos> <unk> what is the capital of france paris . tell me a joke no why two plus four user assistant"
 VOCAB = WORDS.split()

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from packsft_kernels import _triton, launch
+from packsft_kernels import launch
 from packsft_kernels.options import LossOptions, LossOutput
 
 _DEFAULT_OPTIONS = LossOptions()

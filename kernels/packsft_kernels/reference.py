@@ -94,3 +94,36 @@ def linear_cross_entropy(
         num_items=num_items,
         reduction=reduction,
     )
+
+
+def varlen_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of `q` [T, H, K] on `k`, `v` [T, G, K] within documents: a [T, T] mask, which no fast path builds."""
+    num_tokens, groups = q.shape[0], q.shape[1] // k.shape[1]
+    k_THK, v_THK = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    position = torch.arange(num_tokens, device=q.device)
+    document = torch.bucketize(position, cu_seqlens[1:].to(torch.int64), right=True)
+    distance = position[:, None] - position[None, :]
+    seen = document[:, None] == document[None, :]
+    if causal:
+        seen = seen & (distance >= 0)
+    if window is not None:
+        seen = seen & (distance.abs() < window)
+    scores_HTT = torch.einsum("qhk,shk->hqs", q, k_THK) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores_HTT = softcap * torch.tanh(scores_HTT / softcap)
+    scores_HTT = scores_HTT.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        scores_HTT = torch.cat([scores_HTT, sinks.to(q.dtype)[:, None, None].expand(-1, num_tokens, 1)], -1)
+    return torch.einsum("hqs,shk->qhk", scores_HTT.softmax(-1)[..., :num_tokens], v_THK)

@@ -114,7 +114,9 @@ def why_not(name: str, spec: AttentionSpec) -> str | None:
     """Why back end `name` cannot run a call, or None if it can. The table of capabilities, read row by row."""
     backend = BACKENDS[name]
     if name == "sdpa":
-        return "SDPA has no dropout beside a softcap or sinks" if spec.dropout and (spec.softcap or spec.sinks) else None
+        return (
+            "SDPA has no dropout beside a softcap or sinks" if spec.dropout and (spec.softcap or spec.sinks) else None
+        )
     if spec.device != "cuda":
         return f"it needs a CUDA device, the tensors are on {spec.device!r}"
     if backend.package is not None and not _installed(backend.package):
@@ -277,7 +279,9 @@ def _equal_length_runs(boundaries: list[int], num_tokens: int) -> list[tuple[int
         else:
             runs.append((1, stop - start))
     if boundaries[0] != 0 or boundaries[-1] != num_tokens:
-        raise ValueError(f"cu_seqlens runs from {boundaries[0]} to {boundaries[-1]}, expected from 0 to T = {num_tokens}")
+        raise ValueError(
+            f"cu_seqlens runs from {boundaries[0]} to {boundaries[-1]}, expected from 0 to T = {num_tokens}"
+        )
     return runs
 
 
@@ -351,7 +355,9 @@ BACKENDS: dict[str, Backend] = {
         _flash_attn_4, "flash_attn.cute", frozenset({"window", "softcap", "sinks"}), 9, 11, max_head_dim=128
     ),
     "flash_attn_3": Backend(_flash_attn_3, "flash_attn_interface", frozenset({"window", "softcap"}), 9, 9),
-    "flash_attn_2": Backend(_flash_attn_2, "flash_attn.flash_attn_interface", frozenset({"window", "softcap", "dropout"})),
+    "flash_attn_2": Backend(
+        _flash_attn_2, "flash_attn.flash_attn_interface", frozenset({"window", "softcap", "dropout"})
+    ),
     "torch_varlen": Backend(_torch_varlen, None, frozenset({"window"})),
     "sdpa": Backend(_sdpa, None, frozenset({"window", "softcap", "sinks", "dropout"}), 0),
 }

@@ -10,12 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import assert_within_torch_error, relative_error
-from tiny import token_rows, tiny_model, tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer, token_rows
 
 from packsft import PackedSFTConfig, PackedSFTTrainer
 
 # What RMSNorm and rotary embeddings round to float32 inside may flip a rare last bit; GPT-2 and OPT have neither.
-EXACT = {"gpt2": 1e-12, "opt": 1e-12, "llama": 1e-9, "qwen3": 1e-9, "gemma2": 1e-9, "stablelm": 1e-9}
+# Gemma 2's own attention, the truth here, takes its softmax in float32 (eager: SDPA has no softcap).
+EXACT = {"gpt2": 1e-12, "opt": 1e-12, "llama": 1e-9, "qwen3": 1e-9, "gemma2": 1e-6, "stablelm": 1e-9}
 
 
 def documents_alone(model, rows, dtype):
@@ -34,9 +35,8 @@ def documents_alone(model, rows, dtype):
 
 def packed_step(model, rows, tmp_path, dtype, **options):
     """Loss and gradients of all rows as one optimizer step of the trainer."""
-    args = PackedSFTConfig(
-        str(tmp_path), bf16=False, gradient_checkpointing=False, report_to="none", **{"max_length": 32} | options
-    )
+    defaults = {"max_length": 32, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
+    args = PackedSFTConfig(str(tmp_path), **defaults | options)
     trainer = PackedSFTTrainer(
         model=copy.deepcopy(model).to(dtype), args=args, train_dataset=rows, processing_class=tiny_tokenizer()
     )
@@ -46,6 +46,16 @@ def packed_step(model, rows, tmp_path, dtype, **options):
     trainer.current_gradient_accumulation_steps = len(batches)
     loss = sum(trainer.training_step(trainer.model, batch, num_items) for batch in batches)
     return trainer, loss, {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def assert_gradients_equal(grads, exact, tolerance):
+    """Per tensor, relative to its largest gradient; one that is zero in exact arithmetic (a key's bias does not change
+    a softmax) is rounding noise of 1e-20, measured against a millionth of the largest gradient instead."""
+    assert grads.keys() == exact.keys()
+    floor = 1e-6 * max(grad.abs().max() for grad in exact.values())
+    for name, grad in grads.items():
+        error = (grad - exact[name]).abs().max() / exact[name].abs().max().clamp(min=floor)
+        assert error < tolerance, f"{name}: {error:.2g}"
 
 
 @pytest.fixture(autouse=True)
@@ -62,9 +72,7 @@ def test_loss_and_every_gradient_equal_the_documents_alone_in_float64(family, tm
     exact_loss, exact_grads = documents_alone(model, rows, torch.float64)
     assert trainer.isolation.isolated == (family != "stablelm")  # which drops keyword arguments, and trains padded
     assert relative_error(loss, exact_loss) < EXACT[family]
-    assert grads.keys() == exact_grads.keys()
-    for name, grad in grads.items():
-        assert relative_error(grad, exact_grads[name]) < EXACT[family], name
+    assert_gradients_equal(grads, exact_grads, EXACT[family])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -94,8 +102,7 @@ def test_the_split_into_packs_and_micro_batches_changes_nothing(options, tmp_pat
     exact_loss, exact_grads = documents_alone(model, rows, torch.float64)
     _, loss, grads = packed_step(model, rows, tmp_path, torch.float64, **options)
     assert relative_error(loss, exact_loss) < 1e-12
-    for name, grad in grads.items():
-        assert relative_error(grad, exact_grads[name]) < 1e-12, name
+    assert_gradients_equal(grads, exact_grads, 1e-12)
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
@@ -107,8 +114,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
             model, rows, tmp_path, torch.float64,
             gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
         )  # fmt: skip
-        for name, grad in grads.items():
-            assert relative_error(grad, exact_grads[name]) < 1e-12, name
+        assert_gradients_equal(grads, exact_grads, 1e-12)
 
 
 def test_a_document_in_the_wrong_place_would_be_seen(tmp_path, monkeypatch):
