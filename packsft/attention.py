@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from packsft_kernels.varlen_attention import AttentionSpec, attention_with_scores, choose_backend, varlen_attention
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -93,6 +93,17 @@ def _unpacked(
 
 
 _backend = "auto"
+
+
+def spec_of(model: PreTrainedModel) -> AttentionSpec:
+    """What the model's attention will ask of a back end in a training forward, under the autocast that is on."""
+    config, device = model.config.get_text_config(), model.device.type
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    return AttentionSpec(
+        device, dtype, head_dim, dropout=getattr(config, "attention_dropout", 0.0) or 0.0,
+        softcap=getattr(config, "attn_logit_softcapping", None), window=getattr(config, "sliding_window", None),
+    )  # fmt: skip
 
 
 def set_backend(backend: str) -> None:

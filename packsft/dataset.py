@@ -50,7 +50,7 @@ class TokenRows:
         return self._ids.row(row)[start:stop], self._labels.row(row)[start:stop]
 
     def count_scored(self, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-        """`[rows]` int64: labels in `start + 1 : stop` of each row that are scored (the first predicts from nothing)."""
+        """`[rows]` int64: scored labels in `start + 1 : stop` of each row (nothing predicts the first token)."""
         return self._labels.count_not(IGNORE_INDEX, starts + 1, stops)
 
     def check_ids(self, vocab_size: int) -> None:

@@ -119,7 +119,8 @@ def _compact_logits(forward: Any, rows: Tensor, *args: Any, **kwargs: Any) -> tu
 
 
 def _reduce(output: LossOutput, aux_loss: Tensor | None = None) -> HeadOutput:
-    assert output.entropy is not None and output.correct is not None
+    assert output.entropy is not None
+    assert output.correct is not None
     return HeadOutput(
         loss=output.loss, entropy_sum=output.entropy.sum(), num_correct=output.correct.sum(), aux_loss=aux_loss
     )

@@ -22,6 +22,7 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from packsft_kernels import LossOptions
+from packsft_kernels.varlen_attention import choose_backend
 from packsft_kernels.version import __version__
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -160,7 +161,10 @@ class PackedSFTTrainer(SFTTrainer):
     def _prepare_attention(self, model: PreTrainedModel) -> IsolationVerdict:
         """Give the model per-document attention, and prove on it that documents stay apart; else train padded."""
         own_attention = model.config._attn_implementation
-        attention.set_backend(getattr(self.args, "attention_backend", "auto"))
+        attention.set_backend(backend := getattr(self.args, "attention_backend", "auto"))
+        if backend != "auto":
+            with self.accelerator.autocast():
+                choose_backend(attention.spec_of(model), backend)  # raises, with the reason
         if own_attention in (None, "eager", "sdpa"):  # flash and flex attention read the same boundaries themselves
             model.set_attn_implementation(attention.ATTENTION_NAME)
         if not getattr(self.args, "check_packing", True):

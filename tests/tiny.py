@@ -17,7 +17,7 @@ from transformers import (
     StableLmConfig,
 )
 
-WORDS = "<pad> <eos> <unk> what is the capital of france paris . tell me a joke no why two plus four user assistant"
+WORDS = "<pad> <eos> <unk> what is the capital of france paris . tell me a joke no why two plus four user assistant yes hello"
 VOCAB = WORDS.split()
 
 CHAT_TEMPLATE = (

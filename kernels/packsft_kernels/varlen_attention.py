@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -176,7 +177,7 @@ def _compute_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
 
 
-# --- back ends: (q, k, v, cu_seqlens, max_seqlen, scale, sinks, spec) -> out -------------------------------------------
+# --- back ends: (q, k, v, cu_seqlens, max_seqlen, scale, sinks, spec) -> out ------------------------------------------
 
 
 def _flash_attn_2(
@@ -209,7 +210,8 @@ def _flash_attn_4(
 
     out = flash_attn_varlen_func(
         q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest, softmax_scale=scale,
-        causal=spec.causal, window_size=_window_pair(spec, none=None), learnable_sink=sinks, softcap=spec.softcap or 0.0,
+        causal=spec.causal, window_size=_window_pair(spec, none=None), softcap=spec.softcap or 0.0,
+        learnable_sink=sinks,
     )  # fmt: skip
     return out[0] if isinstance(out, tuple) else out
 
@@ -269,7 +271,7 @@ def _sdpa(
 def _equal_length_runs(boundaries: list[int], num_tokens: int) -> list[tuple[int, int]]:
     """(how many, how long) for each run of neighbouring documents of one length; empty documents left out."""
     runs: list[tuple[int, int]] = []
-    for document, (start, stop) in enumerate(zip(boundaries[:-1], boundaries[1:], strict=True)):
+    for document, (start, stop) in enumerate(itertools.pairwise(boundaries)):
         if stop < start:
             raise ValueError(f"cu_seqlens falls from {start} to {stop} at document {document}: it must not decrease")
         if stop == start:

@@ -1,0 +1,94 @@
+"""Each bad input is one clear error that names the row or the field, before anything is trained."""
+
+import pytest
+import torch
+from datasets import Dataset
+from runs import config, trainer
+from tiny import ROWS, tiny_model, tiny_tokenizer, token_rows
+from transformers import DataCollatorWithPadding, LlamaForSequenceClassification
+from trl import SFTConfig
+
+
+def rows(*extra):
+    return Dataset.from_list([*ROWS, *extra])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_length": None}, "packing=True needs max_length"),
+        ({"packing_strategy": "best"}, "packing_strategy='best' is unknown, expected one of"),
+        ({"train_dataset": Dataset.from_dict({"input_ids": [], "labels": []})}, "train_dataset is empty"),
+        ({"eval_dataset": Dataset.from_dict({"input_ids": [], "labels": []})}, "eval_dataset is empty"),
+        (
+            {"train_dataset": Dataset.from_dict({"input_ids": [[3, 4]], "labels": [[-100, -100]]})},
+            "no example of the train data set has a token to score",
+        ),
+        (
+            {"train_dataset": rows({"input_ids": [3, 4, 5], "labels": [3, 4]})},
+            "row 5 of the data set: 2 labels for 3 input_ids",
+        ),
+        (
+            {"train_dataset": rows({"input_ids": [3, 24], "labels": [3, 4]})},
+            "row 5 of the data set: input_ids holds 24, but the vocabulary has 24 entries",
+        ),
+        (
+            {"train_dataset": rows({"input_ids": [3, 4], "labels": [3, -7]})},
+            "row 5 of the data set: labels holds -7",
+        ),
+        ({"eval_dataset": rows({"input_ids": [-1, 4], "labels": [3, 4]})}, "row 5 of the data set: input_ids holds -1"),
+        ({"processing_class": tiny_tokenizer(eos=False)}, "has no eos_token"),
+        (
+            {"data_collator": DataCollatorWithPadding(tiny_tokenizer())},
+            "data_collator=DataCollatorWithPadding is not supported: .* `seq_lengths`",
+        ),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True is not supported"),
+        (
+            {"model": LlamaForSequenceClassification(tiny_model().config)},
+            "LlamaForSequenceClassification has no language-model head",
+        ),
+    ],
+)
+def test_a_bad_argument_is_named(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **arguments)
+
+
+def test_flash_attention_2_without_its_package_is_named(tmp_path):
+    from importlib.util import find_spec
+
+    if find_spec("flash_attn"):
+        pytest.skip("flash-attn is installed")
+    with pytest.raises(ValueError, match="attn_implementation='flash_attention_2' needs the package flash-attn"):
+        trainer(tmp_path, model="some/model", model_init_kwargs={"attn_implementation": "flash_attention_2"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention_backend": "flash"}, "attention_backend='flash' is unknown"),
+        ({"on_unpackable": "stop"}, "on_unpackable"),
+    ],
+)
+def test_a_bad_field_of_the_configuration_is_named(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **options)
+
+
+def test_a_back_end_that_cannot_run_here_is_refused_with_its_reason(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU may be able to run it")
+    with pytest.raises(ValueError, match="backend='torch_varlen' cannot run this attention: it needs a CUDA device"):
+        trainer(tmp_path, attention_backend="torch_varlen")
+
+
+def test_a_model_that_cannot_be_packed_stops_the_run_where_that_was_asked_for(tmp_path):
+    with pytest.raises(ValueError, match="cannot be trained on packed documents"):
+        trainer(tmp_path, model=tiny_model("stablelm"), on_unpackable="error")
+
+
+def test_the_callers_configuration_is_left_as_it_was(tmp_path):
+    args = SFTConfig(str(tmp_path), packing=True, max_length=32, bf16=False, use_cpu=True, report_to="none")
+    before = args.to_dict()
+    trainer(tmp_path, args=args, train_dataset=token_rows(4))
+    assert args.to_dict() == before
