@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import operator
 import os
+import zipfile
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -128,6 +129,9 @@ class PackPlan:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PackPlan:
         """Read what `save` wrote. ValueError if it is no plan, or not the one whose fingerprint the file carries."""
+        with open(path, "rb") as opened:
+            if not zipfile.is_zipfile(opened):
+                raise ValueError(f"{os.fspath(path)} is not a packing plan: it is no npz file")
         with np.load(path, allow_pickle=False) as file:
             missing = [name for name in ("fingerprint", *(field.name for field in fields(cls))) if name not in file]
             if missing:

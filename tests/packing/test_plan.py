@@ -162,9 +162,10 @@ def test_the_example_of_trl(strategy, expected):
 
 
 def test_best_fit_prefers_the_fullest_pack_with_room():
-    # 6 and 7 open packs with 4 and 3 tokens left; 3 fits both and belongs with the 7, so that 4 still fits with the 6.
-    plan = plan_packs([6, 7, 3, 4], 10)
-    assert [plan[i].tolist() for i in range(len(plan))] == [[1, 2], [0, 3]]
+    # 7 and 6 open packs with 3 and 4 tokens left. The 3 fits both and belongs with the 7: both 2s then fit with the 6.
+    # With the 6 it would leave a hole of 1 in each pack, and the last 2 would need a third pack.
+    plan = plan_packs([6, 7, 3, 2, 2], 10)
+    assert [plan[i].tolist() for i in range(len(plan))] == [[1, 2], [0, 3, 4]]
 
 
 def test_indices_count_every_row_although_empty_ones_are_dropped():
@@ -306,6 +307,9 @@ def test_fingerprint_is_the_same_in_another_process():
 def test_a_file_that_is_no_plan_or_was_changed_is_refused(tmp_path):
     plan = plan_packs([5, 2, 3, 1], 4)
     path = tmp_path / "plan.npz"
+    path.write_text("no archive")
+    with pytest.raises(ValueError, match="is not a packing plan: it is no npz file"):
+        PackPlan.load(path)
     np.savez(path, offsets=plan.offsets)
     with pytest.raises(ValueError, match="is not a packing plan: it lacks fingerprint, examples, starts"):
         PackPlan.load(path)
