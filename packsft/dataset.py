@@ -123,12 +123,16 @@ class _ListColumn:
 
 
 class PackedDataset(torch.utils.data.Dataset):
-    """A plan over rows. Item i is pack i: `input_ids`, `labels` and `seq_lengths`, gathered when asked for."""
+    """A plan over rows. Item i is pack i: `input_ids`, `labels` and `seq_lengths`, gathered when asked for.
 
-    def __init__(self, rows: TokenRows, plan: PackPlan, *, unscored_dropped: int = 0, keep_end: bool = False) -> None:
+    `unscored` [rows] bool marks the examples left out because nothing in them is scored.
+    """
+
+    def __init__(self, rows: TokenRows, plan: PackPlan, unscored: np.ndarray, *, keep_end: bool = False) -> None:
         self.rows = rows
         self.plan = plan
-        self.unscored_dropped = unscored_dropped
+        self.unscored_dropped = int(unscored.sum())
+        self.unscored_tokens = int(rows.lengths[unscored].sum())
         self._keep_end = keep_end
 
     def __len__(self) -> int:
@@ -188,4 +192,4 @@ def pack_dataset(
     planned = np.where(unscored, 0, lengths)  # a length of 0 is left out of every plan
     longest = int(lengths.max()) if max_length is None else max_length
     plan = plan_packs(planned, longest, strategy=strategy, seed=seed)
-    return PackedDataset(rows, plan, unscored_dropped=int(unscored.sum()), keep_end=keep_end)
+    return PackedDataset(rows, plan, unscored, keep_end=keep_end)

@@ -154,6 +154,7 @@ class PackedSFTTrainer(SFTTrainer):
             effective_batch_size=self.get_total_train_batch_size(self.args),
             num_train_epochs=self.args.num_train_epochs,
             unscored_dropped=self.train_dataset.unscored_dropped,
+            unscored_tokens=self.train_dataset.unscored_tokens,
         )
 
     # ---- the model: attention and head ----

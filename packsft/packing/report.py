@@ -20,7 +20,7 @@ class PackingReport:
 
     - `examples_in` = `examples_packed` + `examples_dropped` (of length 0) + `unscored_dropped` (no scored token)
     - `examples_truncated`, `examples_split`: among the packed, those that lost their end or lie in several pieces
-    - `tokens_in` = `tokens_kept` + `tokens_lost`; unscored examples count in neither
+    - `tokens_in` = `tokens_kept` + `tokens_lost`, the tokens of unscored examples among the lost
     - `fill`: tokens / (packs * max_length); `packs_lower_bound`: ceil(tokens / max_length)
     - `examples_per_pack_*`: documents in a pack; 0 without packs
     - `steps_packed`, `steps_unpacked`: optimizer steps, `ceil(samples / effective_batch_size) * num_train_epochs`,
@@ -65,10 +65,11 @@ class PackingReport:
             if count:
                 rows.append((f"examples {label}", f"{count:,} ({count / self.examples_in:.2%})"))
         lost = f"{self.tokens_lost:,} ({self.tokens_lost / self.tokens_in:.2%})" if self.tokens_lost else "0"
+        rows += [("tokens kept", f"{self.tokens_kept:,}"), ("tokens lost", lost)]
+        if self.strategy == "none":
+            return [*rows, ("optimizer steps", f"{self.steps_unpacked:,}")]
         return [
             *rows,
-            ("tokens kept", f"{self.tokens_kept:,}"),
-            ("tokens lost", lost),
             (
                 f"packs of {self.max_length:,} ({self.strategy})",
                 f"{self.packs:,} (at least {self.packs_lower_bound:,} needed)",
@@ -84,21 +85,29 @@ class PackingReport:
 
 
 def packing_report(
-    plan: PackPlan, *, effective_batch_size: int, num_train_epochs: float, unscored_dropped: int = 0
+    plan: PackPlan,
+    *,
+    effective_batch_size: int,
+    num_train_epochs: float,
+    unscored_dropped: int = 0,
+    unscored_tokens: int = 0,
 ) -> PackingReport:
     """Report on a plan.
 
     `effective_batch_size` is per_device_train_batch_size * devices * gradient_accumulation_steps. `unscored_dropped`
-    counts examples taken out *before* planning because nothing in them is scored; `plan.examples_in` lacks them.
+    counts examples left out because nothing in them is scored, of `unscored_tokens` tokens together; they were planned
+    with a length of 0, so that the plan counts them among its dropped ones.
 
-    Raises ValueError for an `effective_batch_size` below 1, `num_train_epochs` of 0 or less, or a negative count.
+    Raises ValueError for an `effective_batch_size` below 1, `num_train_epochs` of 0 or less, or a count that cannot be.
     """
     if effective_batch_size < 1:
         raise ValueError(f"effective_batch_size={effective_batch_size!r}: must be at least 1")
     if not num_train_epochs > 0:
         raise ValueError(f"num_train_epochs={num_train_epochs!r}: must be above 0")
-    if unscored_dropped < 0:
-        raise ValueError(f"unscored_dropped={unscored_dropped!r}: must be at least 0")
+    if not 0 <= unscored_dropped <= plan.examples_dropped:
+        raise ValueError(
+            f"unscored_dropped={unscored_dropped!r}: must be within the plan's {plan.examples_dropped} dropped"
+        )
 
     def steps(samples: int) -> int:
         return math.ceil(-(-samples // effective_batch_size) * num_train_epochs)  # epochs may be a fraction
@@ -107,15 +116,15 @@ def packing_report(
     return PackingReport(
         strategy=plan.strategy,
         max_length=plan.max_length,
-        examples_in=plan.examples_in + unscored_dropped,
+        examples_in=plan.examples_in,
         examples_packed=plan.examples_packed,
         examples_truncated=plan.examples_truncated,
         examples_split=plan.examples_split,
-        examples_dropped=plan.examples_dropped,
+        examples_dropped=plan.examples_dropped - unscored_dropped,
         unscored_dropped=unscored_dropped,
-        tokens_in=plan.tokens_in,
+        tokens_in=plan.tokens_in + unscored_tokens,
         tokens_kept=plan.num_tokens,
-        tokens_lost=plan.tokens_truncated,
+        tokens_lost=plan.tokens_truncated + unscored_tokens,
         packs=len(plan),
         packs_lower_bound=plan.lower_bound,
         fill=plan.fill,

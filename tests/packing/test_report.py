@@ -14,19 +14,20 @@ def report(lengths, max_length=4, strategy="bfd", effective_batch_size=2, num_tr
 
 def test_counts_of_the_example_of_trl():
     # packs [0 cut to 4], [2, 3], [1]: 3 packs for 4 examples, 10 of 11 tokens, in steps of 2
-    got = report([5, 2, 3, 1, 0], unscored_dropped=7).as_dict()
+    # and two left out: an empty one, and one of 6 tokens in which nothing is scored
+    got = report([5, 2, 3, 1, 0, 0], unscored_dropped=1, unscored_tokens=6).as_dict()
     assert got == {
         "strategy": "bfd",
         "max_length": 4,
-        "examples_in": 12,
+        "examples_in": 6,
         "examples_packed": 4,
         "examples_truncated": 1,
         "examples_split": 0,
         "examples_dropped": 1,
-        "unscored_dropped": 7,
-        "tokens_in": 11,
+        "unscored_dropped": 1,
+        "tokens_in": 17,
         "tokens_kept": 10,
-        "tokens_lost": 1,
+        "tokens_lost": 7,
         "packs": 3,
         "packs_lower_bound": 3,
         "fill": 10 / 12,
@@ -67,7 +68,7 @@ def test_as_dict_is_plain_json():
 
 
 def test_rows_show_every_loss():
-    rows = dict(report([5, 2, 3, 0], unscored_dropped=1).rows())
+    rows = dict(report([5, 2, 3, 0, 0], unscored_dropped=1).rows())
     assert rows["examples"] == "5"
     assert rows["examples truncated at 4 tokens"] == "1 (20.00%)"
     assert rows["examples dropped, empty"] == "1 (20.00%)"
@@ -95,7 +96,7 @@ def test_rows_leave_out_what_did_not_happen():
     [
         ({"effective_batch_size": 0}, "effective_batch_size=0: must be at least 1"),
         ({"num_train_epochs": 0}, "num_train_epochs=0: must be above 0"),
-        ({"unscored_dropped": -1}, "unscored_dropped=-1: must be at least 0"),
+        ({"unscored_dropped": 1}, "unscored_dropped=1: must be within the plan's 0 dropped"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

@@ -84,7 +84,7 @@ def test_a_formatting_function_is_applied(tmp_path):
     rows = Dataset.from_list([{"q": "what is two plus two", "a": "four"}] * 4)
     packed = trainer(tmp_path, train_dataset=rows, formatting_func=lambda row: f"user {row['q']} assistant {row['a']}")
     ids, _ = documents(packed.train_dataset)[0]
-    assert [VOCAB[i] for i in ids] == [*"user what is two plus two assistant four".split(), "<eos>"]
+    assert [VOCAB[i] for i in ids] == [*["user", "what", "is", "two", "plus", "two", "assistant", "four"], "<eos>"]
 
 
 def test_packs_made_by_the_user_are_taken_as_they_are(tmp_path):

@@ -1,0 +1,201 @@
+"""A run of the trainer: steps, metrics, evaluation, checkpoints, adapters, and no reading of the device."""
+
+import json
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from runs import DEFAULTS, losses, trainer
+from tiny import tiny_model, tiny_tokenizer, token_rows
+from trl import SFTConfig, SFTTrainer
+
+from packsft import PackedSFTTrainer
+from packsft.notices import never_fires
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 3}, {"num_train_epochs": 2}], ids=str)
+def test_the_steps_announced_are_the_steps_made(tmp_path, options, caplog):
+    ours = trainer(tmp_path, per_device_train_batch_size=1, **{"num_train_epochs": 1} | options)
+    packs, accumulation = len(ours.train_dataset), options.get("gradient_accumulation_steps", 1)
+    expected = math.ceil(packs / accumulation) * options.get("num_train_epochs", 1)
+    ours.train()
+    assert ours.state.global_step == expected == ours.packing_report.steps_packed
+    assert f"optimizer steps: {expected} (unpacked it would be {ours.packing_report.steps_unpacked}" in caplog.text
+
+
+def test_what_never_fires_is_said(tmp_path):
+    # 14,250 examples packed five to a row leave about 46 steps of 64: eval_steps=200 and save_steps=500 never come
+    args = SFTConfig(
+        str(tmp_path), use_cpu=True, eval_strategy="steps", eval_steps=200, save_steps=500, logging_steps=10
+    )
+    notices = never_fires(args, 46, has_eval_dataset=True)
+    assert any("eval_steps=200 is more than the 46 steps" in notice for notice in notices)
+    assert any("save_steps=500 is more than the 46 steps" in notice for notice in notices)
+    assert never_fires(args, 500, has_eval_dataset=True) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "notice"),
+    [
+        ({"eval_strategy": "no"}, 'eval_strategy="no": it is never evaluated'),
+        ({"warmup_steps": 46}, "the warm-up of 46 steps is as long as the run"),
+        ({"logging_steps": 47}, "logging_steps=47 is more than the 46 steps"),
+    ],
+)
+def test_each_setting_that_never_fires_is_named(tmp_path, options, notice):
+    args = SFTConfig(str(tmp_path), use_cpu=True, **{"eval_strategy": "epoch", "save_strategy": "no"} | options)
+    assert any(notice in said for said in never_fires(args, 46, has_eval_dataset=True))
+
+
+def test_metrics_are_those_of_trl(tmp_path):
+    rows = token_rows(8)
+    options = DEFAULTS | {"per_device_train_batch_size": 2, "max_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
+    runs = []
+    for cls, extra in ((SFTTrainer, {"packing": False}), (PackedSFTTrainer, {"packing": False})):
+        args = SFTConfig(str(tmp_path), use_cpu=True, **options | extra)
+        run = cls(
+            model=tiny_model(), args=args, train_dataset=rows, eval_dataset=rows, processing_class=tiny_tokenizer()
+        )
+        run.train()
+        runs.append(run.state.log_history)
+    theirs, ours = runs
+    assert [set(entry) - {"tokens_per_second"} for entry in ours] == [set(entry) for entry in theirs]
+    for their, our in zip(theirs, ours, strict=True):
+        for key in ("loss", "entropy", "mean_token_accuracy", "num_tokens", "learning_rate", "grad_norm"):
+            if key in their:
+                assert our[key] == pytest.approx(their[key], rel=2e-5), key
+
+
+def test_the_evaluation_loss_is_the_same_number_packed_or_not(tmp_path):
+    rows, results = token_rows(20, seed=1), []
+    for options in ({"packing": True}, {"packing": False}, {"packing": False, "per_device_eval_batch_size": 3}):
+        ours = trainer(tmp_path, eval_dataset=rows, **options)
+        results.append(ours.evaluate())
+    for key in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
+        assert results[0][key] == pytest.approx(results[1][key], rel=1e-5)
+        assert results[0][key] == pytest.approx(results[2][key], rel=1e-5)
+
+
+def test_evaluate_takes_a_raw_data_set_and_a_dictionary_of_them(tmp_path):
+    texts = Dataset.from_list([{"text": "tell me a joke no"}] * 4)
+    ours = trainer(tmp_path, eval_dataset={"a": token_rows(4), "b": token_rows(6)})
+    assert {"eval_a_loss", "eval_b_loss"} <= ours.evaluate().keys()
+    assert ours.evaluate(texts)["eval_loss"] > 0
+
+
+def test_compute_metrics_gets_logits_and_labels(tmp_path):
+    shapes = []
+
+    def compute_metrics(prediction):
+        shapes.append((prediction.predictions.shape, prediction.label_ids.shape))
+        return {"seen": 1.0}
+
+    ours = trainer(tmp_path, eval_dataset=token_rows(4), compute_metrics=compute_metrics)
+    assert ours.evaluate()["eval_seen"] == 1.0
+    ((logits, labels),) = shapes
+    assert logits == (*labels, 24)
+
+
+def test_predict_gives_logits(tmp_path):
+    ours = trainer(tmp_path)
+    output = ours.predict(token_rows(4))
+    assert output.predictions.shape[-1] == 24
+    assert output.metrics["test_loss"] > 0
+
+
+def test_a_run_stopped_in_the_middle_of_an_epoch_resumes_on_the_same_losses(tmp_path):
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_length": 16,
+               "save_strategy": "steps", "save_steps": 3, "num_train_epochs": 2}  # fmt: skip
+    whole = trainer(tmp_path / "whole", **options)
+    whole.train()
+    resumed = trainer(tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert whole.state.global_step > 6
+    assert losses(resumed) == losses(whole)
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_checkpoint_tells_its_plan_and_what_was_checked(tmp_path):
+    ours = trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
+    ours.train()
+    record = json.loads((tmp_path / "checkpoint-1" / "packsft.json").read_text())
+    assert record["plan_fingerprint"] == ours.train_dataset.plan.fingerprint
+    assert record["isolation"] == {"isolated": True, "reason": None}
+
+
+def test_a_saved_model_gives_the_same_logits_without_packsft(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    ours = trainer(tmp_path, max_steps=2)
+    ours.train()
+    ours.save_model(str(tmp_path / "saved"))
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    assert reloaded.config._attn_implementation == "sdpa"
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        torch.testing.assert_close(reloaded(ids).logits, ours.model.eval()(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("on_head", [False, True], ids=["on the layers", "on lm_head too"])
+def test_a_lora_adapter_is_trained(tmp_path, on_head, caplog):
+    from peft import LoraConfig
+
+    lora = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj", *(["lm_head"] if on_head else [])], init_lora_weights=False
+    )
+    model = tiny_model("llama", tie_word_embeddings=False)
+    ours = trainer(tmp_path, model=model, peft_config=lora, max_steps=3)
+    before = {n: p.detach().clone() for n, p in ours.model.named_parameters()}
+    ours.train()
+    moved = {n for n, p in ours.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n, p in ours.model.named_parameters() if p.requires_grad}
+    assert any("lm_head" in n for n in moved) == on_head
+    assert ("an adapter sits on the language-model head" in caplog.text) == on_head
+
+
+@pytest.mark.parametrize("options", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}], ids=str)
+def test_other_losses_are_those_of_trl(tmp_path, options):
+    rows = token_rows(6)
+    results = []
+    for cls in (SFTTrainer, PackedSFTTrainer):
+        args = SFTConfig(str(tmp_path), use_cpu=True, **DEFAULTS | {"packing": False, "max_steps": 2} | options)
+        run = cls(model=tiny_model(), args=args, train_dataset=rows, processing_class=tiny_tokenizer())
+        run.train()
+        results.append(losses(run))
+    assert results[1] == pytest.approx(results[0], rel=2e-5)
+
+
+def test_a_loss_that_is_not_finite_is_left_out_of_the_log_on_the_device(tmp_path):
+    class Broken(PackedSFTTrainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            return loss * float("nan") if self.state.global_step == 1 else loss
+
+    from runs import config
+
+    ours = Broken(
+        model=tiny_model(), args=config(tmp_path, max_steps=3, max_grad_norm=0.0, learning_rate=0.0),
+        train_dataset=token_rows(24), processing_class=tiny_tokenizer(),
+    )  # fmt: skip
+    ours.train()
+    assert all(math.isfinite(loss) for loss in losses(ours))
+
+
+def test_a_batch_without_scored_tokens_gives_zero_and_not_nan(tmp_path):
+    ours = trainer(tmp_path)
+    batch = ours.data_collator([{"input_ids": [3, 4, 5], "labels": [-100] * 3}])
+    loss = ours.compute_loss(ours.model, batch)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(p.grad is None or not p.grad.any() for p in ours.model.parameters())
+
+
+def test_bf16_without_an_accelerator_trains_on_the_cpu(tmp_path, caplog):
+    if torch.accelerator.is_available():
+        pytest.skip("there is an accelerator")
+    ours = trainer(tmp_path, bf16=True, max_steps=1)
+    assert "use_cpu=True" in caplog.text
+    ours.train()
+    assert math.isfinite(losses(ours)[0])
