@@ -19,7 +19,7 @@ try:
 except ImportError:
     HAS_TRITON = False
 
-    tl = types.SimpleNamespace(constexpr=None)  # type: ignore[assignment]  # what the signatures of kernels name
+    tl = types.SimpleNamespace(constexpr=None)  # what the signatures of kernels name
 
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run on the CPU, one program after the other: Triton decides it when a kernel is defined."""

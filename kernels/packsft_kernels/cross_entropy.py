@@ -445,6 +445,7 @@ def rows_in_triton(
             ROUND_BF16=_triton.INTERPRET and grad_NV is not None and grad_NV.dtype == torch.bfloat16,
             BLOCK=block,
             num_warps=num_warps,
+            enable_fp_fusion=True,  # said, because Triton 3.10 changes the default
         )
     return outputs
 
@@ -459,7 +460,9 @@ def _scale_(values: Tensor, factor: Tensor) -> Tensor:
         return values.mul_(factor)
     with _on_device(values):
         block = 4096
-        _scale_kernel[(-(-values.numel() // block),)](values, factor, values.numel(), BLOCK=block, num_warps=8)
+        _scale_kernel[(-(-values.numel() // block),)](
+            values, factor, values.numel(), BLOCK=block, num_warps=8, enable_fp_fusion=True
+        )
     return values
 
 
