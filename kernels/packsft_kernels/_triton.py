@@ -5,6 +5,7 @@ Holds the few jit helpers that kernels share. Knows no loss.
 
 import functools
 import os
+import types
 import warnings
 from typing import Any
 
@@ -17,6 +18,8 @@ try:
     HAS_TRITON = True
 except ImportError:
     HAS_TRITON = False
+
+    tl = types.SimpleNamespace(constexpr=None)  # what the signatures of kernels name
 
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run on the CPU, one program after the other: Triton decides it when a kernel is defined."""

@@ -18,6 +18,7 @@ The arithmetic of a row, with z the transformed logits, m their maximum and t th
 of 1. `rest`, summed without the target, keeps six digits.
 """
 
+import contextlib
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from packsft_kernels import launch
+from packsft_kernels import _triton, launch
+from packsft_kernels._triton import tl
 from packsft_kernels.options import LossOptions, LossOutput
 
 _DEFAULT_OPTIONS = LossOptions()
@@ -127,7 +129,8 @@ def rows_in_torch(
         total = rest + exp_target
         if options.entropy:
             below = below_target.clamp(min=-1e4)
-            dot = torch.linalg.vecdot(e, z).unsqueeze(-1).add_(exp_target * below)
+            product = z.mul_(e) if options.softcap is None else z * e  # the cap's derivative needs z
+            dot = product.sum(-1, keepdim=True).add_(exp_target * below)
             entropy_N1[block_rows] = total.log() - dot / total
         if grad_NV is None:
             continue
@@ -199,6 +202,270 @@ def _first_argmax(z_RV: Tensor) -> tuple[Tensor, Tensor]:
     return first.squeeze(-1), maximum
 
 
+# ------------------------------------------------------------------------------------------------- one pass, in Triton
+
+
+@_triton.jit
+def _cross_entropy_kernel(
+    logits_ptr,
+    grad_ptr,  # may be logits_ptr
+    targets_ptr,
+    weights_ptr,
+    scale_ptr,
+    loss_ptr,
+    log_prob_ptr,
+    entropy_ptr,
+    correct_ptr,
+    lse_ptr,
+    logits_stride,
+    grad_stride,
+    scale_stride,
+    vocab,
+    ignore_index,
+    softcap,
+    logit_scale,
+    smoothing,
+    z_loss,
+    HAS_GRAD: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    HAS_Z_LOSS: tl.constexpr,
+    HAS_DFT: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_CORRECT: tl.constexpr,
+    ROUND_BF16: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per row, which it reads twice: maximum and sums, then the gradient (from cache, if the row fits)."""
+    row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31 at 16,384 rows of 131,072
+    logits_ptr += row * logits_stride
+    grad_ptr += row * grad_stride
+    columns = tl.arange(0, BLOCK)
+    target = tl.load(targets_ptr + row)
+
+    if target == ignore_index:
+        tl.store(loss_ptr + row, 0.0)
+        tl.store(log_prob_ptr + row, 0.0)
+        tl.store(lse_ptr + row, 0.0)
+        if HAS_ENTROPY:
+            tl.store(entropy_ptr + row, 0.0)
+        if HAS_CORRECT:
+            tl.store(correct_ptr + row, 0)
+        if HAS_GRAD:
+            zeros = tl.zeros((BLOCK,), dtype=grad_ptr.dtype.element_ty)
+            for start in range(0, vocab, BLOCK):
+                tl.store(grad_ptr + start + columns, zeros, mask=start + columns < vocab)
+        return
+
+    # A target outside of the vocabulary reads nothing and gives a NaN loss.
+    in_range = (target >= 0) & (target < vocab)
+    x_target = tl.load(logits_ptr + target, mask=in_range, other=float("nan")).to(tl.float32)
+    z_target = _transformed(x_target, logit_scale, softcap, HAS_SOFTCAP)
+
+    # Maximum and sums over all columns but the target, each lane for itself: reduced once, after the loop. The maximum
+    # starts at a finite number so that a difference to -inf is -inf, never NaN.
+    lane_max = tl.full((BLOCK,), -3.0e38, tl.float32)
+    lane_sum = tl.zeros((BLOCK,), tl.float32)
+    lane_dot = tl.zeros((BLOCK,), tl.float32)  # of exp(z - max) and z - max
+    lane_z = tl.zeros((BLOCK,), tl.float32)
+    lane_better = tl.zeros((BLOCK,), tl.int32)  # columns that argmax would rather take than the target
+    for start in range(0, vocab, BLOCK):
+        column = start + columns
+        inside = column < vocab
+        x = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        z = _transformed(x, logit_scale, softcap, HAS_SOFTCAP)
+        if HAS_SMOOTHING:
+            lane_z += tl.where(inside, z, 0.0)
+        z = tl.where(inside & (column != target), z, float("-inf"))
+        if HAS_CORRECT:
+            lane_better |= ((z > z_target) | ((z == z_target) & (column < target))).to(tl.int32)
+        # One exp for both cases: either z is the new maximum and what was summed shrinks, or z is what shrinks.
+        above = z - lane_max
+        e = tl.exp(-tl.abs(above))
+        grows = above > 0
+        if HAS_ENTROPY:
+            product = tl.where(e > 0, e * above, 0.0)
+            lane_dot = tl.where(grows, e * (lane_dot - lane_sum * above), lane_dot + product)
+        lane_sum = tl.where(grows, lane_sum * e + 1.0, lane_sum + e)
+        lane_max = tl.where(grows, z, lane_max)
+
+    rest_max = tl.max(lane_max, 0)
+    lane_shift = lane_max - rest_max
+    lane_scale = tl.exp(lane_shift)
+    rest = tl.sum(lane_sum * lane_scale, 0)
+    maximum = tl.maximum(rest_max, z_target)
+    shift, shift_error = _difference(rest_max, maximum)
+    # exp(shift) amplifies the rounding of `shift` into a relative error of `rest`: hence the first-order correction.
+    rest_scale = tl.where(rest > 0, tl.exp(shift) * (1.0 + shift_error), 1.0)
+    below = maximum - z_target
+    e_target = tl.exp(-below)
+    if HAS_ENTROPY:
+        dot = tl.sum(lane_scale * tl.where(lane_sum > 0, lane_dot + lane_sum * lane_shift, 0.0), 0)
+        dot = tl.where(rest > 0, rest_scale * (dot + rest * shift), 0.0)
+        dot -= tl.where(e_target > 0, e_target * below, 0.0)
+    rest *= rest_scale
+    total = rest + e_target
+
+    log_total = tl.where(below == 0, _log1p(rest), tl.log(total))
+    nll = below + log_total
+    lse = maximum + log_total
+    loss = nll
+    if HAS_SMOOTHING:
+        loss = (1.0 - smoothing) * nll + smoothing * (lse - tl.sum(lane_z, 0) / vocab)
+    if HAS_DFT:
+        loss *= tl.exp(-nll)
+    if HAS_Z_LOSS:
+        loss += z_loss * lse * lse
+    weight = 1.0
+    if HAS_WEIGHTS:
+        weight = tl.load(weights_ptr + row).to(tl.float32)
+    tl.store(loss_ptr + row, weight * loss)
+    tl.store(log_prob_ptr + row, -nll)
+    tl.store(lse_ptr + row, lse)
+    if HAS_ENTROPY:
+        tl.store(entropy_ptr + row, log_total - dot / total)
+    if HAS_CORRECT:
+        tl.store(correct_ptr + row, (tl.max(lane_better, 0) == 0).to(tl.int8))
+
+    if HAS_GRAD:
+        nll_factor = weight * logit_scale
+        if HAS_SCALE:
+            nll_factor *= tl.load(scale_ptr + row * scale_stride).to(tl.float32)
+        z_factor = 0.0
+        if HAS_Z_LOSS:
+            z_factor = 2.0 * z_loss * lse * nll_factor
+        if HAS_DFT:
+            nll_factor *= e_target / total
+        target_grad = z_factor * (e_target / total) - nll_factor * (rest / total)
+        uniform = 0.0
+        if HAS_SMOOTHING:
+            uniform = nll_factor * (smoothing / vocab)
+            target_grad += nll_factor * smoothing - uniform
+        factor = (nll_factor + z_factor) / total
+
+        # The gradient may overwrite the logits. Every thread stores only what it alone reads from here on; the one
+        # logit that all of them have read is the target's, so all have to have it before anyone stores.
+        tl.debug_barrier()
+        for start in range(0, vocab, BLOCK):
+            column = start + columns
+            inside = column < vocab
+            x = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
+            z = _transformed(x, logit_scale, softcap, HAS_SOFTCAP)
+            grad = tl.exp(z - maximum) * factor - uniform
+            grad = tl.where(column == target, target_grad, grad)
+            if HAS_SOFTCAP:
+                capped = z / softcap
+                grad *= 1.0 - capped * capped
+            if ROUND_BF16:
+                grad = _triton.round_to_bf16(grad)
+            tl.store(grad_ptr + column, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+
+
+@_triton.jit
+def _transformed(x, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    z = x * logit_scale
+    if HAS_SOFTCAP:
+        z = softcap * _triton.tanh(z / softcap)
+    return z
+
+
+@_triton.jit
+def _difference(a, b):
+    """(a - b rounded, what the rounding took away), Knuth's two-sum."""
+    rounded = a - b
+    back = a - rounded
+    return rounded, (a - (rounded + back)) + (back - b)
+
+
+@_triton.jit
+def _log1p(x):
+    """Kahan's form: the error of `1 + x` enters the logarithm and the quotient alike."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@_triton.jit
+def _scale_kernel(values_ptr, factor_ptr, num_values, BLOCK: tl.constexpr):
+    """values *= factor, and nothing read or written where the factor is 1, as in most training loops."""
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor == 1.0:
+        return
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < num_values
+    values = tl.load(values_ptr + index, mask=inside).to(tl.float32) * factor
+    tl.store(values_ptr + index, values.to(values_ptr.dtype.element_ty), mask=inside)
+
+
+def rows_in_triton(
+    logits_NV: Tensor,
+    grad_NV: Tensor | None,
+    targets_N: Tensor,
+    weights_N: Tensor | None,
+    scale: Tensor | None,
+    options: LossOptions,
+) -> RowOutputs:
+    """Loss and gradient of every row in one launch. See `loss_rows` for the arguments."""
+    num_rows, vocab = logits_NV.shape
+    outputs = empty_outputs(logits_NV, options)
+    if num_rows == 0:
+        return outputs
+    block, num_warps = launch.kernel_block(vocab)
+    with _on_device(logits_NV):
+        _cross_entropy_kernel[(num_rows,)](
+            logits_NV,
+            logits_NV if grad_NV is None else grad_NV,
+            targets_N.contiguous(),
+            None if weights_N is None else weights_N.contiguous(),
+            scale,
+            outputs.loss,
+            outputs.log_prob,
+            outputs.entropy,
+            outputs.correct.view(torch.int8),
+            outputs.lse,
+            logits_NV.stride(0),
+            0 if grad_NV is None else grad_NV.stride(0),
+            scale.stride(0) if scale is not None and scale.dim() else 0,
+            vocab,
+            options.ignore_index,
+            options.softcap or 1.0,
+            options.logit_scale,
+            options.label_smoothing,
+            options.z_loss,
+            HAS_GRAD=grad_NV is not None,
+            HAS_WEIGHTS=weights_N is not None,
+            HAS_SCALE=scale is not None,
+            HAS_SOFTCAP=options.softcap is not None,
+            HAS_SMOOTHING=options.label_smoothing > 0,
+            HAS_Z_LOSS=options.z_loss > 0,
+            HAS_DFT=options.dft,
+            HAS_ENTROPY=options.entropy,
+            HAS_CORRECT=options.correct,
+            ROUND_BF16=_triton.INTERPRET and grad_NV is not None and grad_NV.dtype == torch.bfloat16,
+            BLOCK=block,
+            num_warps=num_warps,
+            enable_fp_fusion=True,  # said, because Triton 3.10 changes the default
+        )
+    return outputs
+
+
+def _on_device(tensor: Tensor) -> Any:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _scale_(values: Tensor, factor: Tensor) -> Tensor:
+    """`values *= factor` for a 0-d `factor`, free on CUDA where the factor is 1."""
+    if not _triton.usable(values.device) or values.dtype == torch.float64 or values.numel() == 0:
+        return values.mul_(factor)
+    with _on_device(values):
+        block = 4096
+        _scale_kernel[(-(-values.numel() // block),)](
+            values, factor, values.numel(), BLOCK=block, num_warps=8, enable_fp_fusion=True
+        )
+    return values
+
+
 def loss_rows(
     logits_NV: Tensor,
     grad_NV: Tensor | None,
@@ -209,7 +476,7 @@ def loss_rows(
     *,
     finite: bool = False,
 ) -> RowOutputs:
-    """Per-row outputs, and the gradient of `scale * loss.sum()` in `grad_NV` if given.
+    """Per-row outputs, and the gradient of `(scale * loss).sum()` in `grad_NV` if given.
 
     Args:
         logits_NV: any floating dtype, unit stride along V.
@@ -219,6 +486,8 @@ def loss_rows(
         scale: 0-d or [N], factor of the gradient only.
         finite: ignored rows are known to hold no NaN or infinity.
     """
+    if _triton.usable(logits_NV.device) and logits_NV.dtype != torch.float64:
+        return rows_in_triton(logits_NV, grad_NV, targets_N, weights_N, scale, options)
     return rows_in_torch(logits_NV, grad_NV, targets_N, weights_N, scale, options, finite=finite)
 
 
@@ -360,7 +629,8 @@ class _CrossEntropyInplace(torch.autograd.Function):
         if upstream is None:
             return None, None, None, None, None
         factor = upstream if ctx.scale is None else upstream * ctx.scale
-        return grad.mul_(factor.unsqueeze(-1) if factor.dim() else factor), None, None, None, None
+        grad = grad.mul_(factor.unsqueeze(-1)) if factor.dim() else _scale_(grad, factor)
+        return grad, None, None, None, None
 
 
 # ----------------------------------------------------------------------------------------------------------- public
@@ -379,7 +649,7 @@ def cross_entropy(
     reduction: str = "mean",
     inplace: bool = False,
 ) -> LossOutput:
-    """Cross-entropy of logits with labels, ignored rows left out: `F.cross_entropy(logits[..., :-1, :], labels[..., 1:])`.
+    """Cross-entropy of logits: `F.cross_entropy(logits[..., :-1, :], labels[..., 1:])`, without the copies.
 
     Two forms: `labels` [...] beside `logits` [..., V], in transformers' convention (unshifted, `ignore_index` for what
     is not scored); or `targets` [N], one for each of the N rows of `logits`, or for those listed in `rows`.
