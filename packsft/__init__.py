@@ -2,26 +2,25 @@
 
     from packsft import PackedSFTTrainer  # was: from trl import SFTTrainer
 
-Names are imported when they are first used, so that `import packsft` costs nothing.
+What imports torch is imported when it is first used, so that `import packsft` costs next to nothing.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from packsft_kernels.version import __version__
+from packsft.stdlib_docstrings import stdlib_docstrings  # here, or its module would take the function's place
 
 if TYPE_CHECKING:
     from packsft.config import PackedSFTConfig
     from packsft.packing import PackPlan, plan_packs
-    from packsft.stdlib_docstrings import stdlib_docstrings
     from packsft.trainer import PackedSFTTrainer
 
 _HOMES = {
     "PackPlan": "packsft.packing",
     "PackedSFTConfig": "packsft.config",
     "PackedSFTTrainer": "packsft.trainer",
+    "__version__": "packsft_kernels.version",
     "plan_packs": "packsft.packing",
-    "stdlib_docstrings": "packsft.stdlib_docstrings",
 }
 
 __all__ = ["PackPlan", "PackedSFTConfig", "PackedSFTTrainer", "__version__", "plan_packs", "stdlib_docstrings"]
@@ -30,9 +29,7 @@ __all__ = ["PackPlan", "PackedSFTConfig", "PackedSFTTrainer", "__version__", "pl
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'packsft' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = value  # the submodule stdlib_docstrings would otherwise take the function's place
-    return value
+    return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
