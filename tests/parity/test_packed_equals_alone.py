@@ -9,7 +9,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from numerics import assert_within_torch_error, relative_error
+from runs import trainer
 from tiny import tiny_model, tiny_tokenizer, token_rows
 
 from packsft import PackedSFTConfig, PackedSFTTrainer
@@ -132,3 +134,42 @@ def test_a_document_in_the_wrong_place_would_be_seen(tmp_path, monkeypatch):
     _, loss, _ = packed_step(model, rows, tmp_path, torch.float64)
     exact_loss, _ = documents_alone(model, rows, torch.float64)
     assert relative_error(loss, exact_loss) > 1e-9
+
+
+def weights_after_ten_steps(model, dataset, tmp_path, **options):
+    run = trainer(
+        tmp_path, model=copy.deepcopy(model).to(torch.float64), train_dataset=dataset, learning_rate=1e-3,
+        max_steps=10, train_sampling_strategy="sequential", max_grad_norm=1.0, weight_decay=0.01, **options,
+    )  # fmt: skip
+    run.train()
+    assert run.state.global_step == 10
+    return dict(run.model.named_parameters())
+
+
+@pytest.mark.parametrize(("family", "tolerance"), [("gpt2", 1e-12), ("llama", 1e-9)])
+def test_weights_after_ten_steps_do_not_depend_on_packs_and_micro_batches(family, tolerance, tmp_path):
+    # 80 examples, the same 8 in each step: one by one, in a batch, as one pack, as two packs of five and three
+    model, rows = tiny_model(family), token_rows(80)
+    packs = [rows.select(range(start, start + size)) for step in range(0, 80, 8) for start, size in ((step, 5), (step + 5, 3))]
+    packs = Dataset.from_list(
+        [
+            {key: sum(pack[key], []) for key in ("input_ids", "labels")} | {"seq_lengths": [*map(len, pack["labels"])]}
+            for pack in packs
+        ]
+    )
+    one_by_one = weights_after_ten_steps(
+        model, rows, tmp_path, packing=False, per_device_train_batch_size=1, gradient_accumulation_steps=8
+    )
+    in_a_batch = weights_after_ten_steps(model, rows, tmp_path, packing=False, per_device_train_batch_size=8)
+    made = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    one_pack = weights_after_ten_steps(model, packs, tmp_path, per_device_train_batch_size=2, **made)
+    two_packs = weights_after_ten_steps(
+        model, packs, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=2, **made
+    )
+    start = dict(model.named_parameters())
+    for name, weight in one_by_one.items():
+        # a weight with a gradient of rounding noise only (the key's bias) is moved by Adam in the noise's direction
+        if (weight - start[name]).abs().max() == 0 or name.endswith("c_attn.bias"):
+            continue
+        for other in (in_a_batch, one_pack, two_packs):
+            assert relative_error(other[name], weight) < tolerance, name
