@@ -6,6 +6,7 @@ Float32 outputs must be bit for bit those of each document alone. Knows q, k and
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -43,14 +44,21 @@ def bench_attention(quick: bool) -> list[dict[str, Any]]:
         )
     memory = {name: extra_memory(step) for name, step in steps.items()}
     for name, value in memory.items():
-        table.append(figure(f"extra memory, {name}", value, "MiB", ratio=value / memory[OURS], ratio_of="memory / packsft"))
+        table.append(
+            figure(f"extra memory, {name}", value, "MiB", ratio=value / memory[OURS], ratio_of="memory / packsft")
+        )
 
     q, k, v = _inputs(torch.float32)
     together = _packed(q, k, v, bounds)
     unequal = 0
     edges = bounds.tolist()
-    for start, stop in zip(edges, edges[1:], strict=False):
-        alone = _packed(q[start:stop], k[start:stop], v[start:stop], torch.tensor([0, stop - start], dtype=torch.int32, device=device()))
+    for start, stop in pairwise(edges):
+        alone = _packed(
+            q[start:stop],
+            k[start:stop],
+            v[start:stop],
+            torch.tensor([0, stop - start], dtype=torch.int32, device=device()),
+        )
         plain = _sdpa(q[start:stop], k[start:stop], v[start:stop], is_causal=True)
         unequal += int((together[start:stop] != alone).sum())
         if q.device.type == "cpu":  # elsewhere another kernel answers, and rounds differently
@@ -97,7 +105,7 @@ def _block_mask(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
-    """One call over `[D, longest]` right-padded rows; padding and unpadding, which a padded run never does, included."""
+    """One call over `[D, longest]` right-padded rows; with the padding and unpadding, which a padded run is spared."""
     lengths = bounds.diff().tolist()
     rows = [torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2) for x in (q, k, v)]
     output = F.scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=True).transpose(1, 2)
@@ -112,6 +120,6 @@ def _difference(attend: Callable[..., Tensor], bounds: Tensor) -> str:
     """Whether a peer computes the same thing at all, in float64."""
     qkv = [tensor.detach().double() for tensor in _inputs(torch.float32)]
     edges = bounds.tolist()
-    alone = torch.cat([_sdpa(*(x[a:b] for x in qkv), is_causal=True) for a, b in zip(edges, edges[1:], strict=False)])
+    alone = torch.cat([_sdpa(*(x[a:b] for x in qkv), is_causal=True) for a, b in pairwise(edges)])
     error = float((attend(*qkv, bounds) - alone).abs().max() / alone.abs().max())
     return f"float64 error {error:.0e}" if error <= 1e-12 else f"WRONG: float64 error {error:.0e}"

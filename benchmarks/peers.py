@@ -43,7 +43,10 @@ def heads(rows_N: Tensor) -> list[Peer]:
     peers = [
         Peer(OURS, lambda hidden, weight, labels: _ours(hidden, weight, labels, rows_N)),
         Peer("full logits", _full_logits),
-        Peer("full logits, scored rows only", lambda hidden, weight, labels: _full_logits(hidden[rows_N], weight, labels[rows_N])),
+        Peer(
+            "full logits, scored rows only",
+            lambda hidden, weight, labels: _full_logits(hidden[rows_N], weight, labels[rows_N]),
+        ),
     ]
     if hasattr(F, "linear_cross_entropy"):
         peers.append(Peer("F.linear_cross_entropy", F.linear_cross_entropy))
@@ -112,7 +115,7 @@ def build_trainer(name: str, model: Any, tokenizer: Any, dataset: Any, output_di
     from packsft import PackedSFTTrainer
 
     packed = name != TRL_PADDED
-    defaults = {
+    defaults: dict[str, Any] = {
         "output_dir": output_dir,
         "packing": packed,
         "max_length": 1024,

@@ -39,6 +39,8 @@ SMOLLM2_ATTENTION = AttentionShape(H=9, G=3, K=64)
 # Documents of one pack of 1,024 tokens: log-normal lengths as instruction data have (mu 4.7, sigma 0.82), sorted
 PACK_LENGTHS = (24, 38, 51, 66, 84, 103, 131, 172, 355)
 assert sum(PACK_LENGTHS) == 1024
+# What the tiny models share: the vocabulary of `tiny_tokenizer` and its special tokens
+TINY: dict[str, Any] = {"vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 3}
 
 
 def smollm2(dtype: torch.dtype) -> tuple[Any, Any]:
@@ -66,10 +68,8 @@ def tiny_llama(dtype: torch.dtype) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **TINY
     )
-    config.num_key_value_heads = 2
-    config.pad_token_id, config.eos_token_id, config.bos_token_id = 0, 1, 3
     torch.manual_seed(0)
     return LlamaForCausalLM(config).to(dtype)
 
@@ -81,9 +81,8 @@ def tiny_gpt2(dtype: torch.dtype) -> Any:
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=256)
-    config.embd_pdrop = config.resid_pdrop = config.attn_pdrop = 0.0
-    config.pad_token_id, config.eos_token_id, config.bos_token_id = 0, 1, 3
+    no_dropout = {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, **no_dropout, **TINY)
     torch.manual_seed(0)
     return GPT2LMHeadModel(config).to(dtype)
 
@@ -141,8 +140,6 @@ def split_row(row: dict[str, Any]) -> list[dict[str, Any]]:
     documents, start = [], 0
     for length in row["seq_lengths"]:
         part = slice(start, start + length)
-        documents.append(
-            {"input_ids": row["input_ids"][part], "labels": row["labels"][part], "seq_lengths": [length]}
-        )
+        documents.append({"input_ids": row["input_ids"][part], "labels": row["labels"][part], "seq_lengths": [length]})
         start += length
     return documents
