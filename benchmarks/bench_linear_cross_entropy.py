@@ -70,7 +70,7 @@ def bench_head(quick: bool) -> list[dict[str, Any]]:
         figure(
             "packsft, error against float64",
             ratio=ratio,
-            ratio_of="error / allowed (2 x plain PyTorch + half a unit in the last place)",
+            ratio_of="error / allowed",
             at_most=1.0,
             parity=True,
             note=_verdict(errors[OURS], errors[PLAIN]),
@@ -115,7 +115,8 @@ def _errors(found: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> list[float]
 
 
 def _allowed(plain: float) -> float:
-    return 2 * plain + torch.finfo(torch.bfloat16).eps / 4  # eps is the distance from 1 to the next number above
+    """Twice plain PyTorch's error and half a unit in the last place (eps is the distance from 1 to the next number)."""
+    return 2 * plain + torch.finfo(torch.bfloat16).eps / 4
 
 
 def _verdict(errors: list[float], plain: list[float]) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packsft_kernels.version import __version__
 
 
 def figure(
@@ -165,11 +166,12 @@ def device_name() -> str:
 def environment(command: str) -> dict[str, Any]:
     """What a reader needs to judge the figures: machine, versions, date, command."""
     versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "trl", "triton", "datasets", "packsft"):
+    for package in ("torch", "transformers", "trl", "triton", "datasets"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
+    versions["packsft"] = __version__
     load = [round(value, 2) for value in os.getloadavg()]
     return {
         "device": device_name(),

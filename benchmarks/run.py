@@ -8,7 +8,9 @@ its end, and 0 otherwise, whatever the speed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import json
 import os
 import re
@@ -88,9 +90,12 @@ def run(arguments: argparse.Namespace, command: str) -> int:
     broken = []
     for name in arguments.suite or SUITES:
         start = time.perf_counter()
+        said = io.StringIO()  # every trainer announces its plan; it matters only where a suite fails
         try:
-            figures = SUITES[name].run(arguments.quick, arguments.data)
+            with contextlib.redirect_stdout(said):
+                figures = SUITES[name].run(arguments.quick, arguments.data)
         except Exception as error:  # one suite that cannot run must not take the others' figures with it
+            print(said.getvalue())
             traceback.print_exc()
             broken.append(name)
             figures = [{"name": name, "note": f"FAILED: {type(error).__name__}: {error}"}]
