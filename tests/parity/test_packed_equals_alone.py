@@ -5,6 +5,7 @@ cross-entropy of its scored tokens and divides by their number over all document
 """
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -136,6 +137,12 @@ def test_a_document_in_the_wrong_place_would_be_seen(tmp_path, monkeypatch):
     assert relative_error(loss, exact_loss) > 1e-9
 
 
+def made_pack(rows, chosen):
+    documents = [rows[i] for i in chosen]
+    tokens = {key: list(itertools.chain(*(d[key] for d in documents))) for key in ("input_ids", "labels")}
+    return tokens | {"seq_lengths": [len(d["labels"]) for d in documents]}
+
+
 def weights_after_ten_steps(model, dataset, tmp_path, **options):
     run = trainer(
         tmp_path, model=copy.deepcopy(model).to(torch.float64), train_dataset=dataset, learning_rate=1e-3,
@@ -150,13 +157,8 @@ def weights_after_ten_steps(model, dataset, tmp_path, **options):
 def test_weights_after_ten_steps_do_not_depend_on_packs_and_micro_batches(family, tolerance, tmp_path):
     # 80 examples, the same 8 in each step: one by one, in a batch, as one pack, as two packs of five and three
     model, rows = tiny_model(family), token_rows(80)
-    packs = [rows.select(range(start, start + size)) for step in range(0, 80, 8) for start, size in ((step, 5), (step + 5, 3))]
-    packs = Dataset.from_list(
-        [
-            {key: sum(pack[key], []) for key in ("input_ids", "labels")} | {"seq_lengths": [*map(len, pack["labels"])]}
-            for pack in packs
-        ]
-    )
+    parts = [part for i in range(0, 80, 8) for part in (range(i, i + 5), range(i + 5, i + 8))]
+    packs = Dataset.from_list([made_pack(rows, part) for part in parts])
     one_by_one = weights_after_ten_steps(
         model, rows, tmp_path, packing=False, per_device_train_batch_size=1, gradient_accumulation_steps=8
     )

@@ -15,8 +15,9 @@ SCRIPT = Path(__file__).with_name("train_tiny.py")
 def run(output, *arguments, processes):
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1", f"--num_processes={processes}",
               "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]  # fmt: skip
-    import packsft
     import packsft_kernels
+
+    import packsft
 
     roots = [SCRIPT.parents[1], *(Path(package.__file__).parents[1] for package in (packsft, packsft_kernels))]
     path = os.pathsep.join([*map(str, roots), os.environ.get("PYTHONPATH", "")])

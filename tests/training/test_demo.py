@@ -18,7 +18,26 @@ from packsft import smollm2
 from packsft.cli import main
 from packsft.demo import prompt_ids, read_jsonl, token_ids
 
-WORDS = "red green blue one two three cat dog bird sits runs sings on under a the tree house".split()
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "one",
+    "two",
+    "three",
+    "cat",
+    "dog",
+    "bird",
+    "sits",
+    "runs",
+    "sings",
+    "on",
+    "under",
+    "a",
+    "the",
+    "tree",
+    "house",
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +48,11 @@ def tiny_model(tmp_path_factory) -> Path:
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.train_from_iterator([" ".join(WORDS)], trainers.WordLevelTrainer(special_tokens=["<unk>", "<eos>", "<pad>"]))
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>", clean_up_tokenization_spaces=False
+        tokenizer_object=words,
+        unk_token="<unk>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}<eos>{% endfor %}"
     tokenizer.save_pretrained(folder)
