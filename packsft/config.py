@@ -55,6 +55,7 @@ class PackedSFTConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        self.use_cpu: bool
         if not self.use_cpu and not torch.accelerator.is_available():
             # transformers refuses bf16 without an accelerator unless it is told that the CPU is meant
             logger.warning("no accelerator found: use_cpu=True")

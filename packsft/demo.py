@@ -26,7 +26,6 @@ from rich.table import Table
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
@@ -61,8 +60,9 @@ class Job:
     trainer: PackedSFTTrainer
     tokenizer: PreTrainedTokenizerBase
     held_out: Dataset
-    lengths: list[int]  # tokens of the first training examples, for the picture and the comparison
-    compare: Dataset | None
+    lengths: list[int]  # tokens of the first training examples, for the picture
+    compare: Dataset  # empty: no comparison
+    compare_tokens: int
     settings: dict[str, Any]  # what training and comparison share
 
 
@@ -155,7 +155,12 @@ def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _chat_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[int]:
-    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"])
+    encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+    return encoded["input_ids"]
+
+
+def _decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
 # ---- preparation: everything that can be bad input ----
@@ -204,20 +209,20 @@ def prepare(
 
     rows = rows.shuffle(seed=SEED)
     num_held_out = min(HELD_OUT_EXAMPLES, max(1, len(rows) // 10))
-    held_out, train = rows.select(range(num_held_out)), rows.select(range(num_held_out, len(rows)))
+    held_out, pool = rows.select(range(num_held_out)), rows.select(range(num_held_out, len(rows)))
     lengths: list[int] = []
-    for row in train:  # as far as the limits reach: tokenising everything is the trainer's
-        length = min(len(token_ids(row, tokenizer)), max_length)
-        if lengths and sum(lengths) + length > max(max_tokens or 0, compare_tokens):
+    for row in pool:  # as far as the limits reach: tokenising everything is the trainer's
+        lengths.append(len(token_ids(row, tokenizer)))
+        if sum(min(length, max_length) for length in lengths) >= max(max_tokens or 0, compare_tokens):
             break
-        lengths.append(length)
+    train = pool
     if max_tokens is not None:
-        train = train.select(range(_within(lengths, max_tokens)))
-    compare = None
-    if compare_tokens > 0:
-        count = min(_within(lengths, compare_tokens), len(train))
-        # Whole padded batches, so that the padded path does not suffer from a short last one.
-        compare = train.select(range(count // PADDED_BATCH_SIZE * PADDED_BATCH_SIZE or count))
+        train = pool.select(range(_within([min(length, max_length) for length in lengths], max_tokens)))
+    # Only examples that are not cut, so that every method trains on every token; whole padded batches, so that the
+    # padded path does not suffer from a short last one.
+    compare = [number for number, length in enumerate(lengths) if length <= max_length]
+    compare = compare[: _within([lengths[number] for number in compare], compare_tokens)] if compare_tokens else []
+    compare = compare[: len(compare) // PADDED_BATCH_SIZE * PADDED_BATCH_SIZE or len(compare)]
 
     model.save_pretrained(scratch / "model")
     tokenizer.save_pretrained(scratch / "model")
@@ -227,6 +232,7 @@ def prepare(
         "bf16": _has_bf16(),
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "num_train_epochs": 1,
         "gradient_checkpointing": False,
         "logging_steps": 1,
         "save_strategy": "no",
@@ -257,8 +263,9 @@ def prepare(
         trainer=trainer,
         tokenizer=tokenizer,
         held_out=held_out,
-        lengths=lengths[: len(train)],
-        compare=compare,
+        lengths=[min(length, max_length) for length in lengths[: len(train)]],
+        compare=pool.select(compare),
+        compare_tokens=sum(lengths[number] for number in compare),
         settings=settings,
     )
 
@@ -317,15 +324,18 @@ def run(job: Job) -> None:
     ]
     summary = f"{logs[-1]['num_tokens']:,.0f} tokens in {seconds:.0f} s: {tokens_per_second:,.0f} tokens/s"
     _print_table(console, f"Training: {summary}", loss_table)
-    reference = job.tokenizer.decode(
-        token_ids(example, job.tokenizer)[len(prompt_ids(example, job.tokenizer)) :], skip_special_tokens=True
-    )
-    samples = [("before", before), ("after", after), ("in the data", reference)]
+    prompt = prompt_ids(example, job.tokenizer)
+    reference = token_ids(example, job.tokenizer)[len(prompt) :]
+    sample = [
+        ("prompt", _decode(prompt, job.tokenizer)),
+        ("before", before),
+        ("after", after),
+        ("in the data", _decode(reference, job.tokenizer)),
+    ]
     console.print("[bold]A held-out example[/bold]")
-    prompt = job.tokenizer.decode(prompt_ids(example, job.tokenizer), skip_special_tokens=True)
-    for title, text in [("prompt", prompt), *samples]:
+    for title, text in sample:
         console.print(f"[bold cyan]{title}:[/bold cyan]")
-        console.print(text.strip(), markup=False, highlight=False)
+        console.print(text, markup=False, highlight=False)
 
     plan = [trainer.train_dataset.plan.seq_lengths(pack).tolist() for pack in range(len(trainer.train_dataset.plan))]
     job.output_dir.mkdir(parents=True, exist_ok=True)
@@ -335,9 +345,9 @@ def run(job: Job) -> None:
         f"# packsft demo\n\n{job.model_name}, fine-tuned on {job.data_name}.\n\nMachine: {machine}.",
         "## Packing plan\n\n" + _markdown(plan_table),
         f"## Training\n\n{summary}.\n\n" + _markdown(loss_table) + "\n\n![Losses and packs](training.png)",
-        "## A held-out example\n\n" + "\n\n".join(_fenced(*sample) for sample in [("prompt", prompt), *samples]),
+        "## A held-out example\n\n" + "\n\n".join(f"{title}:\n\n````\n{text}\n````" for title, text in sample),
     ]
-    if job.compare is not None:
+    if len(job.compare) > 0:
         note, comparison = _compare(job, console)
         _print_table(console, "The same examples through TRL and packsft", comparison)
         console.print(note)
@@ -372,7 +382,7 @@ def _sample_example(job: Job) -> Row:
     return job.held_out[0]
 
 
-def _sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
+def _sample(model: Any, tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
     """The model's own greedy continuation."""
     prompt = torch.tensor([prompt_ids(row, tokenizer)], device=model.device)
     model.eval()
@@ -385,7 +395,7 @@ def _sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row: Row
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id,
         )
-    return tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
+    return _decode(output[0, prompt.shape[1] :].tolist(), tokenizer)
 
 
 def _machine() -> str:
@@ -399,7 +409,6 @@ def _machine() -> str:
 
 def _compare(job: Job, console: Console) -> tuple[str, list[tuple[str, ...]]]:
     """What is compared, in words, and the table."""
-    assert job.compare is not None
     job.trainer.model.cpu()  # leave a GPU to the competitors
     torch.cuda.empty_cache()
     job.compare.to_json(job.scratch / "compare.jsonl", force_ascii=False)
@@ -410,9 +419,9 @@ def _compare(job: Job, console: Console) -> tuple[str, list[tuple[str, ...]]]:
     for method, title in METHODS.items():
         with console.status(f"comparing: {title}"):
             results[method] = _run_competitor(job.scratch, method)
-    table = [("", "tokens/s", "speed", "peak memory", "loss", "largest difference")]
+    table: list[tuple[str, ...]] = [("", "tokens/s", "speed", "peak memory", "loss", "largest difference")]
     base = results["trl_padded"]
-    tokens = sum(job.lengths[: len(job.compare)])
+    tokens = job.compare_tokens
     for method, title in METHODS.items():
         result = results[method]
         if "error" in result:
@@ -549,10 +558,6 @@ def _print_table(console: Console, title: str, rows: Sequence[Sequence[str]]) ->
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
-
-
-def _fenced(title: str, text: str) -> str:
-    return f"{title}:\n\n````\n{text.strip()}\n````"
 
 
 if __name__ == "__main__":

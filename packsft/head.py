@@ -40,7 +40,7 @@ class HeadOutput(ModelOutput):
         aux_loss: the router's load-balancing loss of a mixture of experts, unweighted, where the model returns one.
     """
 
-    loss: Tensor | None = None
+    loss: Tensor
     entropy_sum: Tensor | None = None
     num_correct: Tensor | None = None
     aux_loss: Tensor | None = None
@@ -126,7 +126,7 @@ def _reduce(output: LossOutput, aux_loss: Tensor | None = None) -> HeadOutput:
     )
 
 
-def _logit_transform(config: Any) -> dict[str, float | None]:
+def _logit_transform(config: Any) -> dict[str, Any]:
     """How the model makes logits of its head's output, as `LossOptions` fields; transformers has no one name for it."""
     scale = 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):

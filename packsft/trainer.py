@@ -66,7 +66,6 @@ class PackedSFTTrainer(SFTTrainer):
     _tag_names = ["trl", "sft", "packsft"]  # noqa: RUF012 (the parent's spelling)
     loss_is_scaled_for_ga = True  # the denominator is that of the whole optimizer step, see loss.py
 
-    @functools.wraps(SFTTrainer.__init__)
     def __init__(self, *positional: Any, **named: Any) -> None:
         compat.check_versions()
         call = inspect.signature(SFTTrainer.__init__).bind(self, *positional, **named)
@@ -285,6 +284,9 @@ class PackedSFTTrainer(SFTTrainer):
                 logs["tokens_per_second"] = round(tokens / seconds, 1)
             logs.update(totals)
         super().log(logs, start_time)
+
+
+functools.update_wrapper(PackedSFTTrainer.__init__, SFTTrainer.__init__)  # the parent's signature and documentation
 
 
 def _own_arguments(arguments: dict[str, Any]) -> SFTConfig:

@@ -1,21 +1,54 @@
-"""The one tolerance of the project: no worse than twice PyTorch's own error in the same dtype, against float64."""
+"""The one numerical contract: no worse than twice PyTorch's own error in the same dtype. No tolerance is set elsewhere.
 
-from __future__ import annotations
+    err(ours) <= 2 * err(torch) + eps,    err(x) = max|x - truth| / max|truth|
+
+with the truth in float64, `torch` the plain definition in the dtype under test, and eps half a unit in the last place
+of the dtype in which the result is handed over (a result that is right but for its own rounding has to pass). In
+float64 itself both errors are rounding, and the contract becomes `EXACT`: fusing and chunking may not change anything.
+"""
 
 import torch
 from torch import Tensor
 
-
-def relative_error(ours: Tensor, exact: Tensor) -> float:
-    """max|ours - exact| / max|exact|; NaN or infinity in ours is an infinite error."""
-    ours, exact = ours.detach().double(), exact.detach().double()
-    scale = exact.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
-    error = ((ours - exact).abs().max() / scale).item()
-    return error if error == error else float("inf")
+EXACT = 1e-12
+"""Largest error of a float64 computation against a float64 definition: 4,500 units in the last place."""
 
 
-def assert_within_torch_error(ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
-    """err(ours) <= 2 * err(theirs) + half a unit in the last place of the dtype of ours."""
-    allowed = 2 * relative_error(theirs, exact) + torch.finfo(ours.dtype).eps / 2
-    error = relative_error(ours, exact)
-    assert error <= allowed, f"error {error:.3g}, PyTorch's own {relative_error(theirs, exact):.3g}"
+def error(value: Tensor, truth: Tensor) -> float:
+    """`max|value - truth| / max|truth|`; infinite if a NaN or an infinity stands where the truth has none."""
+    value, truth = value.detach().double().flatten(), truth.detach().double().flatten()
+    assert value.shape == truth.shape, f"shapes differ: {tuple(value.shape)} and {tuple(truth.shape)}"
+    finite = truth.isfinite()
+    same = torch.where(truth.isnan(), value.isnan(), value == truth)
+    if not bool((finite | same).all()) or not bool(value[finite].isfinite().all()):
+        return float("inf")
+    if not bool(finite.any()):
+        return 0.0
+    largest, difference = truth[finite].abs().max(), (value - truth)[finite].abs().max()
+    return float(difference / largest) if largest > 0 else (0.0 if difference == 0 else float("inf"))
+
+
+def worst_row_error(value: Tensor, truth: Tensor) -> float:
+    """The largest `error` of any row: a row of small gradients does not hide behind one of large ones."""
+    assert value.shape == truth.shape, f"shapes differ: {tuple(value.shape)} and {tuple(truth.shape)}"
+    rows = truth.shape[-1]
+    return max(
+        (error(v, t) for v, t in zip(value.reshape(-1, rows), truth.reshape(-1, rows), strict=True)), default=0.0
+    )
+
+
+def assert_accurate(ours: Tensor, plain: Tensor, truth: Tensor, what: str, *, by_row: bool = False) -> None:
+    """Hold `ours` to the contract.
+
+    Args:
+        ours: the result under test, in the dtype in which it is handed over.
+        plain: the same by plain PyTorch in the same dtype of inputs.
+        truth: the same in float64, from the same inputs (already rounded to the dtype under test).
+        what: named in the message.
+        by_row: also compare the worst row with PyTorch's worst row (for gradients).
+    """
+    assert truth.dtype == torch.float64, "the truth has to be computed in float64"
+    for measure in [error, worst_row_error] if by_row else [error]:
+        got, own = measure(ours, truth), measure(plain, truth)
+        bound = EXACT if ours.dtype == torch.float64 else 2 * own + torch.finfo(ours.dtype).eps / 2
+        assert got <= bound, f"{what}: {measure.__name__} {got:.3e}, allowed {bound:.3e} (plain PyTorch: {own:.3e})"

@@ -17,8 +17,8 @@ from transformers import (
     StableLmConfig,
 )
 
-WORDS = "<pad> <eos> <unk> what is the capital of france paris . tell me a joke no why two plus four user assistant yes hello"
-VOCAB = WORDS.split()
+WORDS = "what is the capital of france paris . tell me a joke no why two plus four user assistant yes hello"
+VOCAB = ["<pad>", "<eos>", "<unk>", *WORDS.split()]
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}assistant "

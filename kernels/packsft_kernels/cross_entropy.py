@@ -20,11 +20,12 @@ of 1. `rest`, summed without the target, keeps six digits.
 
 import contextlib
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from packsft_kernels import _triton, launch
 from packsft_kernels._triton import tl
@@ -162,7 +163,8 @@ def rows_in_torch(
     if smoothing:
         nll_N = (1 - smoothing) * nll_N + smoothing * (log_total_N - mean_N1.squeeze(-1))
     if options.dft:
-        nll_N = log_prob_N.exp() * nll_N
+        # Not exp(-nll), which turns the rounding of nll into a relative error.
+        nll_N = exp_target_N / (rest_N + exp_target_N) * nll_N
     if options.z_loss:
         nll_N = nll_N + options.z_loss * lse_N.square()
 
@@ -315,7 +317,7 @@ def _cross_entropy_kernel(
     if HAS_SMOOTHING:
         loss = (1.0 - smoothing) * nll + smoothing * (lse - tl.sum(lane_z, 0) / vocab)
     if HAS_DFT:
-        loss *= tl.exp(-nll)
+        loss *= e_target / total  # not exp(-nll), which turns the rounding of nll into a relative error
     if HAS_Z_LOSS:
         loss += z_loss * lse * lse
     weight = 1.0
@@ -571,6 +573,34 @@ def _(
 # ----------------------------------------------------------------------------------------------------------- autograd
 
 
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError("packsft_kernels: the losses can be differentiated once; there is no second derivative")
+
+
+def differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Let `create_graph=True` pass and differentiating its result raise.
+
+    PyTorch's own `once_differentiable` raises only where the upstream gradient needs a derivative. Ours depends on the
+    inputs as well, and a missing second derivative would be a silent 0.
+    """
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            grads = backward(ctx, *upstream)
+        if not torch.is_grad_enabled():
+            return grads
+        return tuple(None if g is None else _NoSecondDerivative.apply(g.detach().requires_grad_()) for g in grads)
+
+    return wrapped
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, targets, weights, *fields = inputs
     ctx.save_for_backward(logits, targets, weights)
@@ -579,7 +609,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable
+@differentiable_once
 def _backward(ctx: Any, upstream_N: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     """The gradient from the logits, once more: 2 bytes read twice and 2 written, but rounded only once, after
     `upstream / num_items`, whatever that is; and nothing as large as the logits is kept between the passes."""
@@ -619,7 +649,7 @@ class _CrossEntropyInplace(torch.autograd.Function):
         return (loss, *outputs[1:])
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> Any:
         if ctx.grad is None:
             raise RuntimeError(

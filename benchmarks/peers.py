@@ -1,0 +1,144 @@
+"""Every competitor under one signature, so that a benchmark is a loop over names.
+
+- Heads: `(hidden_TM, weight_VM, labels_T) -> loss`, the mean over the scored tokens, differentiable in both tensors.
+  `labels_T[t]` is what position t predicts, -100 where nothing is scored.
+- Attention: `(documents) -> outputs`.
+- Trainers: `build_trainer(name, ...)`.
+
+A competitor that cannot run is listed with the reason. Knows the peers' own interfaces; knows no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Head = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+OURS = "packsft"
+TRL_PACKED = "TRL, packing=True"
+TRL_PADDED = "TRL, padded, batch 8"
+TRAINERS = (OURS, TRL_PACKED, TRL_PADDED)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A competitor: how to run it, or why it cannot be run here."""
+
+    name: str
+    run: Callable[..., Any] | None
+    missing: str = ""
+
+
+def heads(rows_N: Tensor) -> list[Peer]:
+    """Every way to get the loss of a language-model head. `rows_N` are the scored positions, known beforehand.
+
+    (packsft's collator knows them on the host; "scored rows only" is given them for a fair comparison.)
+    """
+    peers = [
+        Peer(OURS, lambda hidden, weight, labels: _ours(hidden, weight, labels, rows_N)),
+        Peer("full logits", _full_logits),
+        Peer(
+            "full logits, scored rows only",
+            lambda hidden, weight, labels: _full_logits(hidden[rows_N], weight, labels[rows_N]),
+        ),
+    ]
+    if hasattr(F, "linear_cross_entropy"):
+        peers.append(Peer("F.linear_cross_entropy", F.linear_cross_entropy))
+        options = torch.nn.LinearCrossEntropyOptions()
+        peers.append(
+            Peer(
+                "F.linear_cross_entropy, chunked",
+                lambda hidden, weight, labels: F.linear_cross_entropy(hidden, weight, labels, options=options),
+            )
+        )
+    else:
+        peers.append(Peer("F.linear_cross_entropy", None, f"not in torch {torch.__version__}"))
+    return [*peers, _trl_head()]
+
+
+def _ours(hidden_TM: Tensor, weight_VM: Tensor, labels_T: Tensor, rows_N: Tensor) -> Tensor:
+    from packsft_kernels import LossOptions, linear_cross_entropy
+
+    options = LossOptions(entropy=True, correct=True)
+    return linear_cross_entropy(hidden_TM, weight_VM, labels_T[rows_N], rows=rows_N, options=options).loss
+
+
+def _full_logits(hidden_TM: Tensor, weight_VM: Tensor, labels_T: Tensor) -> Tensor:
+    """As transformers computes the loss: the logits in float32 (or wider)."""
+    logits_TV = hidden_TM @ weight_VM.t()
+    return F.cross_entropy(logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32)), labels_T)
+
+
+def _trl_head() -> Peer:
+    name = "TRL ChunkedLogProbFunction"
+    try:
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction, _use_triton
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+    except ImportError as error:
+        return Peer(name, None, str(error))
+
+    def run(hidden_TM: Tensor, weight_VM: Tensor, labels_T: Tensor) -> Tensor:
+        # As `trl.trainer.utils.add_fused_lm_head` calls it: off the GPU every position is scored, then masked.
+        mask = labels_T != -100
+        compact = _use_triton(hidden_TM.device)
+        log_probs = ChunkedLogProbFunction.apply(
+            hidden_TM[mask] if compact else hidden_TM,
+            weight_VM,
+            None,
+            labels_T[mask] if compact else labels_T.clamp(min=0),
+            1.0,
+            _CHUNKED_LOGPROB_CHUNK_SIZE,
+            None,
+            1.0,
+            ("entropy", "is_top1"),
+        )[0]
+        return -(log_probs if compact else log_probs.masked_fill(~mask, 0)).sum() / mask.sum()
+
+    return Peer(name, run)
+
+
+def build_trainer(name: str, model: Any, tokenizer: Any, dataset: Any, output_dir: str, **arguments: Any) -> Any:
+    """One of `TRAINERS`, ready for `train()`, with the same settings for all.
+
+    Args:
+        dataset: prompt/completion examples.
+        arguments: of `SFTConfig`, over the defaults here.
+    """
+    from trl import SFTConfig, SFTTrainer
+
+    from packsft import PackedSFTTrainer
+
+    packed = name != TRL_PADDED
+    defaults: dict[str, Any] = {
+        "output_dir": output_dir,
+        "packing": packed,
+        "max_length": 1024,
+        "per_device_train_batch_size": 1 if packed else 8,
+        "gradient_checkpointing": False,  # TRL's default is True
+        "num_train_epochs": 1,
+        "learning_rate": 1e-5,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "bf16": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    trainer_class = PackedSFTTrainer if name == OURS else SFTTrainer
+    trainer = trainer_class(
+        model=model,
+        args=SFTConfig(**(defaults | arguments)),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)  # a line of metrics per step would bury the tables
+    return trainer

@@ -1,0 +1,145 @@
+"""What is measured on: the shapes of SmolLM2, tiny models for checks, real instruction text.
+
+Knows models, tokenizers and data; knows no clock and no competitor.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """T tokens in a pack, N of them scored, model width M, vocabulary V."""
+
+    T: int
+    N: int
+    M: int
+    V: int
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """H query heads, G key and value heads, head size K."""
+
+    H: int
+    G: int
+    K: int
+
+
+# SmolLM2-135M; a pack of instruction data in which the completions, 58% of the tokens, are scored
+SMOLLM2_HEAD = HeadShape(T=893, N=520, M=576, V=49_152)
+SMOLLM2_ATTENTION = AttentionShape(H=9, G=3, K=64)
+# Documents of one pack of 1,024 tokens: log-normal lengths as instruction data have (mu 4.7, sigma 0.82), sorted
+PACK_LENGTHS = (24, 38, 51, 66, 84, 103, 131, 172, 355)
+assert sum(PACK_LENGTHS) == 1024
+# What the tiny models share: the vocabulary of `tiny_tokenizer` and its special tokens
+TINY: dict[str, Any] = {"vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 3}
+
+
+def smollm2(dtype: torch.dtype) -> tuple[Any, Any]:
+    """(model, tokenizer): pretrained SmolLM2-135M-Instruct, downloaded on first use."""
+    from packsft.smollm2 import load_smollm2
+
+    return load_smollm2(dtype)
+
+
+def tiny_tokenizer() -> Any:
+    """A tokenizer of 64 words that needs no download: `w0` to `w59`, and the special tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", "<bos>", *(f"w{i}" for i in range(60))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", bos_token="<bos>"
+    )
+
+
+def tiny_llama(dtype: torch.dtype) -> Any:
+    """Two layers of width 32 over the vocabulary of `tiny_tokenizer`, grouped-query attention, random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **TINY
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def tiny_gpt2(dtype: torch.dtype) -> Any:
+    """Two layers of width 32 over the vocabulary of `tiny_tokenizer`, without dropout.
+
+    LayerNorm, unlike the RMSNorm of the Llama family, does not round to float32, so float64 is float64 all through.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    no_dropout = {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, **no_dropout, **TINY)
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(config).to(dtype)
+
+
+def instruction_data(path: str | None, count: int) -> Dataset:
+    """`count` prompt/completion examples of real text, the same ones every time.
+
+    Args:
+        path: a JSONL file with the keys `prompt` and `completion`, or `question` and `answer`; without it the
+            functions of Python's standard library and their docstrings.
+
+    Raises:
+        ValueError: a line without those keys, or fewer lines than `count`.
+    """
+    if path is None:
+        from packsft import stdlib_docstrings
+
+        dataset = stdlib_docstrings()
+    else:
+        rows = []
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+            row = json.loads(line)
+            for prompt, completion in (("prompt", "completion"), ("question", "answer")):
+                if prompt in row and completion in row:
+                    rows.append({"prompt": row[prompt] + "\n", "completion": row[completion]})
+                    break
+            else:
+                raise ValueError(
+                    f"{path}, line {number}: has the keys {sorted(row)}, needs prompt and completion, "
+                    "or question and answer"
+                )
+        dataset = Dataset.from_list(rows)
+    if len(dataset) < count:
+        raise ValueError(f"{path or 'the standard library'} has {len(dataset)} examples, {count} are needed")
+    return dataset.shuffle(seed=0).select(range(count))
+
+
+def packed_row(lengths: tuple[int, ...], vocabulary: int, *, seed: int, prompt_share: float = 0.4) -> dict[str, Any]:
+    """One pack of random documents as a row for the collator: `input_ids`, `labels`, `seq_lengths`.
+
+    The first `prompt_share` of every document is not scored, its last token always is.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    # below 4 are the special tokens of `tiny_tokenizer`
+    ids = torch.randint(4, vocabulary, (sum(lengths),), generator=generator).tolist()
+    labels: list[int] = []
+    for length in lengths:
+        prompt = min(int(length * prompt_share), length - 1)
+        labels += [-100] * prompt + ids[len(labels) + prompt : len(labels) + length]
+    return {"input_ids": ids, "labels": labels, "seq_lengths": list(lengths)}
+
+
+def split_row(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The documents of a pack, each as a pack of its own."""
+    documents, start = [], 0
+    for length in row["seq_lengths"]:
+        part = slice(start, start + length)
+        documents.append({"input_ids": row["input_ids"][part], "labels": row["labels"][part], "seq_lengths": [length]})
+        start += length
+    return documents

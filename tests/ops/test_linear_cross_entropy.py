@@ -1,0 +1,415 @@
+"""`linear_cross_entropy` keeps the numerical contract, its number of GEMMs and its memory, wherever it stands in a graph.
+
+T = 40 tokens of which N = 24 are scored, M = 32, V = 700; small chunks are forced where several are to be tested.
+"""
+
+import functools
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import assert_accurate, error
+from packsft_kernels import LossOptions, launch, linear_cross_entropy, reference
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+T, N, M, V = 40, 24, 32, 700
+OPTIONS = {
+    "plain": LossOptions(),
+    "all outputs": LossOptions(entropy=True, correct=True),
+    "everything": LossOptions(
+        softcap=5.0, logit_scale=0.7, label_smoothing=0.1, z_loss=1e-2, dft=True, entropy=True, correct=True
+    ),
+}
+
+
+def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(0, V, (N,), generator=generator)
+    targets[5] = -100
+    return {
+        "hidden": torch.randn(T, M, generator=generator).to(dtype),
+        "weight": (0.3 * torch.randn(V, M, generator=generator)).to(dtype),
+        "bias": torch.randn(V, generator=generator).to(dtype),
+        "targets": targets,
+        "rows": torch.randperm(T, generator=generator)[:N].sort().values.int(),
+        "weights": torch.rand(N, generator=generator),
+    }
+
+
+def differentiate(function, given: dict, upstream: Tensor | float = 1.0, **kwargs) -> dict[str, Tensor]:
+    given = {name: value.detach().clone() for name, value in given.items()}
+    parameters = {name: given[name].requires_grad_() for name in ("hidden", "weight", "bias") if name in given}
+    out = function(**given, **kwargs)
+    out.loss.backward(torch.as_tensor(upstream).to(out.loss.dtype))
+    outputs = {name: value.detach() for name, value in out._asdict().items() if value is not None}
+    return {**outputs, **{f"{name}.grad": value.grad for name, value in parameters.items()}}
+
+
+def assert_contract(given: dict, **kwargs) -> None:
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in given.items()}
+    truth = differentiate(reference.linear_cross_entropy, wide, **kwargs)
+    plain = differentiate(reference.linear_cross_entropy, given, **kwargs)
+    ours = differentiate(linear_cross_entropy, given, **kwargs)
+    for name, exact in truth.items():
+        if exact.dtype == torch.bool:
+            # An argmax of rounded logits may differ where plain PyTorch's in that dtype does; in float64 never.
+            assert torch.equal(ours[name], exact if ours["loss"].dtype == torch.float64 else plain[name]), name
+        else:
+            assert_accurate(ours[name], plain[name], exact, name, by_row=name.endswith(".grad") and exact.dim() == 2)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 5 rows and a last one of 4."""
+    monkeypatch.setattr(launch, "rows_per_chunk", lambda *_, **__: 5)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_contract(dtype: torch.dtype, name: str) -> None:
+    assert_contract(inputs(dtype), options=OPTIONS[name])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("small_chunks")
+def test_contract_over_several_chunks(dtype: torch.dtype, reduction: str) -> None:
+    """With an upstream gradient that no power of two divides: a vector for "none"."""
+    upstream = torch.randn(N, generator=torch.Generator().manual_seed(1)) if reduction == "none" else 0.37
+    assert_contract(inputs(dtype), reduction=reduction, upstream=upstream, options=OPTIONS["all outputs"])
+
+
+@pytest.mark.parametrize("absent", [("rows",), ("bias",), ("weights",), ("bias", "weights")])
+def test_optional_arguments(absent: tuple[str, ...]) -> None:
+    given = inputs(torch.float64)
+    if "rows" in absent:
+        given["hidden"] = given["hidden"][:N]
+    for name in absent:
+        del given[name]
+    assert_contract(given)
+
+
+@pytest.mark.parametrize("num_items", [17, torch.tensor(17)], ids=["int", "tensor"])
+def test_mean_divides_by_the_items_given(num_items: int | Tensor) -> None:
+    assert_contract(inputs(torch.float64), num_items=num_items)
+
+
+def test_rows_may_repeat() -> None:
+    """A bucket is filled up with row 0 at weight 0; and a row that counts twice has twice the gradient."""
+    given = inputs(torch.float64)
+    given["rows"][3], given["rows"][9:12] = given["rows"][2], 0
+    given["weights"][9:12] = 0
+    assert_contract(given)
+
+
+@pytest.mark.parametrize("gap", [1e-3, 1e-6, 1e-9])
+def test_a_confident_target_keeps_its_gradient(gap: float) -> None:
+    """One-hot hidden states and weights that are the logits: the GEMM is exact and the bound is `cross_entropy`'s."""
+    weight = torch.randn(500, 1, generator=torch.Generator().manual_seed(0))
+    weight[250] = -math.inf
+    weight[250] = weight.logsumexp(0) + math.log((1 - gap) / gap)
+    hidden = torch.ones(1, 1)
+    given = {"hidden": hidden, "weight": weight, "targets": torch.tensor([250])}
+    ours = differentiate(linear_cross_entropy, given)
+    rest = weight.double().index_fill(0, torch.tensor(250), -math.inf).logsumexp(0) - weight.double()[250]
+    for mine, right in ((ours["loss"], rest.exp().log1p()), (ours["weight.grad"][250], -rest.sigmoid())):
+        assert float(((mine.double() - right) / right).abs()) < 2.0**-20 + 4 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_rows_give_zero_and_stay_in_the_graph(reduction: str) -> None:
+    given = inputs(torch.float32)
+    given.update({name: given[name][:0] for name in ("targets", "rows", "weights")})
+    upstream = torch.zeros(0) if reduction == "none" else 1.0
+    out = differentiate(linear_cross_entropy, given, upstream, reduction=reduction)
+    assert float(out["loss"].sum()) == 0
+    for name in ("hidden", "weight", "bias"):
+        assert not out[f"{name}.grad"].any()
+        assert out[f"{name}.grad"].shape == given[name].shape
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_ignored_rows_may_hold_nan(reduction: str) -> None:
+    """Not even through 0 * NaN in the weight's gradient."""
+    given = inputs(torch.float32)
+    upstream = torch.ones(N) if reduction == "none" else 1.0
+    clean = differentiate(linear_cross_entropy, given, upstream, reduction=reduction, options=OPTIONS["everything"])
+    given["hidden"][given["rows"][5]] = math.nan
+    dirty = differentiate(linear_cross_entropy, given, upstream, reduction=reduction, options=OPTIONS["everything"])
+    for name, value in clean.items():
+        assert torch.equal(dirty[name], value), name
+
+
+def test_all_rows_ignored_gives_zero() -> None:
+    given = inputs(torch.bfloat16)
+    given["targets"] = torch.full_like(given["targets"], -100)
+    given["hidden"].fill_(math.nan)
+    out = differentiate(linear_cross_entropy, given)
+    assert all(not value.any() for value in out.values())
+
+
+# ---------------------------------------------------------------------------------------------------- what it costs
+
+
+@pytest.mark.parametrize(
+    ("trained", "gemms"), [(("hidden", "weight"), 3), (("hidden",), 2), (("weight",), 2), ((), 1)], ids=str
+)
+@pytest.mark.usefixtures("small_chunks")
+def test_number_of_gemms(trained: tuple[str, ...], gemms: int) -> None:
+    given = inputs(torch.float32)
+    for name in trained:
+        given[name].requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        loss = linear_cross_entropy(given["hidden"], given["weight"], given["targets"], rows=given["rows"]).loss
+        if trained:
+            loss.backward()
+    assert counter.get_total_flops() == gemms * 2 * N * M * V
+
+
+def test_one_gemm_without_grad_mode() -> None:
+    given = inputs(torch.float32)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        linear_cross_entropy(given["hidden"].requires_grad_(), given["weight"], given["targets"], rows=given["rows"])
+    assert counter.get_total_flops() == 2 * N * M * V
+
+
+def test_nothing_is_read_back() -> None:
+    """As on a GPU: no value of a tensor reaches Python, forward and backward, operators' bodies included."""
+    given = inputs(torch.float32)
+    del given["bias"]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        differentiate(linear_cross_entropy, given, num_items=torch.tensor(N), options=OPTIONS["everything"])
+        differentiate(linear_cross_entropy, given, torch.ones(N), reduction="none")
+    names = {event.key for event in profile.key_averages()}
+    assert "packsft::linear_cross_entropy" in names
+    assert not names & {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::_unique2"}
+
+
+def test_gradients_are_no_saved_tensors() -> None:
+    """Else offloading of saved tensors would carry dW to the host and back."""
+    given = inputs(torch.float32)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        linear_cross_entropy(
+            given["hidden"].requires_grad_(), given["weight"].requires_grad_(), given["targets"], rows=given["rows"]
+        )
+    assert not any(tensor.numel() >= N * M for tensor in saved)
+
+
+def test_gradients_are_freed_by_the_backward() -> None:
+    """The loss is often held until the next step's; the gradient of a vocabulary must not be held with it."""
+    given = inputs(torch.float32)
+    loss = linear_cross_entropy(
+        given["hidden"], given["weight"].requires_grad_(), given["targets"], rows=given["rows"]
+    ).loss
+    node = loss.grad_fn
+    assert node is not None
+    assert node.gradients.weight.shape == (V, M)  # type: ignore[attr-defined]
+    loss.backward()
+    assert node.gradients is None  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("num_rows", [1, 520, 4096, 4097, 100_000])
+@pytest.mark.parametrize("vocab", [2, 49_152, 128_256, 300_000_000])
+@pytest.mark.parametrize("weight_grad", [False, True])
+def test_chunks_keep_to_the_budget_and_are_few(num_rows: int, vocab: int, weight_grad: bool) -> None:
+    rows = launch.rows_per_chunk(num_rows, vocab, 2, weight_grad=weight_grad)
+    most = 4096 if weight_grad else 1024
+    assert 1 <= rows <= most
+    assert rows == 1 or rows * vocab * 2 <= launch.CHUNK_BYTES
+    fewest = math.ceil(num_rows / max(1, min(most, launch.CHUNK_BYTES // (2 * vocab))))
+    assert math.ceil(num_rows / rows) <= fewest
+
+
+# ---------------------------------------------------------------------------------------------------- where it stands
+
+
+def parameters_and_loss(dtype: torch.dtype = torch.float64) -> Iterator[Tensor]:
+    given = inputs(dtype)
+    hidden, weight = given["hidden"].requires_grad_(), given["weight"].requires_grad_()
+    return iter((hidden, weight, linear_cross_entropy(hidden, weight, given["targets"], rows=given["rows"]).loss))
+
+
+def test_a_retained_graph_gives_the_gradients_again_and_another_one_says_so() -> None:
+    hidden, weight, loss = parameters_and_loss()
+    loss.backward(retain_graph=True)
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    first = hidden.grad.clone(), weight.grad.clone()
+    loss.backward(torch.tensor(2.0, dtype=torch.float64))
+    assert error(hidden.grad, 3 * first[0]) < 1e-15
+    assert error(weight.grad, 3 * first[1]) < 1e-15
+    with pytest.raises(RuntimeError, match="retain_graph"):
+        loss.backward()
+
+
+def test_two_calls_on_one_tied_weight_add_up() -> None:
+    """The weight is the embedding, the hidden states come from it, and the head runs twice."""
+
+    def loss(head, weight: Tensor) -> Tensor:
+        tokens = torch.arange(10)
+        hidden = torch.tanh(F.embedding(tokens, weight))
+        return head(hidden, weight, tokens + 1).loss + 0.5 * head(hidden * 2, weight, tokens + 2, reduction="sum").loss
+
+    grads = []
+    for head in (linear_cross_entropy, reference.linear_cross_entropy):
+        weight = inputs(torch.float64)["weight"].requires_grad_()
+        loss(head, weight).backward()
+        grads.append(weight.grad)
+    assert error(*grads) < 1e-13
+
+
+def test_gradients_accumulate_over_micro_steps() -> None:
+    """Two backwards into one `.grad`, the first of which may have become `.grad` itself."""
+    hidden, weight, loss = parameters_and_loss()
+    loss.backward()
+    given = inputs(torch.float64)
+    linear_cross_entropy(given["hidden"], weight, given["targets"], rows=given["rows"]).loss.backward()
+    _, once, again = parameters_and_loss()
+    again.backward()
+    assert once.grad is not None
+    assert error(weight.grad, 2 * once.grad) < 1e-15
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_differentiating_twice_raises(reduction: str) -> None:
+    given = inputs(torch.float64)
+    hidden = given["hidden"].requires_grad_()
+    loss = linear_cross_entropy(hidden, given["weight"], given["targets"], rows=given["rows"], reduction=reduction).loss
+    (grad,) = torch.autograd.grad(loss.sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        (grad.square().sum() + hidden.sum()).backward()
+
+
+def test_only_the_loss_is_differentiable() -> None:
+    given = inputs(torch.float32)
+    given["hidden"].requires_grad_()
+    for reduction in ("mean", "none"):
+        out = linear_cross_entropy(**given, options=OPTIONS["all outputs"], reduction=reduction)
+        assert [value.requires_grad for value in out if value is not None] == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_inside_of_checkpointing(reentrant: bool) -> None:
+    hidden, weight, loss = parameters_and_loss()
+    loss.backward()
+    given = inputs(torch.float64)
+    again, tied = given["hidden"].requires_grad_(), given["weight"].requires_grad_()
+
+    def head(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight, given["targets"], rows=given["rows"]).loss
+
+    checkpoint(head, again, tied, use_reentrant=reentrant).backward()
+    assert torch.equal(again.grad, hidden.grad)  # type: ignore[arg-type]
+    assert torch.equal(tied.grad, weight.grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_autocast_gives_gradients_in_the_parameters_dtypes(hidden_dtype: torch.dtype, reduction: str) -> None:
+    """Master weights in float32, GEMMs in bf16: as good as plain PyTorch under the same autocast."""
+    given = inputs(torch.bfloat16)
+    given = {name: value.float() if name in ("weight", "bias") else value for name, value in given.items()}
+    given["hidden"] = given["hidden"].to(hidden_dtype)
+    upstream = torch.ones(N) if reduction == "none" else 1.0
+
+    @functools.wraps(linear_cross_entropy)
+    def autocast(function, **kwargs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return function(**kwargs)
+
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in given.items()}
+    truth = differentiate(reference.linear_cross_entropy, wide, upstream, reduction=reduction)
+    plain = differentiate(
+        functools.partial(autocast, reference.linear_cross_entropy), given, upstream, reduction=reduction
+    )
+    ours = differentiate(functools.partial(autocast, linear_cross_entropy), given, upstream, reduction=reduction)
+    assert ours["weight.grad"].dtype == torch.float32
+    assert ours["hidden.grad"].dtype == hidden_dtype
+    for name, exact in truth.items():
+        # The GEMMs' results are bf16, and what they are handed over in may be wider: half a unit of bf16 is what an
+        # exact GEMM could still be off by.
+        if name.endswith(".grad"):
+            assert_accurate(ours[name].bfloat16(), plain[name], exact, name, by_row=exact.dim() == 2)
+        else:
+            assert_accurate(ours[name], plain[name], exact, name)
+
+
+def test_operators_are_registered_rightly() -> None:
+    given = inputs(torch.float32)
+    tensors = [given[name] for name in ("hidden", "weight", "bias", "targets", "rows", "weights")]
+    tensors[0].requires_grad_()
+    fields = (-100, 5.0, 1.0, 0.1, 0.0, False, True, True)
+    args = (*tensors, torch.tensor(0.1), *fields, torch.float32, True, False, False)
+    torch.library.opcheck(torch.ops.packsft.linear_cross_entropy.default, args)
+    torch.library.opcheck(torch.ops.packsft.linear_cross_entropy_rows.default, (*tensors, *fields, torch.float32))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_into_one_graph(reduction: str) -> None:
+    given = inputs(torch.float64)
+
+    def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        out = linear_cross_entropy(
+            torch.tanh(hidden),
+            weight,
+            given["targets"],
+            rows=given["rows"],
+            reduction=reduction,
+            options=OPTIONS["all outputs"],
+        )
+        return out.loss.sum() * 2, out.entropy
+
+    results = []
+    for function in (head, torch.compile(head, fullgraph=True, backend="aot_eager")):
+        hidden, weight = (given[name].detach().clone().requires_grad_() for name in ("hidden", "weight"))
+        loss, entropy = function(hidden, weight)
+        loss.backward()
+        results.append((loss.detach(), entropy, hidden.grad, weight.grad))
+    for eager, compiled in zip(*results, strict=True):
+        assert error(compiled, eager) < 1e-14
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("argument", "wrong"),
+    [
+        ("hidden", {"hidden": torch.ones(2, T, M)}),
+        ("hidden", {"hidden": torch.ones(T, M, dtype=torch.int64)}),
+        ("weight", {"weight": torch.ones(V, M + 1)}),
+        ("weight", {"weight": torch.ones(V, M, dtype=torch.bfloat16)}),
+        ("bias", {"bias": torch.ones(V + 1)}),
+        ("targets", {"targets": torch.zeros(N + 1, dtype=torch.int64)}),
+        ("targets", {"targets": torch.zeros(N)}),
+        ("rows", {"rows": torch.ones(N)}),
+        ("weights", {"weights": torch.ones(N - 1)}),
+        ("reduction", {"reduction": "average"}),
+        ("num_items", {"num_items": -1}),
+        ("num_items", {"num_items": 3, "reduction": "sum"}),
+    ],
+)
+def test_bad_arguments_are_named(argument: str, wrong: dict) -> None:
+    with pytest.raises(ValueError, match=f"^{argument}"):
+        linear_cross_entropy(**{**inputs(torch.float32), **wrong})
+
+
+def test_works_without_triton() -> None:
+    """As on a machine for which there is none: importing it fails."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; from packsft_kernels import _triton, linear_cross_entropy\n"
+        "assert not _triton.HAS_TRITON\n"
+        "h = torch.randn(4, 8, requires_grad=True)\n"
+        "linear_cross_entropy(h, torch.randn(9, 8), torch.tensor([0, 8, 3, -100])).loss.backward()\n"
+        "assert h.grad.any()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
