@@ -299,7 +299,8 @@ def _scaled_gradients(
     def scaled(gradient: Tensor, dtype: torch.dtype | None) -> Tensor:
         if factor is None:
             return gradient.to(dtype)
-        if gradient.dtype == dtype and not keep:
+        # In place only on real tensors: a tracer would see an output of the operator change.
+        if gradient.dtype == dtype and not keep and type(gradient) is Tensor:
             return gradient.mul_(factor)
         # Multiplied in float32, rounded once.
         return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
