@@ -120,7 +120,7 @@ def rows_in_torch(
         below_target = below_N1[block_rows] = z.gather(-1, target)
         if smoothing:
             torch.mean(z, -1, keepdim=True, out=mean_N1[block_rows])
-        if options.entropy and options.softcap is None:
+        if options.entropy:
             z.clamp_(min=-1e4)  # exp is 0 there and so is p log p, which -inf would turn into NaN
 
         torch.exp(z, out=e)
@@ -130,8 +130,7 @@ def rows_in_torch(
         total = rest + exp_target
         if options.entropy:
             below = below_target.clamp(min=-1e4)
-            product = z.mul_(e) if options.softcap is None else z * e  # the cap's derivative needs z
-            dot = product.sum(-1, keepdim=True).add_(exp_target * below)
+            dot = z.mul_(e).sum(-1, keepdim=True).add_(exp_target * below)
             entropy_N1[block_rows] = total.log() - dot / total
         if grad_NV is None:
             continue
@@ -149,9 +148,11 @@ def rows_in_torch(
             target_grad += nll_factor * (smoothing - smoothing / vocab)
         e.scatter_(-1, target, target_grad)
         if options.softcap is not None:
-            # The derivative of the cap, 1 - tanh^2, from z = capped - maximum.
-            z.add_(maximum).div_(options.softcap).square_().neg_().add_(1.0)
-            e.mul_(z)
+            # The derivative of the cap, 1 - tanh^2, from the logits once more: z is rounded by the maximum.
+            z.copy_(logits_NV[block_rows]).mul_(options.logit_scale).div_(options.softcap)
+            if not finite:
+                z.masked_fill_(~scored_N[block_rows, None], 0.0)
+            e.mul_(z.tanh_().square_().neg_().add_(1.0))
         grad_NV[block_rows] = e
 
     # Which of the two forms: by the maximum itself, since exp_target rounds to 1 a little below it.
@@ -358,8 +359,11 @@ def _cross_entropy_kernel(
             grad = tl.exp(z - maximum) * factor - uniform
             grad = tl.where(column == target, target_grad, grad)
             if HAS_SOFTCAP:
+                # 1 - tanh^2, which cancels where tanh is large: there as 1 / cosh^2.
                 capped = z / softcap
-                grad *= 1.0 - capped * capped
+                decay = tl.exp(-2.0 * tl.abs(x * logit_scale / softcap))
+                derivative = 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
+                grad *= tl.where(tl.abs(capped) < 0.5, 1.0 - capped * capped, derivative)
             if ROUND_BF16:
                 grad = _triton.round_to_bf16(grad)
             tl.store(grad_ptr + column, grad.to(grad_ptr.dtype.element_ty), mask=inside)
@@ -645,7 +649,7 @@ class _CrossEntropyInplace(torch.autograd.Function):
         ctx.scale = scale if folded is None else None
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
-        loss = outputs.loss if scale is None else outputs.loss.sum() * scale
+        loss = outputs.loss if scale is None else scaled_sum(outputs.loss, scale)
         return (loss, *outputs[1:])
 
     @staticmethod
@@ -730,8 +734,11 @@ def cross_entropy(
     num_rows = logits_TV.shape[0] if rows is None else rows.numel()
     check_rows(rows, targets, weights, num_rows)
 
-    dtype = row_dtype(logits.dtype)
-    inverse = inverse_items(targets, options, num_items, dtype) if reduction == "mean" else None
+    scale = None  # for "none"
+    if reduction == "mean":
+        scale = inverse_items(targets, options, num_items)
+    elif reduction == "sum":
+        scale = torch.ones((), dtype=torch.float64, device=logits.device)
     if rows is not None:
         # All other rows are ignored ones: one kernel for both forms, and its zeros are their gradient.
         rows = rows.long()
@@ -742,16 +749,8 @@ def cross_entropy(
 
     if inplace and torch.is_grad_enabled() and logits.requires_grad and not torch.compiler.is_compiling():
         check_argument(not logits.is_leaf, "inplace", "a leaf that requires grad", "logits that an operation made")
-        check_argument(
-            logits_TV.data_ptr() == logits.data_ptr(), "inplace", f"strides {logits.stride()}", "rows without a gap"
-        )
-        scale = (
-            inverse
-            if reduction == "mean"
-            else torch.ones((), dtype=dtype, device=logits.device)
-            if reduction == "sum"
-            else None
-        )
+        rowwise = logits.stride(-1) == 1 and (logits.dim() == 2 or logits.is_contiguous())
+        check_argument(rowwise, "inplace", f"logits with strides {logits.stride()}", "contiguous logits")
         outputs = RowOutputs(*_CrossEntropyInplace.apply(logits_TV, targets, weights, scale, options))
         loss = outputs.loss
     else:
@@ -759,8 +758,8 @@ def cross_entropy(
             *torch.ops.packsft.cross_entropy(logits_TV, targets, weights, *dataclasses.astuple(options))
         )
         loss = outputs.loss
-        if reduction != "none":
-            loss = loss.sum() if inverse is None else loss.sum() * inverse
+        if scale is not None:
+            loss = scaled_sum(loss, scale)
     if rows is not None:
         if loss.dim():
             loss = loss.index_select(0, rows)
@@ -778,19 +777,22 @@ def to_loss_output(loss: Tensor, outputs: RowOutputs, options: LossOptions) -> L
     )
 
 
-def inverse_items(
-    targets_N: Tensor, options: LossOptions, num_items: int | Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """1 / num_items as a 0-d tensor on the device; 0 for no items, so that a batch without a scored row has loss 0."""
+def inverse_items(targets_N: Tensor, options: LossOptions, num_items: int | Tensor | None) -> Tensor:
+    """1 / num_items, 0-d float64 on the device; 0 for no items, so that a batch without a scored row has loss 0."""
     device = targets_N.device
     if num_items is None:
         items = (targets_N != options.ignore_index).sum()
     elif isinstance(num_items, Tensor):
         items = num_items.detach().to(device, non_blocking=True).reshape(())
     else:
-        items = torch.full((), num_items, dtype=dtype, device=device)  # a fill, where a copy would wait
-    items = items.to(dtype)
+        items = torch.full((), num_items, device=device)  # a fill, where a copy would wait
+    items = items.double()
     return torch.where(items > 0, items.reciprocal(), 0.0)
+
+
+def scaled_sum(loss_N: Tensor, scale: Tensor) -> Tensor:
+    """`(loss * scale).sum()`, in float64 until the end: it costs nothing and 10^5 rows add up to one rounding."""
+    return (loss_N.double() * scale).sum().to(loss_N.dtype)
 
 
 def check_reduction(reduction: str, num_items: int | Tensor | None) -> None:

@@ -28,6 +28,7 @@ from packsft_kernels.cross_entropy import (
     inverse_items,
     loss_rows,
     row_dtype,
+    scaled_sum,
     to_loss_output,
 )
 from packsft_kernels.options import LossOptions, LossOutput
@@ -189,8 +190,7 @@ def _reduced_op(
             dtype,
             (hidden_grad, weight_grad, bias_grad),
         )
-    loss = (outputs.loss * scale).sum()
-    return (loss, *outputs[1:], *gradients)
+    return (scaled_sum(outputs.loss, scale), *outputs[1:], *gradients)
 
 
 def _folds(scale: Tensor, dtype: torch.dtype) -> bool:
@@ -299,7 +299,8 @@ def _scaled_gradients(
     def scaled(gradient: Tensor, dtype: torch.dtype | None) -> Tensor:
         if factor is None:
             return gradient.to(dtype)
-        if gradient.dtype == dtype and not keep:
+        # In place only on real tensors: a tracer would see an output of the operator change.
+        if gradient.dtype == dtype and not keep and type(gradient) is Tensor:
             return gradient.mul_(factor)
         # Multiplied in float32, rounded once.
         return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
@@ -409,11 +410,10 @@ def linear_cross_entropy(
             *torch.ops.packsft.linear_cross_entropy_rows(hidden, weight, bias, targets, rows, weights, *fields, dtype)
         )
         return to_loss_output(outputs.loss, outputs, options)
-    scale_dtype = row_dtype(dtype)
     if reduction == "mean":
-        scale = inverse_items(targets, options, num_items, scale_dtype)
+        scale = inverse_items(targets, options, num_items)
     else:
-        scale = torch.ones((), dtype=scale_dtype, device=hidden.device)
+        scale = torch.ones((), dtype=torch.float64, device=hidden.device)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     outputs = RowOutputs(
         *torch.ops.packsft.linear_cross_entropy(
