@@ -414,7 +414,7 @@ def _machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     names = [line.split(":")[1].strip() for line in _cpuinfo().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} thread(s)"
 
 
 def _cpuinfo() -> str:
@@ -452,7 +452,8 @@ def _compare(job: Job, console: Console) -> tuple[str, list[tuple[str, ...]]]:
         speed = difference = "-"
         if "error" not in base:
             speed = f"{base['seconds'] / result['seconds']:.2f}x"
-            difference = f"{max(abs(a - b) for a, b in zip(result['losses'], base['losses'], strict=True)):.1e}"
+            gap = f"{max(abs(a - b) for a, b in zip(result['losses'], base['losses'], strict=True)):.1e}"
+            difference = "reference" if method == "trl_padded" else gap
         memory = f"{result['peak_bytes'] / 2**30:.2f} GiB"
         rate, loss = f"{tokens / result['seconds']:,.0f}", f"{result['losses'][0]:.4f}"
         table.append((title, rate, speed, memory, loss, difference))
@@ -559,9 +560,11 @@ def draw(
     for axes in (padded, packed):
         axes.set(xlabel="tokens", xlim=(0, max_length))
         axes.invert_yaxis()
+        axes.yaxis.get_major_locator().set_params(integer=True)
     losses.plot([entry["step"] for entry in logs], [entry["loss"] for entry in logs], label="training")
     losses.plot([0, logs[-1]["step"]], [loss_before, loss_after], "o--", label="held-out, before and after")
     losses.set(title="Loss", xlabel="optimizer step", ylabel="loss per scored token")
+    losses.xaxis.get_major_locator().set_params(integer=True)
     losses.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
