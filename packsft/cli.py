@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -18,12 +20,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 0
+    # Several GPUs in one process mean DataParallel, which cuts batches by rows and cannot cut a packed one.
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     from packsft import demo  # only now: importing torch and trl takes seconds
 
     # Until the run has succeeded, everything is written here and not into the output folder.
     with tempfile.TemporaryDirectory(prefix="packsft-") as scratch:
         try:
             job = demo.prepare(
+                command=shlex.join(["packsft", *(sys.argv[1:] if arguments is None else arguments)]),
                 scratch=Path(scratch),
                 output_dir=options.output_dir,
                 model_name=options.model,

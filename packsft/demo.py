@@ -12,8 +12,10 @@ import json
 import platform
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +55,7 @@ Row = dict[str, Any]
 class Job:
     """All that `run` needs, checked: nothing in it can be bad input any more."""
 
+    command: str
     output_dir: Path
     scratch: Path
     model_name: str
@@ -168,6 +171,7 @@ def _decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 def prepare(
     *,
+    command: str,
     scratch: Path,
     output_dir: Path,
     model_name: str | None,
@@ -179,7 +183,8 @@ def prepare(
 ) -> Job:
     """Read the data, load the model, plan the packs. Writes into `scratch` only.
 
-    `max_tokens=None` trains on everything. Raises ValueError or OSError for whatever the user can put right.
+    `command` goes into the report; `max_tokens=None` trains on everything. Raises ValueError or OSError for whatever
+    the user can put right.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output-dir {output_dir} is a file")
@@ -189,6 +194,9 @@ def prepare(
     from packsft import PackedSFTConfig, PackedSFTTrainer, stdlib_docstrings
     from packsft.notices import PackingNotice
 
+    print("Reading the data and loading the model ...", flush=True)
+    # transformers 5.23 warns of `gradient_checkpointing`, whose new name 5.17 does not know.
+    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     disable_progress_bars()
     transformers_logging.disable_progress_bar()
     rows = stdlib_docstrings() if data is None else read_jsonl(data)
@@ -256,6 +264,7 @@ def prepare(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(PackingNotice)  # the same as a table, below
     return Job(
+        command=command,
         output_dir=output_dir,
         scratch=scratch,
         model_name=model_name or "SmolLM2-135M-Instruct",
@@ -279,8 +288,7 @@ def _has_bf16() -> bool:
     """Whether bfloat16 products are computed by the hardware: emulated, they are slower than float32."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_capability() >= (8, 0)
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpuinfo.read_text().split())
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(_cpuinfo().split())
 
 
 # ---- the run ----
@@ -342,7 +350,8 @@ def run(job: Job) -> None:
     trainer.save_model(str(job.output_dir / "model"))
     draw(job.output_dir / "training.png", job.lengths, plan, job.settings["max_length"], logs, loss_before, loss_after)
     report = [
-        f"# packsft demo\n\n{job.model_name}, fine-tuned on {job.data_name}.\n\nMachine: {machine}.",
+        f"# packsft demo\n\n{job.model_name}, fine-tuned on {job.data_name}.\n\n"
+        f"Command: `{job.command}`. Machine: {machine}. Date: {date.today()}.",
         "## Packing plan\n\n" + _markdown(plan_table),
         f"## Training\n\n{summary}.\n\n" + _markdown(loss_table) + "\n\n![Losses and packs](training.png)",
         "## A held-out example\n\n" + "\n\n".join(f"{title}:\n\n````\n{text}\n````" for title, text in sample),
@@ -372,6 +381,9 @@ class ShowProgress(TrainerCallback):
         if "loss" in entry:
             numbers = f"loss {entry['loss']:.3f}  {entry['tokens_per_second']:,.0f} tokens/s"
             self.progress.update(self.task, completed=state.global_step, numbers=numbers)
+            # Without a terminal the bar is drawn once, at the end.
+            if not self.progress.console.is_terminal and state.global_step % max(1, state.max_steps // 10) == 0:
+                self.progress.console.print(f"step {state.global_step} of {state.max_steps}: {numbers}")
 
 
 def _sample_example(job: Job) -> Row:
@@ -401,7 +413,13 @@ def _sample(model: Any, tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
 def _machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    names = [line.split(":")[1].strip() for line in _cpuinfo().splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} thread(s)"
+
+
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
 
 
 # ---- the comparison ----
@@ -409,7 +427,10 @@ def _machine() -> str:
 
 def _compare(job: Job, console: Console) -> tuple[str, list[tuple[str, ...]]]:
     """What is compared, in words, and the table."""
-    job.trainer.model.cpu()  # leave a GPU to the competitors
+    # The trained model is saved; leave the memory to the competitors.
+    job.trainer.model.cpu().zero_grad()
+    job.trainer.optimizer = job.trainer.lr_scheduler = None
+    job.trainer.accelerator.free_memory()
     torch.cuda.empty_cache()
     job.compare.to_json(job.scratch / "compare.jsonl", force_ascii=False)
     held_out = job.held_out.select(range(min(COMPARE_HELD_OUT, len(job.held_out))))
@@ -431,7 +452,8 @@ def _compare(job: Job, console: Console) -> tuple[str, list[tuple[str, ...]]]:
         speed = difference = "-"
         if "error" not in base:
             speed = f"{base['seconds'] / result['seconds']:.2f}x"
-            difference = f"{max(abs(a - b) for a, b in zip(result['losses'], base['losses'], strict=True)):.1e}"
+            gap = f"{max(abs(a - b) for a, b in zip(result['losses'], base['losses'], strict=True)):.1e}"
+            difference = "reference" if method == "trl_padded" else gap
         memory = f"{result['peak_bytes'] / 2**30:.2f} GiB"
         rate, loss = f"{tokens / result['seconds']:,.0f}", f"{result['losses'][0]:.4f}"
         table.append((title, rate, speed, memory, loss, difference))
@@ -538,9 +560,11 @@ def draw(
     for axes in (padded, packed):
         axes.set(xlabel="tokens", xlim=(0, max_length))
         axes.invert_yaxis()
+        axes.yaxis.get_major_locator().set_params(integer=True)
     losses.plot([entry["step"] for entry in logs], [entry["loss"] for entry in logs], label="training")
     losses.plot([0, logs[-1]["step"]], [loss_before, loss_after], "o--", label="held-out, before and after")
     losses.set(title="Loss", xlabel="optimizer step", ylabel="loss per scored token")
+    losses.xaxis.get_major_locator().set_params(integer=True)
     losses.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -80,16 +80,16 @@ def test_demo_trains_compares_and_writes_model_picture_and_report(tiny_model, tm
     before, after = re.search(r"\| held-out \| ([\d.]+) \| ([\d.]+) \|", report).groups()
     assert float(after) < float(before) - 1  # from ln 21 = 3.0 of random weights: three words are learnt at once
 
-    methods = ["TRL, padded, batch 8", "TRL, packed", "packsft"]
-    lines = [next(line for line in report.splitlines() if line.startswith(f"| {method} |")) for method in methods]
-    for line in lines:
-        _, _, rate, speed, memory, loss, difference, _ = (cell.strip() for cell in line.split("|"))
+    lines = [[cell.strip() for cell in line.split("|")] for line in report.splitlines() if line.startswith("|")]
+    cells = {line[1]: line for line in lines}
+    for method in ("TRL, padded, batch 8", "TRL, packed", "packsft"):
+        _, _, rate, speed, memory, loss, difference, _ = cells[method]
         assert float(rate.replace(",", "")) > 0
         assert float(speed.removesuffix("x")) > 0
         assert float(memory.removesuffix(" GiB")) > 0
-        # A step of 1e-2 moves these losses by more than 0.1; bfloat16 rounds them by about 1e-2.
-        assert float(difference) < 0.05
         assert float(loss) == pytest.approx(3.0, abs=0.5)
+        # A step of 1e-2 moves these losses by more than 0.1; bfloat16 rounds them by about 1e-3.
+        assert difference == "reference" if method == "TRL, padded, batch 8" else float(difference) < 0.02
 
     assert (output / "training.png").read_bytes().startswith(b"\x89PNG")
     tokenizer = AutoTokenizer.from_pretrained(output / "model")
