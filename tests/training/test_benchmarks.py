@@ -17,7 +17,8 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 def run(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module behind `python benchmarks/run.py`, found as that command finds it and its siblings."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.setenv("KINETO_LOG_LEVEL", "99")  # set by the command too, and undone here
+    for name, value in (("KINETO_LOG_LEVEL", "99"), ("TQDM_DISABLE", "1")):
+        monkeypatch.setenv(name, value)  # set by the command too, and undone here
     for name in ("run", "measure"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import run
