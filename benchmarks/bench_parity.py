@@ -242,7 +242,7 @@ def documents_alone(model: Any, row: Row, *, backward: bool = True) -> float:
 
 
 def padded_batch(model: Any, row: Row, pad: int, *, backward: bool = True) -> float:
-    """The same loss as plain PyTorch users compute it: one right-padded batch, the logits in float32."""
+    """The same loss as plain PyTorch users compute it: one right-padded batch, the logits in float32 (or wider)."""
     documents = split_row(row)
     longest = max(row["seq_lengths"])
     ids = torch.full((len(documents), longest), pad, device=device())
@@ -254,7 +254,8 @@ def padded_batch(model: Any, row: Row, pad: int, *, backward: bool = True) -> fl
         labels[i, :length] = torch.tensor(document["labels"])
         mask[i, :length] = 1
     with torch.set_grad_enabled(backward):
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].flatten(0, 1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / count_scored(row)
     if backward:
         loss.backward()

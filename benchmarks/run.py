@@ -89,10 +89,11 @@ def run(arguments: argparse.Namespace, command: str) -> int:
     print_environment(console, report["environment"])
     broken = []
     for name in arguments.suite or SUITES:
+        print(f"{name} ...", file=sys.stderr, flush=True)
         start = time.perf_counter()
         said = io.StringIO()  # every trainer announces its plan; it matters only where a suite fails
         try:
-            with contextlib.redirect_stdout(said):
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
                 figures = SUITES[name].run(arguments.quick, arguments.data)
         except Exception as error:  # one suite that cannot run must not take the others' figures with it
             print(said.getvalue())
@@ -115,6 +116,7 @@ def run(arguments: argparse.Namespace, command: str) -> int:
 def quiet() -> None:
     """Leave the screen to the tables: no progress bars, no line per profiler session, no deprecation notices."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported
+    os.environ.setdefault("TQDM_DISABLE", "1")  # reading the model's file has a bar of its own
     warnings.filterwarnings("ignore", category=FutureWarning)
     import datasets
     import transformers
