@@ -8,7 +8,8 @@ CHUNK_BYTES = 2**30
 
 _CACHED_ELEMENTS = 2**20
 """Elements of a float32 scratch block on the CPU: two such blocks are 8 MB, which stay in any server's L3, and still
-make each elementwise operation long enough (0.1 ms) to outweigh the start of its threads."""
+make each elementwise operation long enough to outweigh the start of its threads. With 32 MB of L3 the loss of 520 rows
+of 49,152 takes 1.03, 1.22 and 1.55 times as long at 2^19, 2^21 and 2^22."""
 
 
 def rows_per_chunk(num_rows: int, vocab: int, itemsize: int, *, weight_grad: bool, budget: int = CHUNK_BYTES) -> int:

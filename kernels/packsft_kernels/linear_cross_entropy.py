@@ -137,7 +137,11 @@ def _chunk_loop(
 
 
 def _matmul(a: Tensor, b: Tensor, out: Tensor, writes_float32: bool, *, accumulate: bool = False) -> None:
-    """`out = a @ b`, or `out += a @ b`, never rounding to less than `out` has where the GEMM can help it."""
+    """`out = a @ b`, or `out += a @ b`, never rounding to less than `out` has where the GEMM can help it.
+
+    The operands come as they lie. On the CPU the weight's gradient as `G.t() @ X` is the fastest layout tried:
+    `X.t() @ G` takes 1.2 times as long in bf16 and a transposed copy of G first 1.3 times.
+    """
     if writes_float32 and out.dtype == torch.float32:
         if accumulate:
             torch.addmm(out, a, b, out_dtype=torch.float32, out=out)

@@ -86,6 +86,18 @@ def test_contract_over_several_chunks(dtype: torch.dtype, reduction: str) -> Non
     assert_contract(inputs(dtype), reduction=reduction, upstream=upstream, options=OPTIONS["all outputs"])
 
 
+def test_weight_gradients_do_not_add_up_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 chunks of 16 rows with like hidden states, each a small step on a sum that is already large in bf16."""
+    monkeypatch.setattr(launch, "rows_per_chunk", lambda *_, **__: 16)
+    generator = torch.Generator().manual_seed(0)
+    given = {
+        "hidden": (1 + 0.1 * torch.randn(512, M, generator=generator)).bfloat16(),
+        "weight": (0.3 * torch.randn(V, M, generator=generator)).bfloat16(),
+        "targets": torch.randint(0, V, (512,), generator=generator),
+    }
+    assert_contract(given)
+
+
 @pytest.mark.parametrize("absent", [("rows",), ("bias",), ("weights",), ("bias", "weights")])
 def test_optional_arguments(absent: tuple[str, ...]) -> None:
     given = inputs(torch.float64)
@@ -258,14 +270,14 @@ def parameters_and_loss(dtype: torch.dtype = torch.float64) -> Iterator[Tensor]:
 
 
 def test_a_retained_graph_gives_the_gradients_again_and_another_one_says_so() -> None:
+    """2 + 3 times the gradient of an upstream of 1: neither factor may stay behind in what is kept."""
     hidden, weight, loss = parameters_and_loss()
-    loss.backward(retain_graph=True)
-    assert hidden.grad is not None
-    assert weight.grad is not None
-    first = hidden.grad.clone(), weight.grad.clone()
-    loss.backward(torch.tensor(2.0, dtype=torch.float64))
-    assert error(hidden.grad, 3 * first[0]) < 1e-15
-    assert error(weight.grad, 3 * first[1]) < 1e-15
+    loss.backward(torch.tensor(2.0, dtype=torch.float64), retain_graph=True)
+    loss.backward(torch.tensor(3.0, dtype=torch.float64))
+    once_hidden, once_weight, again = parameters_and_loss()
+    again.backward()
+    assert error(hidden.grad, 5 * once_hidden.grad) < 1e-15  # type: ignore[arg-type, operator]
+    assert error(weight.grad, 5 * once_weight.grad) < 1e-15  # type: ignore[arg-type, operator]
     with pytest.raises(RuntimeError, match="retain_graph"):
         loss.backward()
 
