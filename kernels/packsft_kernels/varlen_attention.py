@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
+# On the CPU, SDPA in float32 beats bfloat16 on short documents, casts included: 2.3x at 100 tokens, 1.0x at 700.
+CPU_FLOAT32_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -306,10 +308,12 @@ def _documents(
             q, k, v, attn_mask=mask, dropout_p=spec.dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
     else:
+        if spec.device == "cpu" and spec.dtype in HALF_DTYPES and length <= CPU_FLOAT32_LENGTH:
+            q, k, v = q.float(), k.float(), v.float()
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=spec.causal, dropout_p=spec.dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-    return out.transpose(1, 2).flatten(0, 1)
+    return out.to(spec.dtype).transpose(1, 2).flatten(0, 1)
 
 
 def _document_mask(length: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
