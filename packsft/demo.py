@@ -234,7 +234,7 @@ def prepare(
 
     model.save_pretrained(scratch / "model")
     tokenizer.save_pretrained(scratch / "model")
-    settings = {
+    settings: dict[str, Any] = {
         "max_length": max_length,
         "learning_rate": learning_rate,
         "bf16": _has_bf16(),

@@ -80,12 +80,15 @@ def test_loss_and_every_gradient_equal_the_documents_alone_in_float64(family, tm
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lower_precision_is_as_close_to_float64_as_plain_pytorch(dtype, tmp_path):
-    rows, model = token_rows(12), tiny_model("llama")
-    _, loss, grads = packed_step(model, rows, tmp_path, dtype)
-    torch_loss, torch_grads = documents_alone(model, rows, dtype)
-    exact_loss, exact_grads = documents_alone(model.to(dtype), rows, torch.float64)
-    assert_accurate(loss, torch_loss, exact_loss, "loss")
-    flat = [torch.cat([g.flatten() for g in grads.values()]) for grads in (grads, torch_grads, exact_grads)]
+    # six sets of rows: the error of one loss is luck
+    model = tiny_model("llama").to(dtype)
+    results = []
+    for seed in range(6):
+        rows = token_rows(12, seed=seed)
+        runs = packed_step(model, rows, tmp_path, dtype)[1:], documents_alone(model, rows, dtype)
+        results.append((*runs, documents_alone(model, rows, torch.float64)))
+    assert_accurate(*(torch.stack([run[0] for run in runs]) for runs in zip(*results, strict=True)), "loss")
+    flat = [torch.cat([g.flatten() for run in runs for g in run[1].values()]) for runs in zip(*results, strict=True)]
     assert_accurate(*flat, "gradients")
 
 
