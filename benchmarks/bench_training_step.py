@@ -109,7 +109,7 @@ def operator_shares(step: Any) -> dict[str, float]:
 
 def bench_train(quick: bool, data: str | None = None) -> list[dict[str, Any]]:
     """Tokens per second of the whole `train()`, one epoch over the same examples, and peak memory."""
-    examples, repeats = (8, 1) if quick else (64, 3)
+    examples, repeats = (8, 1) if quick else (64, 2)
     dataset = instruction_data(data, examples)
     pristine, tokenizer = smollm2(torch.bfloat16)
     num_tokens = count_tokens(dataset, tokenizer, 1024)
