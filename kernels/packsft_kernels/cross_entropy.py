@@ -451,7 +451,7 @@ def rows_in_triton(
             ROUND_BF16=_triton.INTERPRET and grad_NV is not None and grad_NV.dtype == torch.bfloat16,
             BLOCK=block,
             num_warps=num_warps,
-            enable_fp_fusion=True,  # said, because Triton 3.10 changes the default
+            enable_fp_fusion=True,  # said, so that no release of Triton decides it
         )
     return outputs
 
