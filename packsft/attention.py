@@ -7,10 +7,8 @@ made by the keyword argument alone, so it holds when a checkpointed layer is rec
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,8 +19,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION_NAME = "packsft"
-
-logger = logging.getLogger("packsft")
 
 
 def packed_attention_forward(
@@ -39,11 +35,14 @@ def packed_attention_forward(
     """transformers' attention interface: `[B, heads, S, K]` in, `([B, S, H, K], None)` out.
 
     Raises:
-        ValueError: inside a packed forward the boundaries did not arrive, so that documents would see each other.
+        ValueError: inside a packed forward the boundaries did not arrive, so that documents would see each other, or
+            the model handed over a mask that it made itself.
     """
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is None:
         return _unpacked(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs), None
+    if attention_mask is not None and ATTENTION_NAME not in AttentionMaskInterface._global_mapping:
+        raise ValueError(f"{type(module).__name__} makes a mask of its own, which per-document attention cannot take")
     if query.shape[0] != 1:
         raise ValueError(f"cu_seq_lens_q needs one row of documents, got a batch of {query.shape[0]}")
     options: dict[str, Any] = {
@@ -57,8 +56,6 @@ def packed_attention_forward(
     out = varlen_attention(
         q, k, v, cu_seqlens, int(kwargs["max_length_q"]), scale=scaling, sinks=sinks, backend=_backend, **options
     )
-    if not torch.compiler.is_compiling():
-        _announce_backend(AttentionSpec(q.device.type, out.dtype, q.shape[-1], sinks=sinks is not None, **options))
     return out.unsqueeze(0), None
 
 
@@ -95,28 +92,26 @@ def _unpacked(
 _backend = "auto"
 
 
-def spec_of(model: PreTrainedModel) -> AttentionSpec:
-    """What the model's attention will ask of a back end in a training forward, under the autocast that is on."""
+def backend_of(model: PreTrainedModel) -> tuple[str, AttentionSpec]:
+    """The back end that a training forward of the model takes under the autocast that is on, and what it is asked for.
+
+    Raises:
+        ValueError: the back end was chosen by name and cannot run it.
+    """
     config, device = model.config.get_text_config(), model.device.type
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
-    return AttentionSpec(
+    spec = AttentionSpec(
         device, dtype, head_dim, dropout=getattr(config, "attention_dropout", 0.0) or 0.0,
         softcap=getattr(config, "attn_logit_softcapping", None), window=getattr(config, "sliding_window", None),
     )  # fmt: skip
+    return choose_backend(spec, _backend), spec
 
 
 def set_backend(backend: str) -> None:
     """Choose the back end of packed attention for this process: "auto" or a name of `varlen_attention.BACKENDS`."""
     global _backend
     _backend = backend
-
-
-@cache
-def _announce_backend(spec: AttentionSpec) -> None:
-    name = choose_backend(spec, _backend)
-    why = "chosen by name" if _backend != "auto" else "the first that can"
-    logger.info("attention: %s (%s), %s on %s, head size %d", name, why, spec.dtype, spec.device, spec.head_dim)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,6 @@ class PackingCollator(DataCollatorForLanguageModeling):
         ValueError: labels or seq_lengths that do not fit the input ids, or an id outside the vocabulary.
     """
 
-    padding_free: bool = field(default=True, init=False)  # what TRL's collator calls this layout
     vocab_size: int | None = None
     padded: bool = False
 

@@ -64,7 +64,7 @@ class TokenRows:
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_dataset": self._dataset}  # a data loader worker maps the Arrow file itself
+        return {"_dataset": self._dataset}  # not the views: a worker maps the Arrow file of the data set itself
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._dataset = state["_dataset"]
@@ -177,6 +177,7 @@ def pack_dataset(
     """
     if len(dataset) == 0:
         raise ValueError(f"the {name} data set is empty")
+    keep_end = keep_end and strategy in ("bfd", "none")  # the others lose nothing
     rows = TokenRows(dataset)
     if vocab_size is not None:
         rows.check_ids(vocab_size)
@@ -184,10 +185,10 @@ def pack_dataset(
     stops = lengths if max_length is None or strategy in ("bfd_split", "wrapped") else np.minimum(lengths, max_length)
     shift = lengths - stops if keep_end else np.zeros_like(lengths)
     unscored = (rows.count_scored(shift, stops + shift) == 0) & (lengths > 0)
-    if unscored.all():
+    if not ((lengths > 0) & ~unscored).any():
         raise ValueError(
             f"no example of the {name} data set has a token to score within max_length={max_length}: all its labels "
-            "are -100 there (or its examples hold a single token)"
+            "are -100 there (or its examples hold a single token or none)"
         )
     planned = np.where(unscored, 0, lengths)  # a length of 0 is left out of every plan
     longest = int(lengths.max()) if max_length is None else max_length

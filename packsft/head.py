@@ -46,7 +46,13 @@ class HeadOutput(ModelOutput):
     aux_loss: Tensor | None = None
 
 
-def install_head(model: PreTrainedModel, options: LossOptions) -> str | None:
+def count_embeddings(model: PreTrainedModel) -> int:
+    """Entries of the vocabulary as the model embeds it, an adapter on the embeddings or not."""
+    embedding = model.get_input_embeddings()
+    return getattr(embedding, "base_layer", embedding).weight.shape[0]
+
+
+def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss: bool = False) -> str | None:
     """Teach `model.forward` the keyword arguments `loss_rows`, `loss_targets` and `num_items`.
 
     Without them the forward stays what it was. Call before the model is wrapped (DDP, FSDP); a PEFT model's base model
@@ -55,6 +61,8 @@ def install_head(model: PreTrainedModel, options: LossOptions) -> str | None:
     Args:
         model: a causal language model with output embeddings.
         options: the loss; softcap and logit scale are the model's and are filled in here.
+        needs_aux_loss: whether the router's loss of a mixture of experts is wanted, which only the model's own output
+            has.
 
     Returns:
         None where the head is fused, else the reason why the compact-logits path is taken.
@@ -69,19 +77,25 @@ def install_head(model: PreTrainedModel, options: LossOptions) -> str | None:
         )
     options = replace(options, entropy=True, correct=True)
     fused_options = replace(options, **_logit_transform(model.config.get_text_config()))
-    why_compact = _why_not_fused(model, fused_options)
-    own_forward = model.forward
+    why_compact = (
+        "the router's auxiliary loss comes with the model's own output"
+        if needs_aux_loss
+        else _why_not_fused(model, fused_options)
+    )
+    # as a function of `self`, so that a deep copy of the model runs on its own weights
+    bound = model.forward
+    own_forward = getattr(bound, "__func__", None) or (lambda self, *args, **kwargs: bound(*args, **kwargs))
 
     @functools.wraps(type(model).forward)  # `generate` validates its arguments against this signature
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         if "loss_rows" not in kwargs:
-            return own_forward(*args, **kwargs)
+            return own_forward(self, *args, **kwargs)
         rows, targets = (kwargs.pop(key) for key in LOSS_KEYS)
         num_items = kwargs.pop("num_items", None)
         if why_compact is None:
             hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
             return _reduce(_fused_loss(self, hidden, rows, targets, fused_options, num_items))
-        outputs, logits = _compact_logits(own_forward, rows, *args, use_cache=False, **kwargs)
+        outputs, logits = _compact_logits(functools.partial(own_forward, self), rows, *args, use_cache=False, **kwargs)
         # the logits are ours alone, so that their gradient may take their place
         loss = cross_entropy(
             logits, shift=False, targets=targets, options=options, num_items=num_items, inplace=logits.requires_grad
@@ -149,8 +163,6 @@ def _why_not_fused(model: PreTrainedModel, options: LossOptions) -> str | None:
         return f"the head is a {type(head).__name__}, not a plain Linear"
     if not head.weight.is_floating_point():
         return f"the head's weight is quantised ({head.weight.dtype})"
-    if getattr(model.config.get_text_config(), "output_router_logits", False):
-        return "the model adds the router's auxiliary loss to its own output"
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

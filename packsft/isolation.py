@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from packsft.attention import packed_forward
 from packsft.batch import model_inputs
 from packsft.collator import PackingCollator
+from packsft.head import count_embeddings
 
 DOCUMENT_LENGTHS = (9, 14, 11)  # unequal, and none of them what another starts or ends at
 
@@ -40,7 +41,7 @@ def check_isolation(model: PreTrainedModel, autocast: Callable[[], AbstractConte
         model: the causal language model, before its forward is wrapped.
         autocast: the context that training runs its forward in.
     """
-    vocab_size = model.get_input_embeddings().num_embeddings
+    vocab_size = count_embeddings(model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (sum(DOCUMENT_LENGTHS),), generator=generator)
     batch = PackingCollator(pad_token_id=0)([{"input_ids": ids.tolist(), "seq_lengths": list(DOCUMENT_LENGTHS)}])

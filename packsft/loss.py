@@ -25,7 +25,7 @@ def scored_in_step(batches: Sequence[Mapping[str, Any]], accelerator: Any, *, ac
 
     Returns:
         An int, or with several ranks a 0-d int64 tensor on the device, which is not read back. Ranks that share a
-        batch (tensor, context and sequence parallelism) count it once.
+        batch count it once.
     """
     count = sum(count_scored(batch) for batch in batches)
     if not across_ranks or accelerator.num_processes == 1:
@@ -35,6 +35,6 @@ def scored_in_step(batches: Sequence[Mapping[str, Any]], accelerator: Any, *, ac
 
 
 def ranks_per_batch(accelerator: Any) -> int:
-    """How many ranks work on the same batch."""
+    """How many ranks work on the same batch: those of a tensor-parallel group."""
     parallelism = getattr(accelerator, "parallelism_config", None)
-    return 1 if parallelism is None else parallelism.tp_size * parallelism.cp_size * parallelism.sp_size
+    return 1 if parallelism is None else parallelism.tp_size

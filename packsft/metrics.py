@@ -5,6 +5,7 @@ The keys are TRL's (`mean_token_accuracy`, `entropy`, `num_tokens`, `aux_loss`),
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -15,9 +16,14 @@ from packsft.head import HeadOutput
 
 
 class MetricSums:
-    """Sums over the micro-steps since the last log, on one rank."""
+    """Sums over the micro-steps since the last log, on one rank.
 
-    def __init__(self) -> None:
+    Args:
+        filter_nonfinite: leave passes whose mean loss is not finite out of `loss` (`logging_nan_inf_filter`).
+    """
+
+    def __init__(self, filter_nonfinite: bool = False) -> None:
+        self._filter_nonfinite = filter_nonfinite
         self._reset()
 
     def _reset(self) -> None:
@@ -26,9 +32,19 @@ class MetricSums:
         self._started: float | None = None
 
     def start(self) -> None:
-        """A pass begins; the first one since the last log starts the clock, so that an evaluation is not counted."""
+        """A pass begins; the first one since the last log starts the clock."""
         if self._started is None:
             self._started = time.perf_counter()
+
+    def skip(self, seconds: float) -> None:
+        """Leave out an evaluation that took place between two passes."""
+        if self._started is not None:
+            self._started += seconds
+
+    def pending_tokens(self, accelerator: Any) -> int:
+        """Tokens counted since the last log, over all ranks."""
+        tokens = torch.tensor(self._tokens, device=accelerator.device)
+        return int(accelerator.reduce(tokens, reduction="sum"))
 
     def add(self, output: HeadOutput, *, scored: int, tokens: int, mean_loss: Tensor | None = None) -> None:
         """Count one pass.
@@ -44,7 +60,9 @@ class MetricSums:
         self._tokens += tokens
         sums = {"entropy": output.entropy_sum, "num_correct": output.num_correct, "aux_loss": output.aux_loss}
         if mean_loss is not None:
-            sums["loss"] = mean_loss * scored
+            counted = torch.isfinite(mean_loss) | (not self._filter_nonfinite)
+            sums["loss"] = torch.where(counted, mean_loss * scored, 0.0)
+            sums["loss_scored"] = counted * scored
         for name, value in sums.items():
             if value is not None:
                 value = value.detach().double()
@@ -74,7 +92,7 @@ class MetricSums:
             "seconds": seconds,
         }
         if "loss" in total:
-            metrics["loss"] = total["loss"] / max(scored, 1)
+            metrics["loss"] = total["loss"] / total["loss_scored"] if total["loss_scored"] else math.nan
         if "aux_loss" in total:
             metrics["aux_loss"] = total["aux_loss"] / passes
         return metrics

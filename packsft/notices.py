@@ -29,7 +29,8 @@ def never_fires(args: TrainingArguments, max_steps: int, *, has_eval_dataset: bo
         notices.append(
             f"save_steps={args.save_steps} is more than the {max_steps} steps: the only checkpoint is the last"
         )
-    if str(args.logging_strategy.value) == "steps" and _interval(args.logging_steps, max_steps) > max_steps:
+    logs_by_step = str(args.logging_strategy.value) == "steps" and not args.logging_first_step
+    if logs_by_step and _interval(args.logging_steps, max_steps) > max_steps:
         notices.append(f"logging_steps={args.logging_steps} is more than the {max_steps} steps: no loss is logged")
     if (warmup := args.get_warmup_steps(max_steps)) >= max_steps:
         notices.append(
@@ -48,14 +49,20 @@ class PackingNotice(TrainerCallback):
 
     Args:
         report: gives the packing report, or None where there is no plan (streams, packs made by the user).
+        attention: gives a line about what computes the attention.
         record: what goes into `packsft.json` of each checkpoint.
         has_eval_dataset: whether there is anything to evaluate.
     """
 
     def __init__(
-        self, report: Callable[[], PackingReport | None], record: Callable[[], dict[str, Any]], has_eval_dataset: bool
+        self,
+        report: Callable[[], PackingReport | None],
+        attention: Callable[[], str],
+        record: Callable[[], dict[str, Any]],
+        has_eval_dataset: bool,
     ) -> None:
         self._report = report
+        self._attention = attention
         self._record = record
         self._has_eval_dataset = has_eval_dataset
 
@@ -69,7 +76,7 @@ class PackingNotice(TrainerCallback):
         steps = f"optimizer steps: {state.max_steps:,}"
         if report is not None and args.max_steps <= 0 and report.steps_unpacked != state.max_steps:
             steps += f" (unpacked it would be {report.steps_unpacked:,}: a step takes packs, not examples)"
-        lines.append(steps)
+        lines += [steps, f"attention: {self._attention()}"]
         lines += never_fires(args, state.max_steps, has_eval_dataset=self._has_eval_dataset)
         logger.warning("packsft\n  " + "\n  ".join(lines))
 

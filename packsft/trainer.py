@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import itertools
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -22,7 +23,6 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from packsft_kernels import LossOptions
-from packsft_kernels.varlen_attention import choose_backend
 from packsft_kernels.version import __version__
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -35,7 +35,7 @@ from packsft.batch import LOSS_KEYS, count_scored, model_inputs
 from packsft.collator import PackingCollator
 from packsft.config import PackedSFTConfig
 from packsft.dataset import PackedDataset, pack_dataset
-from packsft.head import HeadOutput, install_head
+from packsft.head import HeadOutput, count_embeddings, install_head
 from packsft.isolation import IsolationVerdict, check_isolation
 from packsft.loss import ranks_per_batch, scored_in_step
 from packsft.metrics import MetricSums
@@ -77,12 +77,13 @@ class PackedSFTTrainer(SFTTrainer):
         with compat.own_head_during_init():
             super().__init__(*call.args[1:], **call.kwargs)
 
-        self._sums = {"train": MetricSums(), "eval": MetricSums()}
+        _check_parallelism(self.accelerator)
+        _check_adapter(self.model)
+        self._sums = {"train": MetricSums(), "eval": MetricSums(self._filter_nonfinite)}
         base_model = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        self._vocab_size = base_model.get_input_embeddings().num_embeddings
+        self._vocab_size = count_embeddings(base_model)
         for dataset in self._packed_datasets():
             dataset.rows.check_ids(self._vocab_size)
-        self.padding_free = True  # the parent's name for a batch without padding
         self.isolation = self._prepare_attention(base_model)
         self.data_collator = PackingCollator(
             pad_token_id=self._tokenizer.pad_token_id,
@@ -90,12 +91,21 @@ class PackedSFTTrainer(SFTTrainer):
             vocab_size=self._vocab_size,
             padded=not self.isolation.isolated,
         )
-        why_compact = install_head(base_model, self._loss_options())
+        if self.data_collator.padded and self.compute_metrics is not None and self._packs_evaluation():
+            raise ValueError(
+                "compute_metrics with packed evaluation sets needs a model that can be packed "
+                f"({self.isolation.reason}): set eval_packing=False"
+            )
+        why_compact = install_head(base_model, self._loss_options(), needs_aux_loss=self.aux_loss_enabled)
         if why_compact is not None:
             logger.warning(
                 "the language-model head is not fused: %s; it computes the scored logits instead", why_compact
             )
-        self.add_callback(PackingNotice(lambda: self.packing_report, self._record, self.eval_dataset is not None))
+        self.add_callback(
+            PackingNotice(
+                lambda: self.packing_report, self._describe_attention, self._record, self.eval_dataset is not None
+            )
+        )
 
     # ---- data: rows to packs ----
 
@@ -164,12 +174,15 @@ class PackedSFTTrainer(SFTTrainer):
         attention.set_backend(backend := getattr(self.args, "attention_backend", "auto"))
         if backend != "auto":
             with self.accelerator.autocast():
-                choose_backend(attention.spec_of(model), backend)  # raises, with the reason
-        if own_attention in (None, "eager", "sdpa"):  # flash and flex attention read the same boundaries themselves
+                attention.backend_of(model)  # raises, with the reason
+        if own_attention in (None, "eager", "sdpa"):  # flash and flex attention keep documents apart themselves
             model.set_attn_implementation(attention.ATTENTION_NAME)
         if not getattr(self.args, "check_packing", True):
             return IsolationVerdict(True, "not checked")
         verdict = check_isolation(model, self.accelerator.autocast)
+        failed = torch.tensor(0 if verdict.isolated else 1, device=self.accelerator.device)
+        if verdict.isolated and int(self.accelerator.reduce(failed, reduction="sum")):
+            verdict = IsolationVerdict(False, "it failed on another rank")
         if verdict.isolated:
             return verdict
         if getattr(self.args, "on_unpackable", "pad") == "error":
@@ -181,6 +194,18 @@ class PackedSFTTrainer(SFTTrainer):
         if own_attention is not None and own_attention != model.config._attn_implementation:
             model.set_attn_implementation(own_attention)
         return verdict
+
+    def _describe_attention(self) -> str:
+        model = self.accelerator.unwrap_model(self.model)
+        name = model.config._attn_implementation
+        if name != attention.ATTENTION_NAME:
+            return f"transformers' {name}" + (" on padded rows" if self.data_collator.padded else "")
+        with self.accelerator.autocast():
+            backend, spec = attention.backend_of(model)
+        return f"{backend}, {str(spec.dtype).removeprefix('torch.')} on {spec.device}, head size {spec.head_dim}"
+
+    def _packs_evaluation(self) -> bool:
+        return self.args.packing if self.args.eval_packing is None else self.args.eval_packing
 
     def _loss_options(self) -> LossOptions:
         # as in the parent, DFT takes no label smoothing
@@ -224,18 +249,23 @@ class PackedSFTTrainer(SFTTrainer):
         """The parent's loss, whole and ours: sum over scored tokens / `num_items_in_batch` (default: of this batch)."""
         mode = "train" if self.model.training else "eval"
         scored = count_scored(inputs)
-        output = self._forward_head(model, inputs, max(scored, 1) if num_items_in_batch is None else num_items_in_batch)
-        loss = output.loss
+        num_items = max(scored, 1) if num_items_in_batch is None else num_items_in_batch
         if callable(self.compute_loss_func):  # deprecated in TRL; it wants logits, which costs a second forward
             with self._packed_forward():
-                logits = model(**model_inputs(inputs), use_cache=False)
-            loss = self.compute_loss_func(logits, inputs["labels"], num_items_in_batch=num_items_in_batch)
+                outputs = model(**model_inputs(inputs), use_cache=False)
+            loss = self.compute_loss_func(outputs, inputs["labels"], num_items_in_batch=num_items_in_batch)
+            with torch.no_grad():
+                output = self._forward_head(model, inputs, num_items)
+        else:
+            output = self._forward_head(model, inputs, num_items)
+            loss = output.loss
         self._sums[mode].add(
             output, scored=scored, tokens=inputs["num_tokens"], mean_loss=loss.detach() if mode == "eval" else None
         )
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // ranks_per_batch(self.accelerator))  # DDP averages
-        if self.aux_loss_enabled and output.aux_loss is not None:
+        if self.aux_loss_enabled:
+            assert output.aux_loss is not None
             passes = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * output.aux_loss / passes
         if not return_outputs:
@@ -259,9 +289,11 @@ class PackedSFTTrainer(SFTTrainer):
         self, dataloader: Any, description: str, *positional: Any, metric_key_prefix: str = "eval", **named: Any
     ) -> EvalLoopOutput:
         """Adds to the parent: the loss is averaged by scored token, so that it is the same number packed or not."""
+        started = time.perf_counter()
         output = super().evaluation_loop(
             dataloader, description, *positional, metric_key_prefix=metric_key_prefix, **named
         )
+        self._sums["train"].skip(time.perf_counter() - started)
         totals = self._sums["eval"].drain(self.accelerator)
         if totals:
             output.metrics[f"{metric_key_prefix}_loss"] = totals["loss"]
@@ -270,12 +302,17 @@ class PackedSFTTrainer(SFTTrainer):
             for name in ("entropy", "mean_token_accuracy", "aux_loss"):
                 if name in totals:
                     output.metrics[f"{prefix}_{name}"] = totals[name]
-            output.metrics[f"{prefix}_num_tokens"] = self._total_train_tokens
+            pending = self._sums["train"].pending_tokens(self.accelerator) // ranks_per_batch(self.accelerator)
+            output.metrics[f"{prefix}_num_tokens"] = self._total_train_tokens + pending
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds to the parent: TRL's training metrics, read from the device here and nowhere else."""
-        totals = self._sums["train"].drain(self.accelerator) if self.model.training else {}
+        """Adds to the parent: TRL's training metrics, read from the device here and nowhere else.
+
+        Only to the loop's own logs, on which all ranks come together: a callback may log on one rank.
+        """
+        own = "loss" in logs or "train_loss" in logs
+        totals = self._sums["train"].drain(self.accelerator) if own else {}
         if totals:
             tokens = totals.pop("tokens") / ranks_per_batch(self.accelerator)
             self._total_train_tokens += int(tokens)
@@ -299,6 +336,8 @@ def _own_arguments(arguments: dict[str, Any]) -> SFTConfig:
     if isinstance(args, TrainingArguments) and not isinstance(args, SFTConfig):
         args = SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # `to_dict` hides the token
     args = copy.copy(args)
+    args.padding_free = args.padding_free and args.packing  # without packing it is what we do, max_length enforced
+    args.gradient_checkpointing_kwargs = copy.copy(args.gradient_checkpointing_kwargs)  # the parent edits it
     args.accelerator_config = copy.copy(args.accelerator_config)
     args.accelerator_config.non_blocking = args.dataloader_pin_memory and args.device.type == "cuda"
     return args
@@ -310,11 +349,14 @@ def _check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
         raise ValueError("packing=True needs max_length, the number of tokens in a pack; got max_length=None")
     if args.packing and args.packing_strategy not in STRATEGIES:
         raise ValueError(f"packing_strategy={args.packing_strategy!r} is unknown, expected one of {STRATEGIES}")
+    if args.truncation_mode not in ("keep_start", "keep_end"):
+        raise ValueError(f"truncation_mode={args.truncation_mode!r} is unknown, expected 'keep_start' or 'keep_end'")
     if args.accelerator_config.dispatch_batches:
         raise ValueError(
             "accelerator_config.dispatch_batches=True is not supported: it cuts a batch by rows, and the boundaries of "
             "packed documents do not split that way; leave it unset"
         )
+    args.accelerator_config.dispatch_batches = False  # None would mean True for a stream
     if arguments.get("data_collator") is not None:
         raise ValueError(
             f"data_collator={type(arguments['data_collator']).__name__} is not supported: packsft lays out the batch "
@@ -327,8 +369,8 @@ def _check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
         {f"eval_dataset[{k!r}]": v for k, v in evals.items()} if isinstance(evals, dict) else {"eval_dataset": evals}
     )
     for name, dataset in datasets.items():
-        if isinstance(dataset, Dataset) and len(dataset) == 0:
-            raise ValueError(f"{name} is empty: it has 0 rows")
+        if isinstance(dataset, (Dataset, IterableDataset)):
+            _check_dataset(name, dataset, args)
     if arguments.get("processing_class") is not None:
         _check_tokenizer(arguments["processing_class"], args)
     model = arguments["model"]
@@ -345,6 +387,35 @@ def _check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
         raise ValueError(
             f"{type(model).__name__} has no language-model head (get_output_embeddings() is None): packsft trains "
             "causal language models, load one with AutoModelForCausalLM"
+        )
+
+
+def _check_dataset(name: str, dataset: Dataset | IterableDataset, args: SFTConfig) -> None:
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"{name} is empty: it has 0 rows")
+    if pictures := {"image", "images"} & first.keys():
+        raise ValueError(f"{name} has the column {min(pictures)!r}: packsft trains on text alone")
+    if isinstance(dataset, IterableDataset) and args.packing and args.packing_strategy == "wrapped":
+        raise ValueError(
+            f"{name} is a stream, and packing_strategy='wrapped' forgets where a stream's examples begin: take 'bfd'"
+        )
+
+
+def _check_adapter(model: Any) -> None:
+    if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{type(model.active_peft_config).__name__} puts virtual tokens before every row, which moves the "
+            "boundaries of packed documents: prompt learning is not supported, LoRA and its relatives are"
+        )
+
+
+def _check_parallelism(accelerator: Any) -> None:
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError(
+            "context and sequence parallelism (cp_size, sp_size) shard a row by position, which does not follow the "
+            "boundaries of packed documents: leave them at 1"
         )
 
 

@@ -7,6 +7,8 @@ of the dtype in which the result is handed over (a result that is right but for 
 float64 itself both errors are rounding, and the contract becomes `EXACT`: fusing and chunking may not change anything.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -50,5 +52,6 @@ def assert_accurate(ours: Tensor, plain: Tensor, truth: Tensor, what: str, *, by
     assert truth.dtype == torch.float64, "the truth has to be computed in float64"
     for measure in [error, worst_row_error] if by_row else [error]:
         got, own = measure(ours, truth), measure(plain, truth)
+        assert math.isfinite(own), f"{what}: plain PyTorch is not finite, so that anything would pass"
         bound = EXACT if ours.dtype == torch.float64 else 2 * own + torch.finfo(ours.dtype).eps / 2
         assert got <= bound, f"{what}: {measure.__name__} {got:.3e}, allowed {bound:.3e} (plain PyTorch: {own:.3e})"

@@ -299,10 +299,12 @@ def _cross_entropy_kernel(
     lane_scale = tl.exp(lane_shift)
     rest = tl.sum(lane_sum * lane_scale, 0)
     maximum = tl.maximum(rest_max, z_target)
+    # By comparison, not by `below == 0`: a fused multiply-subtract of a scaled logit would leave its rounding there.
+    is_max = z_target >= rest_max
     shift, shift_error = _difference(rest_max, maximum)
     # exp(shift) amplifies the rounding of `shift` into a relative error of `rest`: hence the first-order correction.
     rest_scale = tl.where(rest > 0, tl.exp(shift) * (1.0 + shift_error), 1.0)
-    below = maximum - z_target
+    below = tl.where(is_max, 0.0, rest_max - z_target)
     e_target = tl.exp(-below)
     if HAS_ENTROPY:
         dot = tl.sum(lane_scale * tl.where(lane_sum > 0, lane_dot + lane_sum * lane_shift, 0.0), 0)
@@ -311,7 +313,7 @@ def _cross_entropy_kernel(
     rest *= rest_scale
     total = rest + e_target
 
-    log_total = tl.where(below == 0, _log1p(rest), tl.log(total))
+    log_total = tl.where(is_max, _log1p(rest), tl.log(total))
     nll = below + log_total
     lse = maximum + log_total
     loss = nll
@@ -330,7 +332,7 @@ def _cross_entropy_kernel(
     if HAS_ENTROPY:
         tl.store(entropy_ptr + row, log_total - dot / total)
     if HAS_CORRECT:
-        tl.store(correct_ptr + row, (tl.max(lane_better, 0) == 0).to(tl.int8))
+        tl.store(correct_ptr + row, ((tl.max(lane_better, 0) == 0) & in_range).to(tl.int8))
 
     if HAS_GRAD:
         nll_factor = weight * logit_scale
@@ -462,7 +464,8 @@ def _on_device(tensor: Tensor) -> Any:
 
 def _scale_(values: Tensor, factor: Tensor) -> Tensor:
     """`values *= factor` for a 0-d `factor`, free on CUDA where the factor is 1."""
-    if not _triton.usable(values.device) or values.dtype == torch.float64 or values.numel() == 0:
+    flat = values.is_contiguous() and values.numel() > 0  # the kernel counts through storage
+    if not _triton.usable(values.device) or values.dtype == torch.float64 or not flat:
         return values.mul_(factor)
     with _on_device(values):
         block = 4096
@@ -732,7 +735,7 @@ def cross_entropy(
         logits_TV = logits_TV.contiguous()
     weights = None if weights is None else weights.detach().flatten()
     num_rows = logits_TV.shape[0] if rows is None else rows.numel()
-    check_rows(rows, targets, weights, num_rows)
+    check_rows(rows, targets, weights, num_rows, logits.device)
 
     scale = None  # for "none"
     if reduction == "mean":
@@ -749,7 +752,8 @@ def cross_entropy(
 
     if inplace and torch.is_grad_enabled() and logits.requires_grad and not torch.compiler.is_compiling():
         check_argument(not logits.is_leaf, "inplace", "a leaf that requires grad", "logits that an operation made")
-        rowwise = logits.stride(-1) == 1 and (logits.dim() == 2 or logits.is_contiguous())
+        apart = logits.dim() == 2 and logits.stride(0) >= logits.shape[1]  # rows that share no storage
+        rowwise = logits.stride(-1) == 1 and (apart or logits.is_contiguous())
         check_argument(rowwise, "inplace", f"logits with strides {logits.stride()}", "contiguous logits")
         outputs = RowOutputs(*_CrossEntropyInplace.apply(logits_TV, targets, weights, scale, options))
         loss = outputs.loss
@@ -783,7 +787,7 @@ def inverse_items(targets_N: Tensor, options: LossOptions, num_items: int | Tens
     if num_items is None:
         items = (targets_N != options.ignore_index).sum()
     elif isinstance(num_items, Tensor):
-        items = num_items.detach().to(device, non_blocking=True).reshape(())
+        items = num_items.detach().to(device, non_blocking=device.type == "cuda").reshape(())
     else:
         items = torch.full((), num_items, device=device)  # a fill, where a copy would wait
     items = items.double()
@@ -808,7 +812,12 @@ def check_reduction(reduction: str, num_items: int | Tensor | None) -> None:
         check_argument(num_items >= 0, "num_items", repr(num_items), "0 or more")
 
 
-def check_rows(rows: Tensor | None, targets: Tensor, weights: Tensor | None, num_rows: int) -> None:
+def check_rows(
+    rows: Tensor | None, targets: Tensor, weights: Tensor | None, num_rows: int, device: torch.device
+) -> None:
+    for name, tensor in (("rows", rows), ("targets", targets), ("weights", weights)):
+        if tensor is not None:
+            check_argument(tensor.device == device, name, f"a tensor on {tensor.device}", f"one on {device}")
     if rows is not None:
         check_argument(
             rows.dtype in (torch.int32, torch.int64) and rows.dim() == 1, "rows", describe(rows), "[N] int32 or int64"

@@ -48,13 +48,13 @@ class Gradients(NamedTuple):
 def _empty_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, num_rows: int, wanted: tuple[bool, bool, bool]
 ) -> Gradients:
-    def empty(like: Tensor, shape: tuple[int, ...], is_wanted: bool) -> Tensor:
-        return like.new_empty(shape if is_wanted else (0,) * len(shape), dtype=_stored_dtype(like))
+    def empty(shape: tuple[int, ...], is_wanted: bool, dtype: torch.dtype) -> Tensor:
+        return hidden.new_empty(shape if is_wanted else (0,) * len(shape), dtype=dtype)
 
     return Gradients(
-        empty(hidden, (num_rows, hidden.shape[1]), wanted[0]),
-        empty(weight, tuple(weight.shape), wanted[1]),
-        empty(weight if bias is None else bias, (weight.shape[0],), wanted[2]),
+        empty((num_rows, hidden.shape[1]), wanted[0], _stored_dtype(hidden)),
+        empty(tuple(weight.shape), wanted[1], _stored_dtype(weight)),
+        empty((weight.shape[0],), wanted[2], row_dtype(weight.dtype)),  # V elements: wide enough to add up in
     )
 
 
@@ -83,9 +83,6 @@ def _chunk_loop(
     num_rows, vocab = targets_N.shape[0], weight_VM.shape[0]
     device = hidden_TM.device
     gradients = _empty_gradients(hidden_TM, weight_VM, bias_V, num_rows, wanted)
-    hidden_NM = (hidden_TM if rows_N is None else hidden_TM.index_select(0, rows_N)).to(dtype)
-    # An ignored row may hold anything, and 0 * NaN would reach the weight's gradient. Its logits are then numbers.
-    hidden_NM = hidden_NM.masked_fill((targets_N == options.ignore_index)[:, None], 0.0)
     weight_VM = weight_VM.to(dtype)
     bias_V = None if bias_V is None else bias_V.to(dtype)
     # CUDA's GEMMs write float32 from 16-bit inputs; the CPU's cannot.
@@ -95,7 +92,7 @@ def _chunk_loop(
     # Rows start on a multiple of 16 elements on CUDA, so that the kernel's accesses stay wide whatever V is.
     stride = -(-vocab // 16) * 16 if hidden_TM.is_cuda else vocab
     buffer_CV = torch.empty(chunk, stride, dtype=dtype, device=device)[:, :vocab]
-    outputs = empty_outputs(hidden_NM.new_empty(num_rows, 0), options)
+    outputs = empty_outputs(hidden_TM.new_empty(num_rows, 0, dtype=dtype), options)
     # The weight's accumulator: its stored gradient, unless that is 16 bits wide and several chunks add up in it.
     weight_sum = gradients.weight
     if wanted[1] and chunk < num_rows and weight_sum.dtype == torch.bfloat16:
@@ -106,7 +103,9 @@ def _chunk_loop(
 
     for start in range(0, num_rows, max(1, chunk)):
         chunk_rows = slice(start, min(start + chunk, num_rows))
-        hidden_CM = hidden_NM[chunk_rows]
+        hidden_CM = hidden_TM[chunk_rows] if rows_N is None else hidden_TM.index_select(0, rows_N[chunk_rows])
+        # An ignored row may hold anything, and 0 * NaN would reach the weight's gradient. Its logits are then numbers.
+        hidden_CM = hidden_CM.to(dtype).masked_fill((targets_N[chunk_rows] == options.ignore_index)[:, None], 0.0)
         logits_CV = buffer_CV[: len(hidden_CM)]
         if bias_V is None:
             torch.mm(hidden_CM, weight_VM.t(), out=logits_CV)
@@ -271,6 +270,10 @@ def _reduced_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
     ctx.set_materialize_grads(False)
 
 
+# Private, seen in torch 2.10 to 2.13. Without it every gradient is kept and multiplied out of place.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
 @differentiable_once
 def _reduced_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     grads: tuple[Tensor | None, ...] = (None, None, None)
@@ -281,7 +284,7 @@ def _reduced_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tenso
                 "its gradients away"
             )
         # The node outlives the backward for as long as someone holds the loss; its gradients should not.
-        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        keep = _keeps_graph()
         gradients, factor = ctx.gradients, upstream if ctx.scale is None else upstream * ctx.scale
         if not keep:
             ctx.gradients = None
@@ -396,7 +399,7 @@ def linear_cross_entropy(
     if bias is not None:
         check_argument(bias.shape == weight.shape[:1], "bias", describe(bias), f"[{weight.shape[0]}]")
     check_reduction(reduction, num_items)
-    check_rows(rows, targets, weights, hidden.shape[0] if rows is None else rows.numel())
+    check_rows(rows, targets, weights, hidden.shape[0] if rows is None else rows.numel(), hidden.device)
 
     device = hidden.device.type
     dtype = hidden.dtype

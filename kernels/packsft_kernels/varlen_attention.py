@@ -1,7 +1,8 @@
 """Attention over documents laid end to end: `varlen_attention` and its back ends.
 
-A document attends causally to itself and to nothing else. The boundaries come as `cu_seqlens`; no [T, T] mask is
-built on any path. Back ends, in the order in which `backend="auto"` tries them:
+A document attends causally to itself and to nothing else. The boundaries come as `cu_seqlens`; no mask over the row
+is built on any path (SDPA needs one over a single document for a window, a softcap or sinks). Back ends, in the order
+in which `backend="auto"` tries them:
 
     flash_attn_4, flash_attn_3, flash_attn_2   the packages, where installed and able
     torch_varlen                               `torch.nn.attention.varlen`, in PyTorch itself, Ampere and newer
@@ -14,6 +15,7 @@ Shapes: T tokens, D documents, H query heads, G key heads, K head size.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import inspect
 import itertools
@@ -33,11 +35,15 @@ CPU_FLOAT32_LENGTH = 512
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What a call asks of a back end: everything that decides whether it can run, and nothing that is data."""
+    """What a call asks of a back end: everything that decides whether it can run, and nothing that is data.
+
+    `head_dim` is that of q and k, or of v where that is larger; `equal_head_dims` whether the two are the same.
+    """
 
     device: str
     dtype: torch.dtype
     head_dim: int
+    equal_head_dims: bool = True
     causal: bool = True
     window: int | None = None
     softcap: float | None = None
@@ -88,13 +94,17 @@ def varlen_attention(
     Raises:
         ValueError: shapes that do not fit, boundaries that are not int32, or a back end that cannot run this call.
     """
-    _check_shapes(q, k, v, cu_seqlens, max_seqlen, sinks)
+    _check_arguments(q, k, v, cu_seqlens, max_seqlen, window, sinks)
     dtype = _compute_dtype(q, k, v)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    spec = AttentionSpec(q.device.type, dtype, q.shape[-1], causal, window, softcap, sinks is not None, dropout)
+    spec = AttentionSpec(
+        q.device.type, dtype, max(q.shape[-1], v.shape[-1]), q.shape[-1] == v.shape[-1],
+        causal, window, softcap, sinks is not None, dropout,
+    )  # fmt: skip
     run = BACKENDS[choose_backend(spec, backend)].run
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return run(q, k, v, cu_seqlens, max_seqlen, scale, sinks, spec)
+    with torch.autocast(q.device.type, enabled=False):  # the dtype is chosen: autocast would undo a back end's own
+        return run(q, k, v, cu_seqlens, max_seqlen, scale, sinks, spec)
 
 
 def choose_backend(spec: AttentionSpec, backend: str = "auto") -> str:
@@ -103,12 +113,16 @@ def choose_backend(spec: AttentionSpec, backend: str = "auto") -> str:
     Raises:
         ValueError: the name is unknown, or that back end cannot run the call; the reason is in the message.
     """
+    able = [name for name in BACKENDS if why_not(name, spec) is None]
+    if backend == "auto" and able:
+        return able[0]
     if backend == "auto":
-        return next(name for name in BACKENDS if why_not(name, spec) is None)
+        reasons = "; ".join(f"{name}: {why_not(name, spec)}" for name in BACKENDS)
+        raise ValueError(f"no back end can run this attention: {reasons}")
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown, expected 'auto' or one of {list(BACKENDS)}")
-    if (reason := why_not(backend, spec)) is not None:
-        able = [name for name in BACKENDS if why_not(name, spec) is None]
+    if backend not in able:
+        reason = why_not(backend, spec)
         raise ValueError(f"backend={backend!r} cannot run this attention: {reason}; able here: {able}")
     return backend
 
@@ -123,6 +137,8 @@ def why_not(name: str, spec: AttentionSpec) -> str | None:
         )
     if spec.device != "cuda":
         return f"it needs a CUDA device, the tensors are on {spec.device!r}"
+    if name == "flash_attn_2" and spec.softcap is not None and spec.dropout:
+        return "it has no dropout beside a softcap"
     if backend.package is not None and not _installed(backend.package):
         return f"the package {backend.package!r} is not installed"
     if backend.package is None and not _installed("torch.nn.attention.varlen"):
@@ -132,6 +148,8 @@ def why_not(name: str, spec: AttentionSpec) -> str | None:
     capability = torch.cuda.get_device_capability()
     if not backend.min_capability <= capability[0] <= backend.max_capability:
         return f"it does not run on compute capability {capability[0]}.{capability[1]}"
+    if not spec.equal_head_dims:
+        return "the head size of v is not that of q and k"
     if spec.head_dim > backend.max_head_dim or spec.head_dim % 8:
         return f"head size {spec.head_dim} is not a multiple of 8 up to {backend.max_head_dim}"
     asked = {
@@ -149,13 +167,25 @@ def why_not(name: str, spec: AttentionSpec) -> str | None:
 
 @cache
 def _installed(module: str) -> bool:
+    if module == "flash_attn.cute":  # flash-attn 2 ships that folder, too, without what it needs
+        return _distribution_installed("flash-attn-4")
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # a parent package is missing
+    except ImportError:  # a parent package is missing, or was built for another torch
         return False
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, sinks: Tensor | None) -> None:
+def _distribution_installed(name: str) -> bool:
+    try:
+        importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _check_arguments(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None, sinks: Tensor | None
+) -> None:
     if q.ndim != 3 or k.ndim != 3 or v.ndim != 3:
         shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape)
         raise ValueError(f"q, k and v must be [T, heads, head_dim], got {shapes[0]}, {shapes[1]} and {shapes[2]}")
@@ -170,6 +200,8 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqle
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, q on {q.device}: they must be on one device")
     if not isinstance(max_seqlen, int) or max_seqlen < 0:
         raise ValueError(f"max_seqlen must be an int on the host, 0 or more, got {max_seqlen!r}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be 1 (a token sees itself) or more, got {window}")
     if sinks is not None and sinks.shape != (q.shape[1],):
         raise ValueError(f"sinks must be [H] = [{q.shape[1]}], got {tuple(sinks.shape)}")
 
@@ -213,8 +245,7 @@ def _flash_attn_4(
 
     out = flash_attn_varlen_func(
         q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest, softmax_scale=scale,
-        causal=spec.causal, window_size=_window_pair(spec, none=None), softcap=spec.softcap or 0.0,
-        learnable_sink=sinks,
+        causal=spec.causal,
     )  # fmt: skip
     return out[0] if isinstance(out, tuple) else out
 
@@ -224,6 +255,7 @@ def _torch_varlen(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     options: dict[str, Any] = {}
     if "window_size" in _varlen_attn_parameters():  # later releases spell causal as a window
         options["window_size"] = _window_pair(spec, none=-1, causal_right=0)
@@ -264,7 +296,9 @@ def _sdpa(
 
     `split` and `cat` rather than slices: the backward of a slice fills a [T, H, K] of zeros for every document.
     """
-    runs = _equal_length_runs(cu.tolist(), q.shape[0])
+    runs = _equal_length_runs(cu.tolist(), q.shape[0], longest)
+    if spec.device == "cuda" and q.shape[1] != k.shape[1]:  # with `enable_gqa` float32 falls to the kernel with scores
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     sizes = [count * length for count, length in runs]
     outs = [
         _documents(q_run, k_run, v_run, count, scale, sinks, spec)
@@ -273,12 +307,14 @@ def _sdpa(
     return outs[0] if len(outs) == 1 else torch.cat(outs) if outs else q
 
 
-def _equal_length_runs(boundaries: list[int], num_tokens: int) -> list[tuple[int, int]]:
+def _equal_length_runs(boundaries: list[int], num_tokens: int, max_seqlen: int) -> list[tuple[int, int]]:
     """(how many, how long) for each run of neighbouring documents of one length; empty documents left out."""
     runs: list[tuple[int, int]] = []
     for document, (start, stop) in enumerate(itertools.pairwise(boundaries)):
         if stop < start:
             raise ValueError(f"cu_seqlens falls from {start} to {stop} at document {document}: it must not decrease")
+        if stop - start > max_seqlen:
+            raise ValueError(f"max_seqlen is {max_seqlen}, but document {document} has {stop - start} tokens")
         if stop == start:
             continue
         if runs and runs[-1][1] == stop - start:
@@ -362,7 +398,13 @@ class Backend:
 
 BACKENDS: dict[str, Backend] = {
     "flash_attn_4": Backend(
-        _flash_attn_4, "flash_attn.cute", frozenset({"window", "softcap", "sinks"}), 9, 11, max_head_dim=128
+        # Its forward has a window, a softcap and sinks; its backward (as of 2026-11) refuses or ignores them.
+        _flash_attn_4,
+        "flash_attn.cute",
+        frozenset(),
+        9,
+        11,
+        max_head_dim=128,
     ),
     "flash_attn_3": Backend(_flash_attn_3, "flash_attn_interface", frozenset({"window", "softcap"}), 9, 9),
     "flash_attn_2": Backend(

@@ -228,6 +228,12 @@ def test_rows_further_apart_than_2_to_the_31() -> None:
     targets = torch.tensor([3, 39])
     assert_contract(logits, targets=targets)
     assert error(cross_entropy(logits, targets=targets).lse, logits.double().logsumexp(-1)) < 1e-6
+    # a copy would lie close together: the gradient is written where the rows are
+    compact = logits.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+    cross_entropy(compact, targets=targets).loss.backward()
+    view = logits.requires_grad_().view_as(logits)
+    cross_entropy(view, targets=targets, inplace=True).loss.backward()
+    assert torch.equal(logits.grad, compact.grad)
 
 
 def test_inplace_overwrites_the_logits_and_says_so() -> None:

@@ -105,6 +105,11 @@ def test_weight_gradients_do_not_add_up_in_bf16(monkeypatch: pytest.MonkeyPatch)
         "targets": torch.randint(0, V, (512,), generator=generator),
     }
     assert_contract(given)
+    given["bias"] = torch.zeros(V, dtype=torch.bfloat16)
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in given.items()}
+    runs = differentiate(linear_cross_entropy, given), differentiate(reference.linear_cross_entropy, given)
+    truth = differentiate(reference.linear_cross_entropy, wide)
+    assert_accurate(*(run["bias.grad"] for run in (*runs, truth)), "bias.grad")
 
 
 @pytest.mark.parametrize("absent", [("rows",), ("bias",), ("weights",), ("bias", "weights")])

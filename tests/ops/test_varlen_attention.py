@@ -1,6 +1,7 @@
 """Per-document attention: equal to each document alone, exactly isolated, and honest about what cannot run."""
 
 import itertools
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from packsft_kernels import varlen_attention
 from packsft_kernels.reference import varlen_attention as reference
 from packsft_kernels.varlen_attention import BACKENDS, AttentionSpec, choose_backend, why_not
 
+MODULE = sys.modules["packsft_kernels.varlen_attention"]  # the function has its name
 LENGTHS = (25, 1, 25, 25, 0, 70)  # equal neighbours, a single token, an empty document, a longer one
 
 
@@ -71,10 +73,11 @@ def test_a_document_reaches_no_other_document(lengths, data):
     q, k, v, cu = inputs(lengths)
     start, stop = int(cu[chosen]), int(cu[chosen + 1])
     out = varlen_attention(q, k, v, cu, max(lengths))
-    for gradient in torch.autograd.grad(out[start:stop].square().sum(), (q, k, v)):
+    gradients = torch.autograd.grad(out[start:stop].square().sum(), (q, k, v))
+    for gradient in gradients:
         assert not gradient[:start].any()
         assert not gradient[stop:].any()
-        assert gradient[start:stop].any() or gradient is not v  # one token's softmax has no gradient in q and k
+    assert gradients[2][start:stop].any()  # of v: one token's softmax has no gradient in q and k
 
 
 def test_autocast_inputs_of_mixed_dtypes_are_cast_to_its_dtype():
@@ -117,10 +120,12 @@ def test_a_back_end_that_cannot_run_says_why(name, spec, reason):
         (replace(ON_CUDA, dropout=0.1), False),
         (replace(ON_CUDA, head_dim=20), False),
         (replace(ON_CUDA, head_dim=512), False),
+        (replace(ON_CUDA, equal_head_dims=False), False),
     ],
 )
 def test_what_torch_varlen_can_do(monkeypatch, spec, able):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    monkeypatch.setattr(MODULE, "_installed", lambda module: module == "torch.nn.attention.varlen")
     why_not.cache_clear()
     try:
         assert (why_not("torch_varlen", spec) is None) == able
@@ -139,10 +144,13 @@ def test_true_float32_on_cuda_takes_one_sdpa_call_per_document(monkeypatch):
     [
         ({"cu_seqlens": torch.tensor([0, 4, 7])}, "cu_seqlens must be"),
         ({"cu_seqlens": torch.tensor([0, 4], dtype=torch.int32)}, "expected from 0 to T = 7"),
-        ({"cu_seqlens": torch.tensor([0, 5, 4, 7], dtype=torch.int32)}, "falls from 5 to 4 at document 1"),
+        ({"cu_seqlens": torch.tensor([0, 4, 3, 7], dtype=torch.int32)}, "falls from 4 to 3 at document 1"),
         ({"q": torch.zeros(7, 3, 16)}, "do not fit"),
         ({"k": torch.zeros(7, 32)}, "must be"),
         ({"max_seqlen": torch.tensor(4)}, "int on the host"),
+        ({"max_seqlen": 3}, "max_seqlen is 3, but document 0 has 4 tokens"),
+        ({"window": 0}, "window must be 1"),
+        ({"softcap": 5.0, "dropout": 0.1}, "no back end can run this attention"),
         ({"sinks": torch.zeros(3)}, "sinks must be"),
         ({"backend": "flash"}, "expected 'auto' or one of"),
         ({"backend": "torch_varlen"}, "CUDA device"),
