@@ -10,6 +10,7 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
+    MixtralConfig,
     OPTConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -59,6 +60,7 @@ def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, **over
             **common | {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
                         "word_embed_proj_dim": 32, "max_position_embeddings": 256, "dropout": 0.0} | overrides
         ),
+        "mixtral": lambda: MixtralConfig(**llama_like | {"num_local_experts": 4, "num_experts_per_tok": 2} | overrides),
         "stablelm": lambda: StableLmConfig(**llama_like | overrides),
     }  # fmt: skip
     generator_state = torch.get_rng_state()

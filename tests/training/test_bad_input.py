@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from peft import PromptTuningConfig
 from runs import config, trainer
 from tiny import ROWS, tiny_model, tiny_tokenizer, token_rows
 from transformers import DataCollatorWithPadding, LlamaForSequenceClassification
@@ -41,6 +42,25 @@ def rows(*extra):
         (
             {"data_collator": DataCollatorWithPadding(tiny_tokenizer())},
             "data_collator=DataCollatorWithPadding is not supported: .* `seq_lengths`",
+        ),
+        (
+            {"train_dataset": Dataset.from_dict({"input_ids": [[], [5]], "labels": [[], [5]]})},
+            "no example of the train",
+        ),
+        ({"train_dataset": IterableDataset.from_generator(lambda: iter(()))}, "train_dataset is empty"),
+        (
+            {"train_dataset": IterableDataset.from_generator(lambda: iter(ROWS)), "packing_strategy": "wrapped"},
+            "train_dataset is a stream, and packing_strategy='wrapped'",
+        ),
+        ({"train_dataset": Dataset.from_list([{"image": "x", "text": "why"}])}, "has the column 'image'"),
+        ({"truncation_mode": "keep_middle"}, "truncation_mode='keep_middle' is unknown"),
+        (
+            {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)},
+            "prompt learning is not supported",
+        ),
+        (
+            {"model": tiny_model("stablelm"), "compute_metrics": lambda prediction: {}, "eval_dataset": token_rows(4)},
+            "set eval_packing=False",
         ),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True is not supported"),
         (

@@ -140,3 +140,12 @@ def test_a_shuffled_selection_of_rows_is_read_in_its_own_order(tmp_path):
     rows = Dataset.from_list(ROWS).select([4, 0, 2])
     ours = trainer(tmp_path, train_dataset=rows, packing=False)
     assert [item["input_ids"].tolist() for item in ours.train_dataset] == [ROWS[i]["input_ids"] for i in (4, 0, 2)]
+
+
+@pytest.mark.parametrize("strategy", ["bfd_split", "wrapped"])
+def test_a_split_example_loses_no_token_whichever_end_truncation_would_keep(tmp_path, strategy):
+    rows = Dataset.from_list([{"input_ids": [3, 4, 5, 6, 7, 8], "labels": [3, 4, 5, 6, 7, 8]}] * 2)
+    ours = trainer(tmp_path, train_dataset=rows, max_length=4, packing_strategy=strategy, truncation_mode="keep_end")
+    tokens = sorted(token for item in ours.train_dataset for token in item["input_ids"].tolist())
+    assert tokens == sorted([3, 4, 5, 6, 7, 8] * 2)
+    ours.train()

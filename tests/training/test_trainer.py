@@ -239,3 +239,72 @@ def test_pad_tail_has_no_gradient(tmp_path):
     ours.compute_loss(ours.model, batch).backward()
     reached = ours.model.get_input_embeddings().weight.grad.abs().sum(-1).nonzero().flatten()
     assert reached.tolist() == [3, 4]  # the last token predicts nothing, and the pad is not reached
+
+
+def test_a_mixture_of_experts_gets_its_auxiliary_loss_as_in_trl(tmp_path, caplog):
+    rows, results = token_rows(6), []
+    for cls in (SFTTrainer, PackedSFTTrainer):
+        options = DEFAULTS | {"packing": False, "max_steps": 3, "per_device_train_batch_size": 1}
+        args = SFTConfig(str(tmp_path), use_cpu=True, router_aux_loss_coef=0.5, **options)
+        run = cls(model=tiny_model("mixtral"), args=args, train_dataset=rows, processing_class=tiny_tokenizer())
+        run.train()
+        results.append([[entry[key] for key in ("loss", "aux_loss")] for entry in run.state.log_history[:-1]])
+    assert "the router's auxiliary loss comes with the model's own output" in caplog.text
+    for theirs, ours in zip(*results, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-5)
+
+
+def test_a_loss_function_of_the_users_gets_the_logits(tmp_path):
+    def loss_of_logits(outputs, labels, num_items_in_batch=None):
+        logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
+
+    own, plain = trainer(tmp_path, max_steps=2, compute_loss_func=loss_of_logits), trainer(tmp_path, max_steps=2)
+    own.train()
+    plain.train()
+    assert losses(own) == pytest.approx(losses(plain), rel=1e-5)
+
+
+def test_an_adapter_on_the_embeddings_is_trained(tmp_path):
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"])
+    ours = trainer(tmp_path, model=tiny_model("llama", tie_word_embeddings=False), peft_config=lora, max_steps=1)
+    assert ours.isolation.isolated
+    ours.train()
+
+
+def test_a_deep_copy_of_the_model_runs_on_its_own_weights(tmp_path):
+    import copy
+
+    ours = trainer(tmp_path)
+    copied = copy.deepcopy(ours.model)
+    with torch.no_grad():
+        copied.get_input_embeddings().weight.zero_()
+        assert not copied(torch.tensor([[3, 4]])).logits.any()
+
+
+def test_a_log_of_a_callback_leaves_the_metrics_of_the_window_alone(tmp_path):
+    from transformers import TrainerCallback
+
+    class Chatty(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            ours.log({"note": 1.0})
+
+    ours = trainer(tmp_path, callbacks=[Chatty()], gradient_accumulation_steps=2, per_device_train_batch_size=1)
+    ours.train()
+    quiet = trainer(tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=1)
+    quiet.train()
+    chatty = [entry["entropy"] for entry in ours.state.log_history if "loss" in entry]
+    assert chatty == [entry["entropy"] for entry in quiet.state.log_history if "loss" in entry]
+
+
+def test_an_evaluation_between_two_logs_knows_the_tokens_so_far(tmp_path):
+    ours = trainer(
+        tmp_path, packing=False, per_device_train_batch_size=1, eval_dataset=token_rows(4), max_steps=4,
+        logging_steps=4, eval_strategy="steps", eval_steps=2,
+    )  # fmt: skip
+    ours.train()
+    evaluated = [entry["eval_num_tokens"] for entry in ours.state.log_history if "eval_num_tokens" in entry]
+    logged = [entry["num_tokens"] for entry in ours.state.log_history if "num_tokens" in entry]
+    assert 0 < evaluated[0] < evaluated[1] == logged[0]
