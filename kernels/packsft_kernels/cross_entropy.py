@@ -501,7 +501,7 @@ def loss_rows(
 
 
 # ------------------------------------------------------------------------------------------------ operators and fakes
-# An operator takes the fields of `LossOptions` one by one, in their order: `*dataclasses.astuple(options)`.
+# An operator takes the fields of `LossOptions` one by one, in their order: `*options.fields()`.
 
 
 @torch.library.custom_op("packsft::cross_entropy", mutates_args=())
@@ -646,7 +646,7 @@ class _CrossEntropyInplace(torch.autograd.Function):
         # backward, when a gradient scaler's factor has come in.
         folded = None if logits_NV.dtype == torch.float16 else scale
         outputs = RowOutputs(
-            *torch.ops.packsft.cross_entropy_(logits_NV, targets_N, weights_N, folded, *dataclasses.astuple(options))
+            *torch.ops.packsft.cross_entropy_(logits_NV, targets_N, weights_N, folded, *options.fields())
         )
         ctx.grad = logits_NV.detach()
         ctx.scale = scale if folded is None else None
@@ -758,9 +758,7 @@ def cross_entropy(
         outputs = RowOutputs(*_CrossEntropyInplace.apply(logits_TV, targets, weights, scale, options))
         loss = outputs.loss
     else:
-        outputs = RowOutputs(
-            *torch.ops.packsft.cross_entropy(logits_TV, targets, weights, *dataclasses.astuple(options))
-        )
+        outputs = RowOutputs(*torch.ops.packsft.cross_entropy(logits_TV, targets, weights, *options.fields()))
         loss = outputs.loss
         if scale is not None:
             loss = scaled_sum(loss, scale)

@@ -153,7 +153,7 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor, writes_float32: bool, *, accumula
 
 
 # ------------------------------------------------------------------------------------------------ operators and fakes
-# An operator takes the fields of `LossOptions` one by one, in their order: `*dataclasses.astuple(options)`.
+# An operator takes the fields of `LossOptions` one by one, in their order: `*options.fields()`.
 
 
 @torch.library.custom_op("packsft::linear_cross_entropy", mutates_args=())
@@ -410,7 +410,7 @@ def linear_cross_entropy(
     if device == "cpu" and dtype == torch.float16:
         dtype = torch.float32
     weights = None if weights is None else weights.detach()
-    fields = dataclasses.astuple(options)
+    fields = options.fields()
 
     if reduction == "none":
         outputs = RowOutputs(

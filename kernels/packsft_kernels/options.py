@@ -41,6 +41,13 @@ class LossOptions:
     entropy: bool = False
     correct: bool = False
 
+    def fields(self) -> tuple[int, float | None, float, float, float, bool, bool, bool]:
+        """The fields in their order, as operators take them: torch 2.10 cannot trace `dataclasses.astuple`."""
+        return (
+            self.ignore_index, self.softcap, self.logit_scale, self.label_smoothing, self.z_loss, self.dft,
+            self.entropy, self.correct,
+        )  # fmt: skip
+
     def __post_init__(self) -> None:
         if not isinstance(self.ignore_index, int):
             raise ValueError(f"LossOptions.ignore_index must be an int, got {self.ignore_index!r}")
