@@ -1,6 +1,6 @@
 """Whole training: one step against the bare GEMMs of the model, and `train()` against TRL, padded and packed.
 
-SmolLM2-135M in bfloat16 on real instruction text, `gradient_checkpointing=False` for everybody. Real tokens are
+SmolLM2-135M on real instruction text, `gradient_checkpointing=False` for everybody. Real tokens are
 counted, never padding. Peak memory is measured in a fresh process per competitor, which this file also is:
 `python bench_training_step.py --child NAME`.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from floors import model_gemms
-from measure import Timing, figure, interleave, peak_rss, reset_peak_rss, synchronize
+from measure import Timing, figure, interleave, peak_rss, reset_peak_rss, synchronize, training_dtype
 from peers import OURS, TRAINERS, TRL_PACKED, TRL_PADDED, build_trainer
 from shapes import instruction_data, smollm2
 
@@ -29,10 +29,12 @@ GEMM_OPERATORS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::addmm_", "aten:
 
 
 def bench_step(quick: bool, data: str | None = None) -> list[dict[str, Any]]:
-    """Forward and backward of one full pack through `PackedSFTTrainer`, against the model's bare GEMMs."""
-    model, tokenizer = smollm2(torch.bfloat16)
+    """Forward and backward of one full pack, 512 tokens with --quick, through `PackedSFTTrainer`, against its GEMMs."""
+    model, tokenizer = smollm2(training_dtype())
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(OURS, model, tokenizer, instruction_data(data, 64), folder)
+        trainer = build_trainer(
+            OURS, model, tokenizer, instruction_data(data, 64), folder, max_length=512 if quick else 1024
+        )
         batch = typical_pack(list(trainer.get_train_dataloader()))
         step, num_tokens, num_scored = training_step(trainer, batch)
     gemms, flops = model_gemms(trainer.model, num_tokens, num_scored)
@@ -109,11 +111,14 @@ def operator_shares(step: Any) -> dict[str, float]:
 
 def bench_train(quick: bool, data: str | None = None) -> list[dict[str, Any]]:
     """Tokens per second of the whole `train()`, one epoch over the same examples, and peak memory."""
-    examples, repeats = (8, 1) if quick else (64, 2)
-    dataset = instruction_data(data, examples)
-    pristine, tokenizer = smollm2(torch.bfloat16)
+    repeats = 1 if quick else 2
+    dataset = instruction_data(data, 64)
+    by_length = sorted(range(64), key=lambda i: len(dataset[i]["prompt"]) + len(dataset[i]["completion"]))
+    shortest = dataset.select(by_length[:2])
+    if quick:
+        dataset = dataset.select(by_length[28:36])  # of about the median length
+    pristine, tokenizer = smollm2(training_dtype())
     num_tokens = count_tokens(dataset, tokenizer, 1024)
-    shortest = dataset.select(sorted(range(examples), key=lambda i: len(dataset[i]["prompt"]))[:2])
     seconds: dict[str, list[float]] = {name: [] for name in TRAINERS}
     notes = {}
     for repeat in range(-1, repeats):  # the first round, over two short examples, is the warm-up
@@ -194,7 +199,7 @@ def peak_memory(data: str | None) -> list[dict[str, Any]]:
 
 def child(name: str, data: str | None) -> dict[str, Any]:
     """Two steps over the longest of 64 examples, and the peak memory they took."""
-    model, tokenizer = smollm2(torch.bfloat16)
+    model, tokenizer = smollm2(training_dtype())
     dataset = instruction_data(data, 64)
     order = sorted(range(64), key=lambda i: -len(dataset[i]["prompt"]) - len(dataset[i]["completion"]))
     with tempfile.TemporaryDirectory() as folder:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import device, extra_memory, figure, interleave
+from measure import device, extra_memory, figure, interleave, training_dtype
 from shapes import PACK_LENGTHS, SMOLLM2_ATTENTION
 from torch import Tensor
 
@@ -21,10 +21,10 @@ PADDED = "SDPA, padded rows"
 
 
 def bench_attention(quick: bool) -> list[dict[str, Any]]:
-    """Forward and backward in bfloat16 at SmolLM2's shape over one pack of 1,024 tokens; equality in float32."""
+    """Forward and backward at SmolLM2's shape over one pack of 1,024 tokens; equality in float32."""
     bounds = torch.tensor([0, *PACK_LENGTHS], device=device()).cumsum(0).to(torch.int32)
     candidates = {OURS: _packed, BLOCK_MASK: _block_mask, PADDED: _padded}
-    qkv = _inputs(torch.bfloat16)
+    qkv = _inputs(training_dtype())
     output_grad = torch.randn_like(qkv[0])
     steps = {name: _step(attend, qkv, bounds, output_grad) for name, attend in candidates.items()}
     times = interleave(steps, 5 if quick else 30, warmup=2)

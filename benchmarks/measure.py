@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from packsft_kernels.version import __version__
 
+from packsft.config import has_bf16
+
 
 def figure(
     name: str,
@@ -78,6 +80,11 @@ class Timing:
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def training_dtype() -> torch.dtype:
+    """What models are trained in here: bfloat16, or float32 where bfloat16 would be emulated (many times slower)."""
+    return torch.bfloat16 if has_bf16() else torch.float32
 
 
 def synchronize() -> None:
@@ -177,6 +184,7 @@ def environment(command: str) -> dict[str, Any]:
         "device": device_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "dtype": str(training_dtype()).removeprefix("torch."),
         "load_average": load,  # of other work, at the start: a busy machine makes every time a guess
         "versions": versions,
         "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),

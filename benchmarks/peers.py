@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measure import training_dtype
 from torch import Tensor
 
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -127,7 +128,7 @@ def build_trainer(name: str, model: Any, tokenizer: Any, dataset: Any, output_di
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": True,
-        "bf16": True,
+        "bf16": training_dtype() == torch.bfloat16,
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
     }

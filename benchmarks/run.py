@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python benchmarks/run.py", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="8 training examples, one repeat: some 4 minutes")
+    parser.add_argument("--quick", action="store_true", help="8 training examples, one repeat: under 3 minutes")
     parser.add_argument("--suite", nargs="+", action="extend", choices=SUITES, metavar="NAME", help="default: all")
     parser.add_argument("--list", action="store_true", help="list the suites and stop")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
@@ -157,7 +157,8 @@ def print_environment(console: Any, environment: dict[str, Any]) -> None:
 def environment_line(environment: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     return (
-        f"{environment['device']}, {environment['cores']} cores, {environment['threads']} threads; {versions}; "
+        f"{environment['device']}, {environment['cores']} cores, {environment['threads']} threads, "
+        f"{environment.get('dtype', 'bfloat16')}; {versions}; "
         f"{environment['date']}; `{environment['command']}`"
     )
 

@@ -5,6 +5,8 @@ Knows models, tokenizers and data; knows no clock and no competitor.
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +46,13 @@ TINY: dict[str, Any] = {"vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1, 
 
 
 def smollm2(dtype: torch.dtype) -> tuple[Any, Any]:
-    """(model, tokenizer): pretrained SmolLM2-135M-Instruct, downloaded on first use."""
+    """(model, tokenizer): pretrained SmolLM2-135M-Instruct, downloaded on first use, a fresh copy each time."""
+    return copy.deepcopy(_loaded_smollm2(dtype))
+
+
+@functools.cache
+def _loaded_smollm2(dtype: torch.dtype) -> tuple[Any, Any]:
+    """Read once a process: that takes twenty seconds, most of them for the tokenizer."""
     from packsft.smollm2 import load_smollm2
 
     return load_smollm2(dtype)

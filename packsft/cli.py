@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 model_name=options.model,
                 data=options.data,
                 max_length=options.max_length,
-                max_tokens=None if options.full else options.max_tokens,
+                max_tokens=sys.maxsize if options.full else options.max_tokens,
                 compare_tokens=options.compare_tokens,
                 learning_rate=options.learning_rate,
             )
@@ -46,7 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(prog="packsft", description="Packed supervised fine-tuning of language models.")
     parser.add_argument("--version", action="version", version=f"packsft {__version__}")
     commands = parser.add_subparsers(dest="command", title="commands")
@@ -56,10 +55,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Fine-tunes a model on packed sequences, then trains a part of the data through TRL's padded path, "
         "TRL's packed path and packsft, each in a fresh process. By default SmolLM2-135M-Instruct learns to write "
         "docstrings from the functions of Python's standard library.",
-        formatter_class=defaults,
     )
     demo.add_argument(
-        "--output-dir", type=Path, default=Path("packsft-demo"), help="folder for the model, the picture and the report"
+        "--output-dir",
+        type=Path,
+        default=Path("packsft-demo"),
+        help="folder for the model, the picture and the report (default: %(default)s)",
     )
     demo.add_argument("--model", help="local folder or hub name of a causal language model (default: SmolLM2)")
     demo.add_argument(
@@ -68,13 +69,22 @@ def _parser() -> argparse.ArgumentParser:
         help="JSONL file, one object per line with `text`, `prompt` and `completion`, or `messages` "
         "(default: the standard library's docstrings)",
     )
-    demo.add_argument("--max-length", type=_at_least(2), default=1024, help="tokens in a pack")
-    demo.add_argument("--max-tokens", type=_at_least(1), default=20_000, help="tokens to train on at most")
+    demo.add_argument("--max-length", type=_at_least(2), default=1024, help="tokens in a pack (default: %(default)s)")
+    slow = "without bfloat16 hardware, where everything takes twice as long"
+    demo.add_argument(
+        "--max-tokens",
+        type=_at_least(1),
+        help=f"tokens to train on at most (default: 20000, or 10000 {slow})",
+    )
     demo.add_argument("--full", action="store_true", help="train on all of the data, whatever --max-tokens says")
     demo.add_argument(
-        "--compare-tokens", type=_at_least(0), default=3_500, help="tokens of the comparison with TRL; 0 leaves it out"
+        "--compare-tokens",
+        type=_at_least(0),
+        help=f"tokens of the comparison with TRL, 0 leaves it out (default: 3500, or 1000 {slow})",
     )
-    demo.add_argument("--learning-rate", type=float, default=1e-4, help="peak learning rate of AdamW")
+    demo.add_argument(
+        "--learning-rate", type=float, default=1e-4, help="peak learning rate of AdamW (default: %(default)s)"
+    )
     return parser
 
 

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from packsft_kernels.varlen_attention import BACKENDS
 from trl import SFTConfig
 
 logger = logging.getLogger("packsft")
+
+
+def has_bf16() -> bool:
+    """Whether bfloat16 products are computed by the hardware that training takes: emulated, float32 is far faster."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_capability() >= (8, 0)
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
 
 
 @dataclass

@@ -46,6 +46,9 @@ PADDED_BATCH_SIZE = 8  # TRL's default
 COMPARE_HELD_OUT = 8
 SAMPLE_TOKENS = 64
 SAMPLE_PROMPT_TOKENS = 256
+# Most tokens to train on and to compare, so that the demo takes under five minutes on two cores; in float32, where the
+# hardware has no bfloat16, each token takes about twice as long.
+TOKENS_BF16, TOKENS_FLOAT32 = (20_000, 3_500), (10_000, 1_000)
 METHODS = {"trl_padded": "TRL, padded, batch 8", "trl_packed": "TRL, packed", "packsft": "packsft"}
 
 Row = dict[str, Any]
@@ -178,13 +181,13 @@ def prepare(
     data: Path | None,
     max_length: int,
     max_tokens: int | None,
-    compare_tokens: int,
+    compare_tokens: int | None,
     learning_rate: float,
 ) -> Job:
     """Read the data, load the model, plan the packs. Writes into `scratch` only.
 
-    `command` goes into the report; `max_tokens=None` trains on everything. Raises ValueError or OSError for whatever
-    the user can put right.
+    `command` goes into the report; a limit of None is what this machine does in a few minutes. Raises ValueError or
+    OSError for whatever the user can put right.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output-dir {output_dir} is a file")
@@ -192,8 +195,12 @@ def prepare(
         if importlib.util.find_spec(package) is None:
             raise ValueError(f'the demo needs the package {package}: pip install "packsft[demo]"')
     from packsft import PackedSFTConfig, PackedSFTTrainer, stdlib_docstrings
+    from packsft.config import has_bf16
     from packsft.notices import PackingNotice
 
+    defaults = TOKENS_BF16 if has_bf16() else TOKENS_FLOAT32
+    max_tokens = defaults[0] if max_tokens is None else max_tokens
+    compare_tokens = defaults[1] if compare_tokens is None else compare_tokens
     print("Reading the data and loading the model ...", flush=True)
     # transformers 5.23 warns of `gradient_checkpointing`, whose new name 5.17 does not know.
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
@@ -221,11 +228,9 @@ def prepare(
     lengths: list[int] = []
     for row in pool:  # as far as the limits reach: tokenising everything is the trainer's
         lengths.append(len(token_ids(row, tokenizer)))
-        if sum(min(length, max_length) for length in lengths) >= max(max_tokens or 0, compare_tokens):
+        if sum(min(length, max_length) for length in lengths) >= max(max_tokens, compare_tokens):
             break
-    train = pool
-    if max_tokens is not None:
-        train = pool.select(range(_within([min(length, max_length) for length in lengths], max_tokens)))
+    train = pool.select(range(_within([min(length, max_length) for length in lengths], max_tokens)))
     # Only examples that are not cut, so that every method trains on every token; whole padded batches, so that the
     # padded path does not suffer from a short last one.
     compare = [number for number, length in enumerate(lengths) if length <= max_length]
@@ -237,7 +242,7 @@ def prepare(
     settings: dict[str, Any] = {
         "max_length": max_length,
         "learning_rate": learning_rate,
-        "bf16": _has_bf16(),
+        "bf16": has_bf16(),
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "num_train_epochs": 1,
@@ -282,13 +287,6 @@ def prepare(
 def _within(lengths: Sequence[int], tokens: int) -> int:
     """How many of the first examples fit into so many tokens, at least one."""
     return max(1, sum(total <= tokens for total in accumulate(lengths)))
-
-
-def _has_bf16() -> bool:
-    """Whether bfloat16 products are computed by the hardware: emulated, they are slower than float32."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_capability() >= (8, 0)
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(_cpuinfo().split())
 
 
 # ---- the run ----
