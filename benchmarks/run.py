@@ -49,6 +49,7 @@ SUITES = {
     "step": Suite("bench_training_step", "bench_step", "one training step against the model's bare GEMMs", True),
     "train": Suite("bench_training_step", "bench_train", "train(), tokens/s and memory, against TRL", True),
     "parity": Suite("bench_parity", "bench_parity", "packed training equals the documents alone"),
+    "static": Suite("bench_static", "bench_static", "the kernel compiled for six GPU generations, without one"),
     "reads": Suite("bench_reads", "bench_reads", "reads of the device by the host in every micro-step"),
 }
 

@@ -18,19 +18,16 @@ from torch import Tensor
 
 from packsft_kernels import launch
 from packsft_kernels.cross_entropy import (
-    RowOutputs,
     check_argument,
     check_reduction,
     check_rows,
     describe,
     differentiable_once,
-    empty_outputs,
     inverse_items,
-    loss_rows,
-    row_dtype,
     scaled_sum,
     to_loss_output,
 )
+from packsft_kernels.cross_entropy_rows import RowOutputs, empty_outputs, loss_rows, row_dtype
 from packsft_kernels.options import LossOptions, LossOutput
 
 _DEFAULT_OPTIONS = LossOptions()
