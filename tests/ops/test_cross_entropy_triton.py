@@ -4,6 +4,7 @@ Triton chooses between interpreter and compiler when a kernel is defined, hence 
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -71,3 +72,14 @@ def test_every_case_of_the_losses_holds_on_the_gpu(name: str) -> None:
         "-m", "pytest", f"tests/ops/test_{name}.py", "-q", "-p", "no:cacheprovider", PACKSFT_TEST_DEVICE="cuda"
     )
     assert "passed" in output
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tool", ["racecheck", "memcheck"])
+def test_no_launch_races_or_leaves_its_tensors(tool: str) -> None:
+    if shutil.which("compute-sanitizer") is None:
+        pytest.skip("compute-sanitizer, of the CUDA toolkit, is not on the PATH")
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, "tests/ops/sanitize.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "every launch ran" in done.stdout
