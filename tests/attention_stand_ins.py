@@ -4,12 +4,14 @@ Each has the parameters of the real function, in their order, with their default
 error; and computes attention as *that* function defines its arguments, in float64 and rounded once. They refuse, too,
 what no library checks and a card gets wrong: rows that are not aligned to 16 bytes, boundaries that do not fit.
 
-What they mirror, read in the sources (which checks are made in Python, which in C++, is not kept apart):
+What they mirror (which checks are made in Python, which in C++, is not kept apart), and where it was read:
 
-    flash_attn_2        flash-attn 2.7 and 2.8, `flash_attn.flash_attn_varlen_func`
-    flash_attn_3        flash-attn's `hopper`, `flash_attn_interface.flash_attn_varlen_func`
-    flash_attn_4        flash-attn-4 4.0.0b36, `flash_attn.cute.flash_attn_varlen_func`
-    varlen_attn_2_10    torch 2.10, `torch.nn.attention.varlen.varlen_attn`; `_2_11` torch 2.11; `_2_12` 2.12 and 2.13
+    flash_attn_2        `flash_attn.flash_attn_varlen_func` with a softcap (since 2.6), in the repository
+    flash_attn_3        `flash_attn_interface.flash_attn_varlen_func`, in the repository, `hopper/`
+    flash_attn_4        `flash_attn.cute.flash_attn_varlen_func`, in flash-attn-4 4.0.0b36
+    varlen_attn_2_10    `torch.nn.attention.varlen.varlen_attn`; the signatures of torch 2.10, 2.11 and 2.12 (2.13's,
+    varlen_attn_2_11    too) in its documentation and in torch 2.13, the checks in PyTorch's own
+    varlen_attn_2_12    `transformers/cuda/flash_attn/flash_api.cpp`
 """
 
 from dataclasses import dataclass
@@ -83,6 +85,7 @@ def check_flash_2(q, k, cu, longest, dropout=0.0):
         require(len(q) == len(cu) - 1, "max_seqlen 1, grouped heads and an empty document")
     major, minor = torch.cuda.get_device_capability()
     small, size = major == 12 or (major == 8 and minor > 0), q.shape[-1]  # in shared memory: 99 KiB
+    # In the backward, and not in all releases: PyTorch's `main` has lifted it.
     require(not small or size <= 192 or (size > 224 and not dropout), f"no backward for head size {size}")
 
 

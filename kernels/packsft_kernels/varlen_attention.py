@@ -159,7 +159,8 @@ def why_not(name: str, spec: AttentionSpec) -> str | None:
         return "the head size of v is not that of q and k"
     if spec.head_dim > backend.max_head_dim or spec.head_dim % 8:
         return f"head size {spec.head_dim} is not a multiple of 8 up to {backend.max_head_dim}"
-    small = capability[0] == 12 or (capability[0] == 8 and capability[1] > 0)  # cards with 99 KiB of shared memory
+    # Cards with 99 KiB of shared memory; some releases refuse these head sizes there, and only in the backward.
+    small = capability[0] == 12 or (capability[0] == 8 and capability[1] > 0)
     if small and (192 < spec.head_dim <= 224 or (spec.head_dim > 192 and spec.dropout > 0)):
         return f"its backward has no head size {spec.head_dim} with dropout {spec.dropout} on {capability}"
     asked = {
@@ -435,8 +436,8 @@ class Backend:
 
 BACKENDS: dict[str, Backend] = {
     "flash_attn_4": Backend(
-        # It takes a window, a softcap and sinks. Earlier betas' backward did not; 4.0.0b36's does, in its source: not
-        # claimed until a card has shown it.
+        # It takes a window, a softcap and sinks; in the source of 4.0.0b36 its backward does, too, where earlier betas
+        # were found to refuse or ignore them. Not claimed until a card has shown it.
         _flash_attn_4,
         "flash_attn.cute",
         frozenset(),
