@@ -44,6 +44,7 @@ class Suite:
 
 SUITES = {
     "head": Suite("bench_linear_cross_entropy", "bench_head", "the language-model head against its GEMMs and peers"),
+    "memory": Suite("bench_memory", "bench_memory", "peak memory of the head on a GPU, on fake tensors of any size"),
     "attention": Suite("bench_varlen_attention", "bench_attention", "packed attention against masked and padded"),
     "packing": Suite("bench_packing", "bench_packing", "planning packs against TRL's pack_dataset"),
     "step": Suite("bench_training_step", "bench_step", "one training step against the model's bare GEMMs", True),
