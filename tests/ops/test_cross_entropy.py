@@ -320,13 +320,16 @@ def test_bad_arguments_are_named(argument: str, kwargs: dict) -> None:
         cross_entropy(torch.randn(2, 4, 9), **kwargs)
 
 
-def test_operators_are_registered_rightly() -> None:
+@pytest.mark.parametrize("weights", [None, torch.rand(3)], ids=["", "weights"])
+def test_operators_are_registered_rightly(weights: Tensor | None) -> None:
     """Schemas, fakes and autograd, as `torch.library.opcheck` checks them; torch.compile relies on all three."""
     logits = torch.randn(3, 7, requires_grad=True)
-    targets, weights = torch.tensor([1, -100, 3]), torch.rand(3)
+    targets = torch.tensor([1, -100, 3])
     fields = (-100, 5.0, 1.0, 0.1, 0.0, False, True, True)
     torch.library.opcheck(torch.ops.packsft.cross_entropy.default, (logits, targets, weights, *fields))
-    args = (logits.detach(), targets, weights, torch.ones(()), *fields[:-2])
-    torch.library.opcheck(torch.ops.packsft.cross_entropy_gradient.default, args)
-    args = (logits.detach(), targets, weights, None, *fields)
-    torch.library.opcheck(torch.ops.packsft.cross_entropy_.default, args)
+    for scale in (torch.ones(()), torch.rand(3)):
+        args = (logits.detach(), targets, weights, scale, *fields[:-2])
+        torch.library.opcheck(torch.ops.packsft.cross_entropy_gradient.default, args)
+    for factor in (None, torch.ones(()), torch.rand(3)):
+        args = (logits.detach(), targets, weights, factor, *fields)
+        torch.library.opcheck(torch.ops.packsft.cross_entropy_.default, args)
