@@ -98,13 +98,15 @@ def interleave(candidates: Mapping[str, Callable[[], object]], repeats: int, *, 
     """Time every candidate `repeats` times in the order A B C A B C, so that a slow minute of the machine hits all.
 
     Args:
-        candidates: what to run, by name; what they return is thrown away.
+        candidates: what to run, by name; what they return is thrown away. One with an attribute `prepare` has that
+            called before each run, outside of the clock.
         repeats: timed runs of each.
         warmup: untimed runs of each before the first timed one; 0 where the caller has run them already.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for repeat in range(-warmup, repeats):
         for name, run in candidates.items():
+            getattr(run, "prepare", lambda: None)()
             gc.collect()
             synchronize()
             start = time.perf_counter()

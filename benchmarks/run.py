@@ -21,6 +21,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +46,25 @@ class Suite:
 SUITES = {
     "head": Suite("bench_linear_cross_entropy", "bench_head", "the language-model head against its GEMMs and peers"),
     "memory": Suite("bench_memory", "bench_memory", "peak memory of the head on a GPU, on fake tensors of any size"),
+    "cross_entropy": Suite("bench_cross_entropy", "bench_cross_entropy", "loss and gradient of logits against a copy"),
     "attention": Suite("bench_varlen_attention", "bench_attention", "packed attention against masked and padded"),
     "packing": Suite("bench_packing", "bench_packing", "planning packs against TRL's pack_dataset"),
     "step": Suite("bench_training_step", "bench_step", "one training step against the model's bare GEMMs", True),
     "train": Suite("bench_training_step", "bench_train", "train(), tokens/s and memory, against TRL", True),
     "parity": Suite("bench_parity", "bench_parity", "packed training equals the documents alone"),
+    "static": Suite("bench_static", "bench_static", "the kernel compiled for six GPU generations, without one"),
     "reads": Suite("bench_reads", "bench_reads", "reads of the device by the host in every micro-step"),
 }
+GROUPS = {"kernels": ("head", "cross_entropy", "attention")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     if arguments.list:
         for name, suite in SUITES.items():
-            print(f"{name:<10} {suite.about}")
+            print(f"{name:<14} {suite.about}")
+        for name, suites in GROUPS.items():
+            print(f"{name:<14} {', '.join(suites)}")
         return 0
     if arguments.markdown:
         print(markdown(json.loads(arguments.markdown.read_text(encoding="utf-8"))))
@@ -69,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python benchmarks/run.py", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="8 training examples, one repeat: under 3 minutes")
-    parser.add_argument("--suite", nargs="+", action="extend", choices=SUITES, metavar="NAME", help="default: all")
+    parser.add_argument(
+        "--suite", nargs="+", action="extend", choices=[*SUITES, *GROUPS], metavar="NAME", help="default: all"
+    )
     parser.add_argument("--list", action="store_true", help="list the suites and stop")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results/<date>-<device>/")
@@ -89,7 +97,7 @@ def run(arguments: argparse.Namespace, command: str) -> int:
     report: dict[str, Any] = {"environment": environment(command), "quick": arguments.quick, "suites": {}}
     print_environment(console, report["environment"])
     broken = []
-    for name in arguments.suite or SUITES:
+    for name in chain.from_iterable(GROUPS.get(name, (name,)) for name in arguments.suite or SUITES):
         print(f"{name} ...", file=sys.stderr, flush=True)
         start = time.perf_counter()
         said = io.StringIO()  # every trainer announces its plan; it matters only where a suite fails

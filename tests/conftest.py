@@ -21,6 +21,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+if device := os.environ.get("PACKSFT_TEST_DEVICE"):  # the tests of `ops` run on the default device
+    torch.set_default_device(device)
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)

@@ -16,6 +16,11 @@ EXACT = 1e-12
 """Largest error of a float64 computation against a float64 definition: 4,500 units in the last place."""
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A generator on the device under test."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def error(value: Tensor, truth: Tensor) -> float:
     """`max|value - truth| / max|truth|`; infinite if a NaN or an infinity stands where the truth has none."""
     value, truth = value.detach().double().flatten(), truth.detach().double().flatten()

@@ -3,6 +3,8 @@
 Pure Python on shapes, so that every rank and every machine can work out the same answer. Knows no tensor.
 """
 
+from typing import NamedTuple
+
 CHUNK_BYTES = 2**30
 """Budget for one chunk of logits. 4,096 rows of a vocabulary of 128,256 in bf16 are 1.05e9 bytes and just fit."""
 
@@ -28,7 +30,38 @@ def rows_per_block(num_rows: int, vocab: int) -> int:
     return max(1, min(num_rows, _CACHED_ELEMENTS // max(1, vocab)))
 
 
-def kernel_block(vocab: int) -> tuple[int, int]:
-    """(block, warps) of the cross-entropy kernel: 8 elements per thread, the widest access there is in bf16."""
-    warps = 4 if vocab <= 1024 else 8 if vocab <= 32768 else 16
-    return 8 * 32 * warps, warps
+class KernelShape(NamedTuple):
+    """One way to launch the cross-entropy kernel: blocks of `lines` times `width` columns, 8 to each thread a line."""
+
+    lines: int
+    width: int
+    num_warps: int
+    registers: int
+    """Most that a thread may have; said to the compiler, which otherwise spills on some architectures."""
+    programs_per_sm: int
+    one_read: bool
+    """Whether a block holds a whole row, which is then read once and kept in registers."""
+
+
+ONE_READ_SHAPES = {
+    1024: KernelShape(1, 1024, 4, 128, 4, True),
+    2048: KernelShape(1, 2048, 8, 128, 2, True),
+    4096: KernelShape(2, 2048, 8, 128, 2, True),
+    8192: KernelShape(4, 2048, 8, 128, 2, True),
+    16384: KernelShape(4, 4096, 16, 128, 1, True),
+}
+"""By the largest vocabulary. The same for all architectures: every one from sm_80 to sm_120 has 65,536 registers an SM,
+and threads * registers * programs fill them. 32,768 columns would spill."""
+
+TWO_READ_SHAPE = KernelShape(2, 4096, 16, 128, 1, False)
+"""One program an SM, so that the rows under way stay in L2 for their second read. 16 warps of which each has two
+16-byte loads under way, rather than 8 with four each: more of them to run while others wait."""
+
+
+def cross_entropy_shape(vocab: int, *, softcap: bool) -> KernelShape:
+    """How to launch the cross-entropy kernel: from a table, so that no user's first step goes into trying variants.
+
+    A softcap's tanh and its derivative do not fit into the registers beside a row: such rows are read twice.
+    """
+    fitting = [shape for most, shape in ONE_READ_SHAPES.items() if vocab <= most and not softcap]
+    return fitting[0] if fitting else TWO_READ_SHAPE

@@ -1,7 +1,7 @@
 """The fused LM head: projection and cross-entropy of the scored rows, a chunk of logits at a time.
 
 Gradients are made in the forward, while a chunk's logits are at hand: three GEMMs with a trained head, two with a
-frozen one, one under `no_grad`. No Triton of its own: a chunk's logits go through `cross_entropy.loss_rows`, in place.
+frozen one, one under `no_grad`. No Triton of its own: a chunk's logits go through `loss_rows`, in place.
 Knows hidden states and a matrix; knows nothing of the model around them.
 
 Legend: T tokens, N scored rows, V vocabulary, M model width, C rows of one chunk.
@@ -21,20 +21,22 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from packsft_kernels import launch
 from packsft_kernels.cross_entropy import (
-    RowOutputs,
     check_argument,
     check_reduction,
     check_rows,
     describe,
     differentiable_once,
+    inverse_items,
+    scaled_sum,
+    to_loss_output,
+)
+from packsft_kernels.cross_entropy_rows import (
+    RowOutputs,
     empty_outputs,
     has_symbolic_size,
-    inverse_items,
     loss_rows,
     loss_rows_fake,
     row_dtype,
-    scaled_sum,
-    to_loss_output,
 )
 from packsft_kernels.options import LossOptions, LossOutput
 

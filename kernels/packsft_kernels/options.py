@@ -9,6 +9,12 @@ from typing import NamedTuple
 
 import torch
 
+OPTIONS_SCHEMA = (
+    "int ignore_index, float? softcap, float logit_scale, float label_smoothing, float z_loss, bool dft, "
+    "bool entropy, bool correct"
+)
+"""The fields of `LossOptions` as an operator takes them, one by one: `*options.fields()`."""
+
 
 @dataclass(frozen=True)
 class LossOptions:

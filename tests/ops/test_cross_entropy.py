@@ -3,15 +3,17 @@
 Run by itself this file tests the PyTorch path; `test_cross_entropy_triton.py` runs it again with TRITON_INTERPRET=1,
 and then every test here goes through the Triton kernel (but for float64, which has none).
 
-V = 2,500 is one kernel's block and a fifth, or 9.8 blocks of the PyTorch path; 12 rows are two rows of six.
+V = 2,500 is 9.8 blocks of the PyTorch path and one block of a kernel that reads a row once; `small_blocks` makes it 4.9
+blocks of one that reads it twice. 12 rows are two rows of six. Without a device named in PACKSFT_TEST_DEVICE, the CPU.
 """
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_accurate, error
+from numerics import assert_accurate, error, seeded
 from packsft_kernels import LossOptions, _triton, cross_entropy, launch, reference
 from torch import Tensor
 
@@ -31,8 +33,11 @@ OPTIONS = {
 V = 2500
 
 
+TWO_READS = launch.KernelShape(2, 256, 1, 255, 1, one_read=False)
+
+
 def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     logits = (3 * torch.randn(2, 6, V, generator=generator)).to(dtype)
     labels = torch.randint(0, V, (2, 6), generator=generator)
     labels[0, 3] = -100
@@ -70,10 +75,63 @@ def test_contract(dtype: torch.dtype, name: str, inplace: bool) -> None:
     assert_contract(**inputs(dtype), options=OPTIONS[name], inplace=inplace)
 
 
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "cross_entropy_shape", lambda *_, **__: TWO_READS)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_contract_over_several_blocks(dtype: torch.dtype, name: str) -> None:
+    assert_contract(**inputs(dtype), options=OPTIONS[name], inplace=True)
+
+
+@pytest.mark.parametrize("vocab", [*launch.ONE_READ_SHAPES, 16385])
+def test_the_largest_row_of_every_launch(vocab: int) -> None:
+    logits = torch.randn(4, vocab, generator=seeded(0))
+    targets = torch.tensor([0, vocab - 1, -100, vocab // 2])
+    for options in (OPTIONS["all outputs"], OPTIONS["everything"]):
+        assert_contract(logits, targets=targets, options=options, inplace=True)
+
+
+@pytest.mark.parametrize("shape", [TWO_READS, launch.cross_entropy_shape(700, softcap=False)], ids=["two", "one"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("vocab", [3, 15, 701, 704])
+def test_rows_may_begin_and_end_anywhere(vocab: int, dtype: torch.dtype, shape: Any, monkeypatch: Any) -> None:
+    """Rows at every distance from a multiple of 16 bytes, each target once in the body and at either edge. A row's
+    first and last columns must not be lost, and the columns beside the row must stay what they are."""
+    monkeypatch.setattr(launch, "cross_entropy_shape", lambda *_, **__: shape)
+    targets = torch.tensor([0, vocab - 1, vocab // 2, min(5, vocab - 1)])
+    logits = (3 * torch.randn(4, vocab, generator=seeded(0))).to(dtype)
+    truth = differentiate(reference.cross_entropy, logits.double(), targets=targets, options=OPTIONS["all outputs"])
+    plain = differentiate(reference.cross_entropy, logits, targets=targets, options=OPTIONS["all outputs"])
+    for offset in (0, 1, 16 // dtype.itemsize - 1):
+        for stride in (vocab, vocab + 1):
+            storage = torch.full((offset + 4 * stride + 8,), 7.0, dtype=dtype)
+            view = storage.as_strided((4, vocab), (stride, 1), offset)
+            beside = torch.ones_like(storage, dtype=torch.bool)
+            beside.as_strided((4, vocab), (stride, 1), offset).fill_(False)
+            for inplace in (False, True):
+                view.copy_(logits)
+                leaf = view.detach().requires_grad_()
+                alias = leaf.view_as(leaf)
+                out = cross_entropy(alias, targets=targets, options=OPTIONS["all outputs"], inplace=inplace)
+                out.loss.backward()
+                assert leaf.grad is not None
+                ours = [out.loss, leaf.grad, *(value for value in out[1:] if value is not None)]
+                for index, (mine, theirs, exact) in enumerate(zip(ours, plain, truth, strict=True)):
+                    if exact.dtype == torch.bool:
+                        assert torch.equal(mine, exact)
+                    else:
+                        assert_accurate(mine, theirs.to(mine.dtype), exact, f"output {index}", by_row=index == 1)
+                assert (storage[beside] == 7.0).all()
+
+
 @pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_reductions_with_an_upstream_gradient(reduction: str, inplace: bool) -> None:
-    upstream = torch.randn(12, generator=torch.Generator().manual_seed(1)) if reduction == "none" else 0.37
+    upstream = torch.randn(12, generator=seeded(1)) if reduction == "none" else 0.37
     for dtype in (torch.float64, torch.float32):
         assert_contract(**inputs(dtype), reduction=reduction, upstream=upstream, inplace=inplace)
 
@@ -117,7 +175,7 @@ def test_small_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("vocab", [1, 2, 255, 256, 257, 1023, 2049])
 def test_any_vocabulary(vocab: int) -> None:
     """32 rows, so that PyTorch's own error is that of its worst row and not a lucky one."""
-    logits = torch.randn(32, vocab, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(32, vocab, generator=seeded(0))
     targets = torch.tensor([0, vocab - 1, vocab // 2, -100]).repeat(8)
     for dtype in (torch.float64, torch.float32):
         assert_contract(logits.to(dtype), targets=targets, options=OPTIONS["all outputs"])
@@ -128,7 +186,7 @@ def test_any_vocabulary(vocab: int) -> None:
 def test_a_confident_target_keeps_its_gradient(dtype: torch.dtype, gap: float) -> None:
     """Six digits at 1 - p = gap. What is left is the rounding of z - m, at most 2^-20 for |z - m| < 32, which exp turns
     into a relative error, and some units in the last place of exp and sums. Plain float32 has no digit at 1e-9."""
-    logits = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(3, 1000, generator=seeded(0))
     targets = torch.tensor([0, 500, 999])
     rows = torch.arange(3)
     logits[rows, targets] = -math.inf
@@ -211,13 +269,19 @@ def test_logits_of_minus_infinity() -> None:
         assert_contract(**given, options=OPTIONS["all outputs"])
 
 
-def test_correct_is_the_first_argmax() -> None:
-    logits = torch.zeros(4, 3000)
-    logits[:, [700, 2900]] = 1.0  # a tie, in different blocks
+@pytest.mark.parametrize("shape", [TWO_READS, launch.cross_entropy_shape(3001, softcap=False)], ids=["two", "one"])
+def test_correct_is_the_first_argmax(shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ties in different blocks, within the one block of a target, and with the columns at either edge of a row."""
+    monkeypatch.setattr(launch, "cross_entropy_shape", lambda *_, **__: shape)
+    logits = torch.zeros(8, 3001)
+    logits[:, [700, 2900]] = 1.0
     logits[3, 2950] = 2.0  # in the columns after the last whole block of 256
-    out = cross_entropy(logits, targets=torch.tensor([700, 2900, 5, 2950]), options=LossOptions(correct=True))
+    logits[4:, [0, 3000]] = 1.0
+    logits[7, :2] = 3.0
+    targets = torch.tensor([700, 2900, 5, 2950, 0, 3000, 700, 1])
+    out = cross_entropy(logits, targets=targets, options=LossOptions(correct=True))
     assert out.correct is not None
-    assert out.correct.tolist() == [True, False, False, True]
+    assert out.correct.tolist() == [True, False, False, True, True, False, False, False]
 
 
 def test_rows_further_apart_than_2_to_the_31() -> None:
@@ -292,7 +356,7 @@ def test_a_target_outside_of_the_vocabulary_is_not_read() -> None:
     logits = torch.randn(2, 7)
     for target in (7, -1):
         targets = torch.tensor([0, target])
-        if _triton.INTERPRET:
+        if _triton.usable(logits.device):
             out = cross_entropy(logits, targets=targets, reduction="none")
             assert out.loss.isnan().tolist() == [False, True]
         else:
@@ -328,7 +392,7 @@ def test_operators_are_registered_rightly(weights: Tensor | None) -> None:
     fields = (-100, 5.0, 1.0, 0.1, 0.0, False, True, True)
     torch.library.opcheck(torch.ops.packsft.cross_entropy.default, (logits, targets, weights, *fields))
     for scale in (torch.ones(()), torch.rand(3)):
-        args = (logits.detach(), targets, weights, scale, *fields[:-2])
+        args = (logits.detach(), targets, weights, scale, *fields)
         torch.library.opcheck(torch.ops.packsft.cross_entropy_gradient.default, args)
     for factor in (None, torch.ones(()), torch.rand(3)):
         args = (logits.detach(), targets, weights, factor, *fields)

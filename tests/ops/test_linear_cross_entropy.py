@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from numerics import assert_accurate, error
 from packsft_kernels import LossOptions, launch, linear_cross_entropy, reference
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -434,6 +435,22 @@ def test_compiles_into_one_graph(reduction: str) -> None:
         results.append((loss.detach(), entropy, hidden.grad, weight.grad))
     for eager, compiled in zip(*results, strict=True):
         assert error(compiled, eager) < 1e-14
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_one_graph_serves_every_number_of_rows(reduction: str) -> None:
+    """Nothing in the checks or the fakes ties the graph to a size, though a longer batch takes more chunks."""
+    counter, frames = CompileCounterWithBackend("aot_eager"), []
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def head(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight, targets, rows=rows, reduction=reduction).loss.sum()
+
+    for count in (N, 3, 5000):
+        hidden, weight = torch.randn(count + 7, M, requires_grad=True), torch.randn(V, M, requires_grad=True)
+        head(hidden, weight, torch.zeros(count, dtype=torch.int64), torch.arange(count)).backward()
+        frames.append(counter.frame_count)
+    assert len(set(frames)) == 1
 
 
 # ---------------------------------------------------------------------------------------------------- bad input

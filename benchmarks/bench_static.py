@@ -1,0 +1,190 @@
+"""The cross-entropy kernel as six GPU generations would run it, compiled without any of them.
+
+Every entry of the launch table, with the arguments and specialisations of a real launch: registers, spills, occupancy,
+the width of every global access, and what is read and written against the least that would do. Knows the kernel's
+arguments and what its machine code has to be; how it is compiled and read is `packsft_kernels.aot`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import product
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from measure import figure
+from packsft_kernels import LossOptions, aot, launch
+from packsft_kernels.cross_entropy_kernel import _cross_entropy_kernel, kernel_arguments
+from packsft_kernels.cross_entropy_rows import empty_outputs
+
+OUTPUTS = {
+    "loss": LossOptions(),
+    "loss, entropy, correct": LossOptions(entropy=True, correct=True),
+    "every option but softcap": LossOptions(
+        logit_scale=0.5, label_smoothing=0.1, z_loss=1e-4, dft=True, entropy=True, correct=True
+    ),
+    "every option": LossOptions(
+        softcap=30.0, logit_scale=0.5, label_smoothing=0.1, z_loss=1e-4, dft=True, entropy=True, correct=True
+    ),
+}
+# The largest row of every launch in one read, and Llama 3's vocabulary
+VOCABULARIES = (*launch.ONE_READ_SHAPES, 128_256)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation. `edges`: rows do not begin and end on a multiple of 16 bytes, as with a vocabulary of 50,257."""
+
+    vocab: int
+    capability: int
+    dtype: torch.dtype
+    outputs: str
+    gradient: bool = True
+    edges: bool = False
+
+    @property
+    def shape(self) -> launch.KernelShape:
+        return launch.cross_entropy_shape(self.vocab, softcap=OUTPUTS[self.outputs].softcap is not None)
+
+
+def cases(*, every: bool) -> Iterator[Case]:
+    """Each launch of the table on each architecture, in bfloat16 and float32, for the least and the most outputs.
+
+    `every`: also float16, all sets of outputs, the loss alone without a gradient, and rows with edges.
+    """
+    dtypes = (torch.bfloat16, torch.float32, *([torch.float16] if every else []))
+    outputs = OUTPUTS if every else ("loss", "every option but softcap")
+    for vocab, capability, dtype, wanted in product(VOCABULARIES, aot.ARCHITECTURES, dtypes, outputs):
+        case = Case(vocab, capability, dtype, wanted)
+        yield case
+        if every and wanted != "every option":
+            yield replace(case, gradient=False)
+        if every or vocab == VOCABULARIES[-1]:
+            yield replace(case, edges=True)
+    if not every:
+        for capability, dtype in product(aot.ARCHITECTURES, dtypes):
+            yield Case(VOCABULARIES[-1], capability, dtype, "every option")
+
+
+def compiled(case: Case) -> aot.MachineCode:
+    """The machine code of a case, compiled as the launcher would have it compiled."""
+    options, shape = OUTPUTS[case.outputs], case.shape
+    vocab = case.vocab - case.edges  # one column less: no row after the first begins on a multiple of 16 bytes
+    logits = torch.empty(64, vocab, dtype=case.dtype, device="meta")
+    arguments = kernel_arguments(
+        logits,
+        logits if case.gradient else None,
+        torch.empty(64, dtype=torch.int64, device="meta"),
+        torch.empty(64, device="meta") if case.outputs.startswith("every") else None,
+        torch.empty((), device="meta"),
+        options,
+        tuple(empty_outputs(logits, options)),
+    )
+    return aot.machine_code(
+        _cross_entropy_kernel,
+        arguments,
+        case.capability,
+        num_warps=shape.num_warps,
+        maxnreg=shape.registers,
+        enable_fp_fusion=True,
+    )
+
+
+def faults(case: Case, code: aot.MachineCode) -> list[str]:
+    """What is wrong with the machine code, in words; empty if nothing is."""
+    wrong = []
+    if code.stack or code.local_accesses:
+        wrong.append(f"{code.stack} bytes of stack and {code.local_accesses} local accesses: registers are spilled")
+    fitting = 65536 // (32 * case.shape.num_warps * case.shape.programs_per_sm)
+    if code.registers > fitting:
+        wrong.append(f"{code.registers} registers, {fitting} leave room for all programs of an SM")
+    allowed = narrow_accesses(case)
+    for kind, found in (("loads", code.loads), ("stores", code.stores)):
+        narrow = Counter({width: count for width, count in found.items() if width < 128})
+        if excess := narrow - allowed[kind]:
+            wrong.append(f"{kind} narrower than 128 bits beyond the per-row ones: {dict(excess)}")
+        if not found[128] and (kind == "loads" or case.gradient):
+            wrong.append(f"no {kind} of 128 bits")
+    if case.gradient and not overwrites_safely(case, code):
+        wrong.append("no barrier between the loads of target and edges and the first store of a gradient")
+    return wrong
+
+
+def narrow_accesses(case: Case) -> dict[str, Counter]:
+    """Accesses of less than 128 bits that a row needs, by width: its target, its own outputs, its edges."""
+    bits = 8 * case.dtype.itemsize
+    options = OUTPUTS[case.outputs]
+    loads = Counter({64: 1})  # the index of the target
+    loads[bits] += 1 + case.edges  # its logit, and the columns at the edges
+    loads[32] += case.gradient + case.outputs.startswith("every")  # the factor of the gradient, the weight
+    # An ignored row has its own stores of zeros: hence twice
+    stores = Counter({32: 2 * (3 + options.entropy), 8: 2 * options.correct})
+    stores[bits] += 2 * (case.edges and case.gradient)
+    return {"loads": loads, "stores": stores}
+
+
+def overwrites_safely(case: Case, code: aot.MachineCode) -> bool:
+    """The order that keeps an overwritten row whole: the loads of its target and edges, a barrier, the first store."""
+    opcodes = [opcode for opcode, _ in code.instructions]
+    width = 8 * case.dtype.itemsize
+    shared = max(i for i, op in enumerate(opcodes) if op.startswith("LDG") and aot.access_width(op) == width)
+    barriers = [i for i, op in enumerate(opcodes) if op.startswith("BAR.SYNC") and i > shared]
+    stores = [i for i, op in enumerate(opcodes) if op.startswith("STG.E.128") and i > shared]
+    return bool(barriers) and barriers[0] < stores[0]
+
+
+def check(case: Case) -> tuple[Case, aot.MachineCode, list[str]]:
+    code = compiled(case)
+    return case, code, faults(case, code)
+
+
+def check_all(every: bool) -> list[tuple[Case, aot.MachineCode, list[str]]]:
+    """All cases, on all cores. A process of its own for each worker, since compiling is mostly Python."""
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        return list(pool.map(check, cases(every=every), chunksize=4))
+
+
+def bench_static(quick: bool) -> list[dict[str, Any]]:
+    """One figure for each launch and dtype, the worst over architectures and outputs; --quick leaves some out."""
+    import triton
+
+    checked = check_all(every=not quick)
+    table = []
+    for vocab, dtype in product(VOCABULARIES, dict.fromkeys(case.dtype for case, _, _ in checked)):
+        group = [(case, code) for case, code, _ in checked if (case.vocab, case.dtype) == (vocab, dtype)]
+        shape, occupancy = group[0][0].shape, [code.occupancy for _, code in group]
+        moved = "the least there is" if shape.one_read else f"of which {dtype.itemsize} from L2 where it holds the rows"
+        note = (
+            f"[{shape.lines}, {shape.width}] at {shape.num_warps} warps, {shape.programs_per_sm} programs an SM; "
+            f"occupancy {min(occupancy):.0%} to {max(occupancy):.0%}, {max(code.shared for _, code in group)} bytes "
+            f"shared; {dtype.itemsize * (2 if shape.one_read else 3)} bytes a logit, {moved}"
+        )
+        most = max(code.registers for _, code in group)
+        name = f"V <= {vocab:,}" if shape.one_read else f"V > {VOCABULARIES[-2]:,}"
+        name += f", {str(dtype).removeprefix('torch.')}"
+        table.append(figure(name, most, "registers", at_most=shape.registers, note=note))
+    failed = [f"{case}: {'; '.join(wrong)}" for case, _, wrong in checked if wrong]
+    architectures = ", ".join(f"sm_{capability}" for capability in aot.ARCHITECTURES)
+    table.append(
+        figure(
+            "compilations with a spill, a narrow access in a loop, or an unsafe order",
+            len(failed),
+            f"of {len(checked)}",
+            at_most=0,
+            parity=True,
+            note=f"Triton {triton.__version__}, {architectures}" + "".join(f"; {text}" for text in failed[:3]),
+        )
+    )
+    return table
+
+
+if __name__ == "__main__":  # under another Triton than the installed one: PYTHONPATH=FOLDER python bench_static.py
+    for row in bench_static(quick=True):
+        print(row["name"], row["value"], row["unit"], row["note"])
+        if row["passed"] is False:
+            raise SystemExit(1)

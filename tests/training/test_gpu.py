@@ -1,0 +1,53 @@
+"""What only a card can confirm: a training step on it waits for nothing, and packing changes nothing there either."""
+
+from typing import Any
+
+import pytest
+import torch
+from runs import losses, trainer
+from tiny import tiny_model
+from transformers import TrainerCallback
+
+pytestmark = pytest.mark.gpu
+
+
+class NoWaiting(TrainerCallback):
+    """From the second step on (the first sets things up), whatever makes the host wait for the device raises."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step > 0:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps += torch.cuda.get_sync_debug_mode() != 0
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_training_step_never_waits_for_the_device(family, tmp_path):
+    callback = NoWaiting()
+    ours = trainer(
+        tmp_path, tiny_model(family, head_dim=16), bf16=True, max_steps=3, gradient_accumulation_steps=2, use_cpu=False,
+        callbacks=[callback],
+    )  # fmt: skip
+    try:
+        ours.train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert callback.steps == 2
+
+
+def test_packed_losses_are_those_of_examples_alone(tmp_path):
+    """In float32, through per-document SDPA: the same examples in the same step, packed into one row or one by one."""
+    runs = []
+    for packing, accumulation in ((True, 1), (False, 24)):
+        ours = trainer(
+            tmp_path, packing=packing, gradient_accumulation_steps=accumulation, per_device_train_batch_size=1,
+            max_length=512, max_steps=1, use_cpu=False,
+        )  # fmt: skip
+        ours.train()
+        runs.append(losses(ours)[0])
+    assert runs[0] == pytest.approx(runs[1], rel=1e-5)
