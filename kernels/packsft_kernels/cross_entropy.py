@@ -8,6 +8,7 @@ Legend: N rows of logits, V vocabulary.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -245,6 +246,8 @@ def cross_entropy(
     weights = None if weights is None else weights.detach().flatten()
     num_rows = logits_TV.shape[0] if rows is None else rows.numel()
     check_rows(rows, targets, weights, num_rows, logits.device)
+    if CHECK_VALUES:
+        check_values(rows, targets, len(logits_TV), logits_TV.shape[1], options)
 
     scale = None  # for "none"
     if reduction == "mean":
@@ -334,6 +337,23 @@ def check_rows(
         # Said only where it is wrong: torch.compile ties a graph to each size that is written into a string.
         if tensor is not None and tensor.shape != (num_rows,):
             check_argument(False, name, describe(tensor), f"[{num_rows}], one for each row")
+
+
+CHECK_VALUES = os.environ.get("PACKSFT_CHECK_VALUES") == "1"
+"""A switch for debugging: also check what is *in* rows and targets, which reads the device in every call."""
+
+
+def check_values(rows: Tensor | None, targets: Tensor, num_tokens: int, vocab: int, options: LossOptions) -> None:
+    for name, values, limit in (("rows", rows, num_tokens), ("targets", targets, vocab)):
+        if values is None:
+            continue
+        bad = (values < 0) | (values >= limit)
+        if name == "targets":
+            bad &= values != options.ignore_index
+        if bad.any():
+            given = f"{int(values[bad][0])} at {int(bad.nonzero()[0])}"
+            or_ignored = f" or {options.ignore_index}, ignored" if name == "targets" else ""
+            check_argument(False, name, given, f"0 to {limit - 1}{or_ignored}")
 
 
 def check_argument(condition: bool, argument: str, given: str, allowed: str) -> None:

@@ -19,6 +19,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -30,6 +31,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
+FLOAT_DTYPES = (*HALF_DTYPES, torch.float32, torch.float64)
 # On the CPU, SDPA in float32 beats bfloat16 on short documents, casts included: 2.3x at 100 tokens, 1.0x at 700.
 CPU_FLOAT32_LENGTH = 512
 
@@ -93,19 +95,24 @@ def varlen_attention(
         `q`, `k` and `v`. Models under autocast hand over float32 q and k and a bfloat16 v; flash kernels refuse that.
 
     Raises:
-        ValueError: shapes that do not fit, boundaries that are not int32, or a back end that cannot run this call.
+        ValueError: an argument that does not fit, or a back end that cannot run this call. Boundaries that fall, end
+            elsewhere than at T or pass `max_seqlen` are seen where they are read, on the host; nothing reads a card.
     """
-    _check_arguments(q, k, v, cu_seqlens, max_seqlen, window, sinks)
+    _check_arguments(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, sinks, dropout)
     dtype = _compute_dtype(q, k, v)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     spec = AttentionSpec(
         q.device.type, dtype, max(q.shape[-1], v.shape[-1]), q.shape[-1] == v.shape[-1],
         causal, window, softcap, sinks is not None, dropout,
     )  # fmt: skip
-    run = BACKENDS[choose_backend(spec, backend)].run
+    name = choose_backend(spec, backend)
+    if name != "sdpa":
+        q, k, v, cu_seqlens = _aligned(q), _aligned(k), _aligned(v), cu_seqlens.contiguous()
+        # At 1, flash-attention 2 takes grouped q for [D, H, K], which fails where a document is empty.
+        max_seqlen = max(max_seqlen, 2)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):  # the dtype is chosen: autocast would undo a back end's own
-        return run(q, k, v, cu_seqlens, max_seqlen, scale, sinks, spec)
+        return BACKENDS[name].run(q, k, v, cu_seqlens, max_seqlen, scale, sinks, spec)
 
 
 def choose_backend(spec: AttentionSpec, backend: str = "auto") -> str:
@@ -153,6 +160,10 @@ def why_not(name: str, spec: AttentionSpec) -> str | None:
         return "the head size of v is not that of q and k"
     if spec.head_dim > backend.max_head_dim or spec.head_dim % 8:
         return f"head size {spec.head_dim} is not a multiple of 8 up to {backend.max_head_dim}"
+    # Cards with 99 KiB of shared memory; some releases refuse these head sizes there, and only in the backward.
+    small = capability[0] == 12 or (capability[0] == 8 and capability[1] > 0)
+    if small and (192 < spec.head_dim <= 224 or (spec.head_dim > 192 and spec.dropout > 0)):
+        return f"its backward has no head size {spec.head_dim} with dropout {spec.dropout} on {capability}"
     asked = {
         "dropout": spec.dropout > 0,
         "softcap": spec.softcap is not None,
@@ -185,8 +196,18 @@ def _distribution_installed(name: str) -> bool:
 
 
 def _check_arguments(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None, sinks: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout: float,
 ) -> None:
+    """What can be told on the host. The values in `cu_seqlens` are read, and so checked, where SDPA needs them."""
     if q.ndim != 3 or k.ndim != 3 or v.ndim != 3:
         shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape)
         raise ValueError(f"q, k and v must be [T, heads, head_dim], got {shapes[0]}, {shapes[1]} and {shapes[2]}")
@@ -197,20 +218,38 @@ def _check_arguments(
         )
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
         raise ValueError(f"cu_seqlens must be [D + 1] int32, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
-    if cu_seqlens.device != q.device:
-        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, q on {q.device}: they must be on one device")
-    if not isinstance(max_seqlen, int) or max_seqlen < 0:
-        raise ValueError(f"max_seqlen must be an int on the host, 0 or more, got {max_seqlen!r}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be 1 (a token sees itself) or more, got {window}")
     if sinks is not None and sinks.shape != (q.shape[1],):
         raise ValueError(f"sinks must be [H] = [{q.shape[1]}], got {tuple(sinks.shape)}")
+    tensors = {"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens} | ({} if sinks is None else {"sinks": sinks})
+    for name, tensor in tensors.items():
+        if tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device}, q on {q.device}: they must be on one device")
+        if name != "cu_seqlens" and tensor.dtype not in FLOAT_DTYPES:
+            raise ValueError(f"{name} must be one of {list(FLOAT_DTYPES)}, got {tensor.dtype}")
+    if not isinstance(max_seqlen, int) or max_seqlen < 0:
+        raise ValueError(f"max_seqlen must be an int on the host, 0 or more, got {max_seqlen!r}")
+    documents = cu_seqlens.numel() - 1
+    if max_seqlen * documents < q.shape[0]:
+        raise ValueError(f"max_seqlen is {max_seqlen}, too small for {q.shape[0]} tokens in {documents} documents")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be 1 (a token sees itself) or more, got {window}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be above 0 and finite, or None for none, got {softcap}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be from 0 up to, but not including, 1, got {dropout}")
 
 
 def _compute_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         return torch.get_autocast_dtype(q.device.type)
     return torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """`x`, copied if flash kernels could not load its rows in pieces of 16 bytes, which not all of them check."""
+    return x if x.stride(-1) == 1 and all(n % 8 == 0 for n in x.stride()[:-1]) else x.contiguous()
 
 
 # --- back ends: (q, k, v, cu_seqlens, max_seqlen, scale, sinks, spec) -> out ------------------------------------------
@@ -223,7 +262,7 @@ def _flash_attn_2(
 
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest, dropout_p=spec.dropout,
-        softmax_scale=scale, causal=spec.causal, window_size=_window_pair(spec, none=-1), softcap=spec.softcap or 0.0,
+        softmax_scale=scale, causal=spec.causal, window_size=_window_pair(spec), softcap=spec.softcap or 0.0,
     )  # fmt: skip
 
 
@@ -234,7 +273,7 @@ def _flash_attn_3(
 
     out = flash_attn_varlen_func(
         q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest,
-        softmax_scale=scale, causal=spec.causal, window_size=_window_pair(spec, none=-1), softcap=spec.softcap or 0.0,
+        softmax_scale=scale, causal=spec.causal, window_size=_window_pair(spec), softcap=spec.softcap or 0.0,
     )  # fmt: skip
     return out[0] if isinstance(out, tuple) else out
 
@@ -256,10 +295,9 @@ def _torch_varlen(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     options: dict[str, Any] = {}
-    if "window_size" in _varlen_attn_parameters():  # later releases spell causal as a window
-        options["window_size"] = _window_pair(spec, none=-1, causal_right=0)
+    if "window_size" in _varlen_attn_parameters():  # since torch 2.11, in which causal is the window (-1, 0)
+        options["window_size"] = _window_pair(spec)
     else:
         options["is_causal"] = spec.causal
     if "scale" in _varlen_attn_parameters():
@@ -282,12 +320,10 @@ def _varlen_attn_parameters() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def _window_pair(spec: AttentionSpec, none: int | None, causal_right: int | None = None) -> tuple:
-    """(left, right) neighbours of a token. A window of W tokens counts the token itself, so W - 1 are on its left."""
-    left = none if spec.window is None else spec.window - 1
-    if spec.causal:
-        return left, 0 if spec.window is not None or causal_right is not None else none
-    return left, left
+def _window_pair(spec: AttentionSpec) -> tuple[int, int]:
+    """(left, right) neighbours of a token, -1 for all. A window of W counts the token itself: W - 1 are on its left."""
+    left = -1 if spec.window is None else spec.window - 1
+    return left, 0 if spec.causal else left
 
 
 def _sdpa(
@@ -385,12 +421,14 @@ def _per_document(
     runs = _equal_length_runs(cu.tolist(), q.shape[0], longest)
     if spec.device == "cuda" and q.shape[1] != k.shape[1]:  # with `enable_gqa` float32 falls to the kernel with scores
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if len(runs) == 1:  # nothing to split: its backward would copy every gradient
+        return _documents(q, k, v, runs[0][0], scale, sinks, spec)
     sizes = [count * length for count, length in runs]
     outs = [
         _documents(q_run, k_run, v_run, count, scale, sinks, spec)
         for (count, _), q_run, k_run, v_run in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
     ]
-    return outs[0] if len(outs) == 1 else torch.cat(outs) if outs else q
+    return torch.cat(outs) if outs else q
 
 
 def _equal_length_runs(boundaries: list[int], num_tokens: int, max_seqlen: int) -> list[tuple[int, int]]:
@@ -484,7 +522,8 @@ class Backend:
 
 BACKENDS: dict[str, Backend] = {
     "flash_attn_4": Backend(
-        # Its forward has a window, a softcap and sinks; its backward (as of 2026-11) refuses or ignores them.
+        # It takes a window, a softcap and sinks; in the source of 4.0.0b36 its backward does, too, where earlier betas
+        # were found to refuse or ignore them. Not claimed until a card has shown it.
         _flash_attn_4,
         "flash_attn.cute",
         frozenset(),

@@ -7,6 +7,7 @@ V = 2,500 is 9.8 blocks of the PyTorch path and one block of a kernel that reads
 blocks of one that reads it twice. 12 rows are two rows of six. Without a device named in PACKSFT_TEST_DEVICE, the CPU.
 """
 
+import importlib
 import math
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_contract_over_several_blocks(dtype: torch.dtype, name: str) -> None:
     assert_contract(**inputs(dtype), options=OPTIONS[name], inplace=True)
 
 
-@pytest.mark.parametrize("vocab", [*launch.ONE_READ_SHAPES, 16385])
+@pytest.mark.parametrize("vocab", [*launch.ONE_READ_SHAPES, 16385, 300_000])
 def test_the_largest_row_of_every_launch(vocab: int) -> None:
     logits = torch.randn(4, vocab, generator=seeded(0))
     targets = torch.tensor([0, vocab - 1, -100, vocab // 2])
@@ -382,6 +383,21 @@ def test_a_target_outside_of_the_vocabulary_is_not_read() -> None:
 def test_bad_arguments_are_named(argument: str, kwargs: dict) -> None:
     with pytest.raises(ValueError, match=f"^{argument}"):
         cross_entropy(torch.randn(2, 4, 9), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("argument", "kwargs"),
+    [
+        ("targets: got 9 at 1", {"targets": torch.tensor([0, 9])}),
+        ("targets: got -1 at 0, allowed: 0 to 8 or -100", {"targets": torch.tensor([-1, -100])}),
+        ("rows: got 2 at 0, allowed: 0 to 1", {"targets": torch.tensor([0]), "rows": torch.tensor([2])}),
+    ],
+)
+def test_values_are_checked_where_that_is_switched_on(argument: str, kwargs: dict, monkeypatch: Any) -> None:
+    monkeypatch.setattr(importlib.import_module("packsft_kernels.cross_entropy"), "CHECK_VALUES", True)
+    assert float(cross_entropy(torch.randn(2, 9), targets=torch.tensor([8, -100])).loss) > 0
+    with pytest.raises(ValueError, match=f"^{argument}"):
+        cross_entropy(torch.randn(2, 9), **kwargs)
 
 
 @pytest.mark.parametrize("weights", [None, torch.rand(3)], ids=["", "weights"])

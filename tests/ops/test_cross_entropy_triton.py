@@ -35,7 +35,11 @@ def run(*command: str, **environment: str) -> str:
 
 
 def test_every_case_of_cross_entropy_holds_in_the_interpreted_kernel() -> None:
-    tests = ["tests/ops/test_cross_entropy.py", "-k", "not registered and not named"]  # those run no kernel
+    tests = [
+        "tests/ops/test_cross_entropy.py",
+        "-k",
+        "not registered and not named and not switched",
+    ]  # those run no kernel
     output = run("-m", "pytest", *tests, "-q", "-rN", "-p", "no:cacheprovider", TRITON_INTERPRET="1")
     assert "passed" in output
     assert "skipped" not in output

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_accurate
@@ -14,6 +15,7 @@ from packsft_kernels.reference import varlen_attention as reference
 from packsft_kernels.varlen_attention import BACKENDS, AttentionSpec, choose_backend, why_not
 
 MODULE = sys.modules["packsft_kernels.varlen_attention"]  # the function has its name
+SINKS = torch.linspace(-1, 1, 4, dtype=torch.float64)
 LENGTHS = (25, 1, 25, 25, 0, 70)  # equal neighbours, a single token, an empty document, a longer one
 
 
@@ -36,6 +38,31 @@ def test_outputs_are_bitwise_those_of_each_document_alone():
             assert torch.equal(packed[start:stop], alone)
 
 
+def sdpa_with_block_mask(q, k, v, cu, longest, *, causal=True, window=None):
+    """PyTorch's own attention of the row, as transformers asks for it."""
+    position = torch.arange(len(q), device=q.device)
+    document = torch.bucketize(position.int(), cu[1:], right=True)
+    seen = (document[:, None] == document) & (position[:, None] >= position)
+    seen = seen if window is None else seen & (position[:, None] - position < window)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)[0].transpose(0, 1)
+
+
+def assert_matches_the_definition(arguments, lengths, backend="auto", plain=reference, **options):
+    *qkv, cu = arguments
+    upstream = torch.randn(qkv[0].shape, dtype=torch.float64, device=cu.device)
+
+    def run(function, dtype, **extra):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in qkv]
+        cast = {n: x.to(dtype) if isinstance(x, torch.Tensor) else x for n, x in options.items()}
+        out = function(*leaves, cu, max(lengths), **cast, **extra)
+        return [out, *torch.autograd.grad((out * upstream.to(dtype)).sum(), leaves)]
+
+    ours, own = run(varlen_attention, qkv[0].dtype, backend=backend), run(plain, qkv[0].dtype)
+    for mine, theirs, exact in zip(ours, own, run(reference, torch.float64), strict=True):
+        assert_accurate(mine, theirs, exact, f"{backend}, {options}")
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "options",
@@ -51,33 +78,94 @@ def test_outputs_are_bitwise_those_of_each_document_alone():
     ids=str,
 )
 def test_outputs_and_gradients_match_the_definition(dtype, options):
-    q, k, v, cu = inputs(LENGTHS, dtype=dtype)
     options = {n: (torch.linspace(-1, 1, 4, dtype=dtype) if n == "sinks" else x) for n, x in options.items()}
-    upstream = torch.randn(q.shape, dtype=torch.float64)
-
-    def run(function, dtype):
-        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-        cast = {n: x.to(dtype) if isinstance(x, torch.Tensor) else x for n, x in options.items()}
-        out = function(*leaves, cu, max(LENGTHS), **cast)
-        return [out, *torch.autograd.grad((out * upstream.to(dtype)).sum(), leaves)]
-
-    truth = run(reference, torch.float64)
-    for ours, theirs, exact in zip(run(varlen_attention, dtype), run(reference, dtype), truth, strict=True):
-        assert_accurate(ours, theirs, exact, str(options))
+    assert_matches_the_definition(inputs(LENGTHS, dtype=dtype), LENGTHS, **options)
 
 
-@settings(max_examples=25, deadline=None)
-@given(lengths=st.lists(st.integers(0, 6), min_size=2, max_size=6).filter(any), data=st.data())
-def test_a_document_reaches_no_other_document(lengths, data):
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 192, 256])
+def test_every_head_size_matches_the_definition(head_dim):
+    lengths = (9, 1, 0, 13)
+    for options in ({}, {"window": 4}, {"softcap": 5.0}, {"softcap": 5.0, "window": 4}, {"sinks": SINKS}):
+        for dtype in (torch.float64, torch.bfloat16):
+            arguments = inputs(lengths, head_dim=head_dim, dtype=dtype)
+            assert_matches_the_definition(arguments, lengths, **options)
+    for options in ({}, {"window": 4}):
+        # SDPA's backward subtracts the sum of dO * O, as flash-attention's does: against the definition in float32, up
+        # to 2.2 times what is allowed.
+        arguments = inputs(lengths, head_dim=head_dim, dtype=torch.float32)
+        assert_matches_the_definition(arguments, lengths, plain=sdpa_with_block_mask, **options)
+
+
+def test_a_window_of_one_token_shows_each_token_its_own_value():
+    q, k, v, cu = inputs(LENGTHS)
+    for causal in (True, False):
+        out = varlen_attention(q, k, v, cu, max(LENGTHS), window=1, causal=causal)
+        assert torch.equal(out, v.repeat_interleave(2, dim=1))
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 1}], ids=str)
+def test_dropout_drops_weights_and_follows_the_seed(options):
+    lengths = (2,) * 4000  # the first token sees itself alone: its weight of 1 is dropped, or divided by 1 - 0.25
+    q, k, v, cu = inputs(lengths, heads=2)
+    v = torch.ones_like(v)
+
+    def run(seed):
+        torch.manual_seed(seed)
+        return varlen_attention(q, k, v, cu, 2, dropout=0.25, **options)
+
+    out = run(0)
+    assert torch.equal(out, run(0))
+    assert not torch.equal(out, run(1))
+    first = out[::2]
+    kept = (first - 4 / 3).abs() < 1e-6
+    assert bool((kept | (first == 0)).all())
+    assert abs(kept[..., 0].double().mean() - 0.75) < 5 * (0.25 * 0.75 / kept[..., 0].numel()) ** 0.5  # 5 sigma
+
+
+PACKS = {
+    "lengths": st.lists(st.integers(0, 6), min_size=2, max_size=6).filter(lambda lengths: max(lengths) > 1),
+    "key_heads": st.sampled_from([1, 2, 4]),
+    "options": st.fixed_dictionaries(
+        {
+            "causal": st.booleans(),
+            "window": st.sampled_from([None, 2, 3]),
+            "softcap": st.sampled_from([None, 2.0]),
+            "sinks": st.sampled_from([None, SINKS]),
+        }
+    ),
+}
+
+
+@settings(max_examples=50, deadline=None)
+@given(**PACKS, data=st.data())
+def test_a_document_reaches_no_other_document(lengths, key_heads, options, data):
     chosen = data.draw(st.sampled_from([i for i, length in enumerate(lengths) if length]))
-    q, k, v, cu = inputs(lengths)
+    q, k, v, cu = inputs(lengths, key_heads=key_heads)
     start, stop = int(cu[chosen]), int(cu[chosen + 1])
-    out = varlen_attention(q, k, v, cu, max(lengths))
+    out = varlen_attention(q, k, v, cu, max(lengths), **options)
     gradients = torch.autograd.grad(out[start:stop].square().sum(), (q, k, v))
     for gradient in gradients:
         assert not gradient[:start].any()
         assert not gradient[stop:].any()
     assert gradients[2][start:stop].any()  # of v: one token's softmax has no gradient in q and k
+
+
+@settings(max_examples=50, deadline=None)
+@given(**PACKS)
+def test_packed_documents_equal_each_alone(lengths, key_heads, options):
+    leaves = *qkv, cu = inputs(lengths, key_heads=key_heads, dtype=torch.float64)
+    packed = varlen_attention(*leaves, max(lengths), **options)
+    alone = torch.cat(
+        [
+            varlen_attention(*(x[a:b] for x in qkv), torch.tensor([0, b - a], dtype=torch.int32), b - a, **options)
+            for a, b in itertools.pairwise(cu.tolist())
+            if a < b
+        ]
+    )
+    upstream = torch.randn_like(packed)
+    ours, theirs = ([out, *torch.autograd.grad(out, qkv, upstream)] for out in (packed, alone))
+    for mine, exact in zip(ours, theirs, strict=True):
+        assert_accurate(mine, exact, exact, str(options))
 
 
 def test_autocast_inputs_of_mixed_dtypes_are_cast_to_its_dtype():
@@ -143,15 +231,31 @@ def test_true_float32_on_cuda_takes_one_sdpa_call_per_document(monkeypatch):
     ("change", "message"),
     [
         ({"cu_seqlens": torch.tensor([0, 4, 7])}, "cu_seqlens must be"),
-        ({"cu_seqlens": torch.tensor([0, 4], dtype=torch.int32)}, "expected from 0 to T = 7"),
+        ({"cu_seqlens": torch.tensor([0, 4, 6], dtype=torch.int32)}, "expected from 0 to T = 7"),
         ({"cu_seqlens": torch.tensor([0, 4, 3, 7], dtype=torch.int32)}, "falls from 4 to 3 at document 1"),
         ({"q": torch.zeros(7, 3, 16)}, "do not fit"),
         ({"k": torch.zeros(7, 32)}, "must be"),
         ({"max_seqlen": torch.tensor(4)}, "int on the host"),
-        ({"max_seqlen": 3}, "max_seqlen is 3, but document 0 has 4 tokens"),
-        ({"window": 0}, "window must be 1"),
-        ({"softcap": 5.0, "dropout": 0.1}, "no back end can run this attention"),
+        ({"max_seqlen": 3}, "max_seqlen is 3, too small for 7 tokens in 2 documents"),
+        (
+            {"max_seqlen": 3, "cu_seqlens": torch.tensor([0, 4, 7, 7], dtype=torch.int32)},
+            "max_seqlen is 3, but document 0 has 4 tokens",
+        ),
+        ({"q": torch.zeros(7, 4, 16, dtype=torch.int32)}, "q must be one of .*got torch.int32"),
+        ({"v": torch.zeros(7, 2, 16, dtype=torch.complex64)}, "v must be one of .*got torch.complex64"),
+        ({"k": torch.zeros(7, 2, 16, device="meta")}, "k is on meta, q on cpu"),
+        ({"v": torch.zeros(7, 2, 16, device="meta")}, "v is on meta, q on cpu"),
+        ({"cu_seqlens": torch.zeros(3, dtype=torch.int32, device="meta")}, "cu_seqlens is on meta, q on cpu"),
+        ({"sinks": torch.zeros(4, device="meta")}, "sinks is on meta, q on cpu"),
         ({"sinks": torch.zeros(3)}, "sinks must be"),
+        ({"sinks": torch.zeros(4), "dropout": 0.1}, "no back end can run this attention"),
+        ({"softcap": 5.0, "dropout": 0.1}, "no back end can run this attention"),
+        ({"window": 0}, "window must be 1"),
+        ({"softcap": 0.0}, "softcap must be above 0 and finite, or None for none, got 0.0"),
+        ({"softcap": float("inf")}, "softcap must be .*got inf"),
+        ({"dropout": 1.0}, "dropout must be from 0 up to, but not including, 1, got 1.0"),
+        ({"dropout": -0.1}, "dropout must be .*got -0.1"),
+        ({"scale": float("nan")}, "scale must be finite, got nan"),
         ({"backend": "flash"}, "expected 'auto' or one of"),
         ({"backend": "torch_varlen"}, "CUDA device"),
     ],
@@ -163,23 +267,48 @@ def test_a_bad_argument_is_named(change, message):
         varlen_attention(**call)
 
 
+GPU_BACK_ENDS = [name for name in BACKENDS if name != "sdpa"]
+
+
+def cuda_inputs(lengths, dtype, **shape):
+    return [x.detach().cuda() for x in inputs(lengths, dtype=dtype, **shape)]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "sdpa"])
-@pytest.mark.parametrize("options", [{}, {"window": 16}], ids=str)
-def test_gpu_back_ends_match_the_definition(name, options):
-    lengths = (100, 1, 64, 64, 333)
-    q, k, v, cu = (x.detach().cuda() for x in inputs(lengths, head_dim=64, dtype=torch.bfloat16))
-    spec = AttentionSpec("cuda", torch.bfloat16, 64, window=options.get("window"))
-    if (reason := why_not(name, spec)) is not None:
+@pytest.mark.parametrize("name", GPU_BACK_ENDS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": False}, {"window": 16}, {"window": 16, "causal": False}, {"softcap": 5.0}], ids=str
+)
+def test_gpu_back_ends_match_the_definition(name, head_dim, key_heads, options):
+    if (reason := why_not(name, AttentionSpec("cuda", torch.bfloat16, head_dim, **options))) is not None:
         pytest.skip(reason)
-    upstream = torch.randn(q.shape, device="cuda", dtype=torch.float64)
+    lengths = (100, 1, 64, 0, 64, 333)
+    arguments = cuda_inputs(lengths, torch.bfloat16, head_dim=head_dim, key_heads=key_heads)
+    assert_matches_the_definition(arguments, lengths, backend=name, **options)
+    assert_matches_the_definition(arguments, lengths, backend=name, scale=0.1, **options)
 
-    def run(function, dtype, **extra):
-        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        out = function(*leaves, cu, max(lengths), **options, **extra)
-        return [out, *torch.autograd.grad((out * upstream.to(dtype)).sum(), leaves)]
 
-    truth = run(reference, torch.float64)
-    ours = run(varlen_attention, torch.bfloat16, backend=name)
-    for mine, theirs, exact in zip(ours, run(reference, torch.bfloat16), truth, strict=True):
-        assert_accurate(mine, theirs, exact, name)
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"window": 16}], ids=str)
+def test_float32_on_a_gpu_is_as_exact_as_sdpa_in_float32(options):
+    lengths = (100, 1, 64, 0, 64, 133)
+    arguments = cuda_inputs(lengths, torch.float32, head_dim=64)
+    assert_matches_the_definition(arguments, lengths, plain=sdpa_with_block_mask, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", GPU_BACK_ENDS)
+def test_gpu_back_ends_wait_for_nothing(name):
+    if (reason := why_not(name, AttentionSpec("cuda", torch.bfloat16, 64))) is not None:
+        pytest.skip(reason)
+    *qkv, cu = cuda_inputs((100, 1, 64), torch.bfloat16, head_dim=64)
+    qkv = [x.requires_grad_() for x in qkv]
+    for mode in ("default", "error"):  # the first call compiles and loads
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            out = varlen_attention(*qkv, cu, 100, backend=name)
+            torch.autograd.grad(out, qkv, torch.ones_like(out))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
