@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from allocations import Recorded
 from packsft_kernels.version import __version__
 
 from packsft.config import has_bf16
@@ -130,14 +131,7 @@ def extra_memory(run: Callable[[], object]) -> float:
         run()
         synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    peak = current = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        current += event.nbytes()
-        peak = max(peak, current)
-    return peak / 2**20
+    return Recorded(run).peak / 2**20
 
 
 def reset_peak_rss() -> bool:

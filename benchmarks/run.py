@@ -45,6 +45,7 @@ class Suite:
 
 SUITES = {
     "head": Suite("bench_linear_cross_entropy", "bench_head", "the language-model head against its GEMMs and peers"),
+    "memory": Suite("bench_memory", "bench_memory", "peak memory of the head on a GPU, on fake tensors of any size"),
     "cross_entropy": Suite("bench_cross_entropy", "bench_cross_entropy", "loss and gradient of logits against a copy"),
     "attention": Suite("bench_varlen_attention", "bench_attention", "packed attention against masked and padded"),
     "packing": Suite("bench_packing", "bench_packing", "planning packs against TRL's pack_dataset"),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from packsft_kernels.cross_entropy_kernel import scale_
-from packsft_kernels.cross_entropy_rows import RowOutputs, empty_outputs, loss_rows
+from packsft_kernels.cross_entropy_rows import RowOutputs, loss_rows, loss_rows_fake
 from packsft_kernels.options import OPTIONS_SCHEMA, LossOptions, LossOutput
 
 _DEFAULT_OPTIONS = LossOptions()
@@ -70,19 +70,21 @@ def _empty_gradient(logits: Tensor) -> Tensor:
 
 @_cross_entropy_op.register_fake
 def _(logits: Tensor, targets: Tensor, weights: Tensor | None, *fields: Any) -> tuple[Tensor, ...]:
-    return tuple(empty_outputs(logits, LossOptions(*fields)))
+    return tuple(loss_rows_fake(logits, None, targets, weights, None, LossOptions(*fields)))
 
 
 @_gradient_op.register_fake
 def _(logits: Tensor, targets: Tensor, weights: Tensor | None, scale: Tensor, *fields: Any) -> Tensor:
-    return _empty_gradient(logits)
+    grad = _empty_gradient(logits)
+    loss_rows_fake(logits, grad, targets, weights, scale, LossOptions(*fields))
+    return grad
 
 
 @_cross_entropy_inplace_op.register_fake
 def _(
     logits: Tensor, targets: Tensor, weights: Tensor | None, scale: Tensor | None, *fields: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(empty_outputs(logits, LossOptions(*fields)))
+    return tuple(loss_rows_fake(logits, logits, targets, weights, scale, LossOptions(*fields)))
 
 
 # ----------------------------------------------------------------------------------------------------------- autograd
@@ -331,9 +333,10 @@ def check_rows(
             rows.dtype in (torch.int32, torch.int64) and rows.dim() == 1, "rows", describe(rows), "[N] int32 or int64"
         )
     check_argument(targets.dtype == torch.int64, "targets", describe(targets), "int64")
-    check_argument(targets.shape == (num_rows,), "targets", describe(targets), f"[{num_rows}], one for each row")
-    if weights is not None:
-        check_argument(weights.shape == (num_rows,), "weights", describe(weights), f"[{num_rows}], one for each row")
+    for name, tensor in (("targets", targets), ("weights", weights)):
+        # Said only where it is wrong: torch.compile ties a graph to each size that is written into a string.
+        if tensor is not None and tensor.shape != (num_rows,):
+            check_argument(False, name, describe(tensor), f"[{num_rows}], one for each row")
 
 
 CHECK_VALUES = os.environ.get("PACKSFT_CHECK_VALUES") == "1"

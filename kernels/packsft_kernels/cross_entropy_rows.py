@@ -221,3 +221,35 @@ def loss_rows(
         rows_in_triton(logits_NV, grad_NV, targets_N, weights_N, scale, options, outputs)
         return outputs
     return rows_in_torch(logits_NV, grad_NV, targets_N, weights_N, scale, options, finite=finite)
+
+
+def has_symbolic_size(*tensors: Tensor) -> bool:
+    return any(isinstance(size, torch.SymInt) for tensor in tensors for size in tensor.shape)
+
+
+def loss_rows_fake(
+    logits_NV: Tensor,
+    grad_NV: Tensor | None,
+    targets_N: Tensor,
+    weights_N: Tensor | None,
+    scale: Tensor | None,
+    options: LossOptions,
+    *,
+    finite: bool = False,
+) -> RowOutputs:
+    """What `loss_rows` allocates and frees, on fake tensors. The Triton pass allocates its outputs only; the PyTorch
+    pass uses one block of scratch for all blocks of rows, so one block of rows is enough."""
+    outputs = empty_outputs(logits_NV, options)
+    in_triton = _triton.usable(logits_NV.device) and logits_NV.dtype != torch.float64
+    if not in_triton and not has_symbolic_size(logits_NV) and logits_NV.numel():
+        rows = slice(launch.rows_per_block(*logits_NV.shape))
+        rows_in_torch(
+            logits_NV[rows],
+            None if grad_NV is None else grad_NV[rows],
+            targets_N[rows],
+            None if weights_N is None else weights_N[rows],
+            scale[rows] if scale is not None and scale.dim() else scale,
+            options,
+            finite=finite,
+        )
+    return outputs

@@ -1,20 +1,23 @@
 """The fused LM head: projection and cross-entropy of the scored rows, a chunk of logits at a time.
 
 Gradients are made in the forward, while a chunk's logits are at hand: three GEMMs with a trained head, two with a
-frozen one, one under `no_grad`. No Triton of its own: a chunk's logits go through `cross_entropy.loss_rows`, in place.
+frozen one, one under `no_grad`. No Triton of its own: a chunk's logits go through `loss_rows`, in place.
 Knows hidden states and a matrix; knows nothing of the model around them.
 
 Legend: T tokens, N scored rows, V vocabulary, M model width, C rows of one chunk.
 
-Memory beside the inputs: one chunk of logits (`launch.CHUNK_BYTES`), the N rows of hidden states, the weight in the
-autocast dtype if that differs, and the gradients dX [N, M] and dW [V, M].
+Memory beside the inputs: one chunk of logits (`launch.CHUNK_BYTES`), the gradients dX [N, M] and dW [V, M] as they are
+stored, a few numbers per row, and the weight in the autocast dtype if that differs. A chunk's rows of hidden states lie
+where their gradient will be; they are memory of their own only where no gradient is wanted, or while they are cast.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from packsft_kernels import launch
 from packsft_kernels.cross_entropy import (
@@ -27,7 +30,14 @@ from packsft_kernels.cross_entropy import (
     scaled_sum,
     to_loss_output,
 )
-from packsft_kernels.cross_entropy_rows import RowOutputs, empty_outputs, loss_rows, row_dtype
+from packsft_kernels.cross_entropy_rows import (
+    RowOutputs,
+    empty_outputs,
+    has_symbolic_size,
+    loss_rows,
+    loss_rows_fake,
+    row_dtype,
+)
 from packsft_kernels.options import LossOptions, LossOutput
 
 _DEFAULT_OPTIONS = LossOptions()
@@ -75,8 +85,13 @@ def _chunk_loop(
     options: LossOptions,
     dtype: torch.dtype,
     wanted: tuple[bool, bool, bool],
+    *,
+    row_pass: Callable[..., RowOutputs] = loss_rows,
 ) -> tuple[RowOutputs, Gradients]:
-    """Per-row outputs and the gradients of `(scale * loss).sum()`, GEMMs in `dtype`; `scale` is 0-d or [N]."""
+    """Per-row outputs and the gradients of `(scale * loss).sum()`, GEMMs in `dtype`; `scale` is 0-d or [N].
+
+    The operators' fakes run this loop too, with `row_pass=loss_rows_fake`: what they allocate and free is the same.
+    """
     num_rows, vocab = targets_N.shape[0], weight_VM.shape[0]
     device = hidden_TM.device
     gradients = _empty_gradients(hidden_TM, weight_VM, bias_V, num_rows, wanted)
@@ -85,9 +100,9 @@ def _chunk_loop(
     # CUDA's GEMMs write float32 from 16-bit inputs; the CPU's cannot.
     writes_float32 = hidden_TM.is_cuda and dtype in (torch.bfloat16, torch.float16)
 
-    chunk = launch.rows_per_chunk(num_rows, vocab, dtype.itemsize, weight_grad=wanted[1])
     # Rows start on a multiple of 16 elements on CUDA, so that the kernel's accesses stay wide whatever V is.
     stride = -(-vocab // 16) * 16 if hidden_TM.is_cuda else vocab
+    chunk = launch.rows_per_chunk(num_rows, stride, dtype.itemsize, weight_grad=wanted[1])
     buffer_CV = torch.empty(chunk, stride, dtype=dtype, device=device)[:, :vocab]
     outputs = empty_outputs(hidden_TM.new_empty(num_rows, 0, dtype=dtype), options)
     # The weight's accumulator: its stored gradient, unless that is 16 bits wide and several chunks add up in it.
@@ -100,15 +115,21 @@ def _chunk_loop(
 
     for start in range(0, num_rows, max(1, chunk)):
         chunk_rows = slice(start, min(start + chunk, num_rows))
-        hidden_CM = hidden_TM[chunk_rows] if rows_N is None else hidden_TM.index_select(0, rows_N[chunk_rows])
+        hidden_CM = _storage_of_rows(gradients.hidden[chunk_rows], targets_N[chunk_rows], hidden_TM, dtype)
+        if rows_N is None:
+            hidden_CM.copy_(hidden_TM[chunk_rows])
+        elif hidden_TM.dtype == dtype:
+            torch.index_select(hidden_TM, 0, rows_N[chunk_rows], out=hidden_CM)
+        else:
+            hidden_CM.copy_(hidden_TM.index_select(0, rows_N[chunk_rows]))
         # An ignored row may hold anything, and 0 * NaN would reach the weight's gradient. Its logits are then numbers.
-        hidden_CM = hidden_CM.to(dtype).masked_fill((targets_N[chunk_rows] == options.ignore_index)[:, None], 0.0)
+        hidden_CM.masked_fill_((targets_N[chunk_rows] == options.ignore_index)[:, None], 0.0)
         logits_CV = buffer_CV[: len(hidden_CM)]
         if bias_V is None:
             torch.mm(hidden_CM, weight_VM.t(), out=logits_CV)
         else:
             torch.addmm(bias_V, hidden_CM, weight_VM.t(), out=logits_CV)
-        chunk_outputs = loss_rows(
+        chunk_outputs = row_pass(
             logits_CV,
             logits_CV if any(wanted) else None,
             targets_N[chunk_rows],
@@ -121,15 +142,24 @@ def _chunk_loop(
             whole[chunk_rows][: len(part)].copy_(part)
 
         grad_CV = logits_CV  # from here on
-        if wanted[0]:
-            _matmul(grad_CV, weight_VM, gradients.hidden[chunk_rows], writes_float32)
         if wanted[1]:
             _matmul(grad_CV.t(), hidden_CM, weight_sum, writes_float32, accumulate=start > 0)
+        if wanted[0]:  # last, since it takes the place of hidden_CM
+            _matmul(grad_CV, weight_VM, gradients.hidden[chunk_rows], writes_float32)
         if wanted[2]:
-            gradients.bias.add_(grad_CV.sum(0, dtype=row_dtype(dtype)))
+            for rows_RV in grad_CV.split(_cast_rows(grad_CV)):
+                gradients.bias.add_(rows_RV.sum(0, dtype=row_dtype(dtype)))
     if weight_sum is not gradients.weight:
         gradients.weight.copy_(weight_sum)
     return outputs, gradients
+
+
+def _storage_of_rows(grad_CM: Tensor, targets_C: Tensor, hidden_TM: Tensor, dtype: torch.dtype) -> Tensor:
+    """[C, M] in `dtype` for a chunk's hidden states: in the memory of their own gradient, if there is to be one."""
+    shape = targets_C.shape[0], hidden_TM.shape[1]
+    if grad_CM.shape != shape:
+        return hidden_TM.new_empty(shape, dtype=dtype)
+    return grad_CM.view(-1).view(dtype)[: grad_CM.numel()].view(shape)
 
 
 def _matmul(a: Tensor, b: Tensor, out: Tensor, writes_float32: bool, *, accumulate: bool = False) -> None:
@@ -145,8 +175,17 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor, writes_float32: bool, *, accumula
             torch.mm(a, b, out_dtype=torch.float32, out=out)
     elif out.dtype == a.dtype:
         torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
+    elif accumulate:
+        block = _cast_rows(out)
+        for sums, product in zip(out.split(block), (a @ b).split(block), strict=True):
+            sums.add_(product)
     else:
-        out.add_(a @ b) if accumulate else out.copy_(a @ b)
+        out.copy_(a @ b)
+
+
+def _cast_rows(matrix: Tensor) -> int:
+    """Rows to add up at once where dtypes differ: on the CPU PyTorch first casts all of what it adds, on CUDA none."""
+    return len(matrix) if matrix.is_cuda else launch.rows_per_block(*matrix.shape)
 
 
 # ------------------------------------------------------------------------------------------------ operators and fakes
@@ -211,9 +250,22 @@ def _(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     fields, (dtype, *wanted) = rest[:_NUM_FIELDS], rest[_NUM_FIELDS:]
-    outputs = empty_outputs(hidden.new_empty(targets.shape[0], 0, dtype=dtype), LossOptions(*fields))
-    gradients = _empty_gradients(hidden, weight, bias, targets.shape[0], tuple(wanted))
-    return (outputs.loss.new_empty(()), *outputs[1:], *gradients)
+    factor = scale if _folds(scale, dtype) else None
+    outputs, gradients = _fake_chunk_loop(
+        hidden, weight, bias, targets, rows, weights, factor, LossOptions(*fields), dtype, tuple(wanted)
+    )
+    return (scaled_sum(outputs.loss, scale), *outputs[1:], *gradients)
+
+
+def _fake_chunk_loop(*args: Any) -> tuple[RowOutputs, Gradients]:
+    """The chunk loop on fake tensors. Where a size is a symbol, so is the number of chunks, and no byte can be counted:
+    there only what is returned is allocated, and no guard is laid on the sizes."""
+    hidden, weight, bias, targets, *_, options, dtype, wanted = args
+    if has_symbolic_size(hidden, weight, targets):
+        outputs = empty_outputs(hidden.new_empty(targets.shape[0], 0, dtype=dtype), options)
+        return outputs, _empty_gradients(hidden, weight, bias, targets.shape[0], wanted)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _chunk_loop(*args, row_pass=loss_rows_fake)
 
 
 @torch.library.custom_op("packsft::linear_cross_entropy_rows", mutates_args=())
@@ -248,7 +300,9 @@ def _(
     hidden: Tensor, weight: Tensor, bias: Any, targets: Tensor, rows: Any, weights: Any, *rest: Any
 ) -> tuple[Tensor, ...]:
     *fields, dtype = rest
-    return tuple(empty_outputs(hidden.new_empty(targets.shape[0], 0, dtype=dtype), LossOptions(*fields)))
+    no_gradients = (False, False, False)
+    options = LossOptions(*fields)
+    return tuple(_fake_chunk_loop(hidden, weight, bias, targets, rows, weights, None, options, dtype, no_gradients)[0])
 
 
 # ----------------------------------------------------------------------------------------------------------- autograd
@@ -282,7 +336,7 @@ def _reduced_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tenso
             )
         # The node outlives the backward for as long as someone holds the loss; its gradients should not.
         keep = _keeps_graph()
-        gradients, factor = ctx.gradients, upstream if ctx.scale is None else upstream * ctx.scale
+        gradients, factor = list(ctx.gradients), upstream if ctx.scale is None else upstream * ctx.scale
         if not keep:
             ctx.gradients = None
         grads = _scaled_gradients(gradients, factor, keep, ctx.needs_input_grad, ctx.rows, ctx.num_tokens, ctx.dtypes)
@@ -290,7 +344,7 @@ def _reduced_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tenso
 
 
 def _scaled_gradients(
-    gradients: Gradients,
+    gradients: list[Tensor | None],
     factor: Tensor | None,
     keep: bool,
     needed: tuple[bool, ...],
@@ -298,25 +352,27 @@ def _scaled_gradients(
     num_tokens: int,
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of hidden [T, M], weight and bias: times `factor` (None for 1), in the parameters' dtypes."""
+    """The gradients of hidden [T, M], weight and bias: times `factor` (None for 1), in the parameters' dtypes.
 
-    def scaled(gradient: Tensor, dtype: torch.dtype | None) -> Tensor:
+    Takes each out of the list `gradients`, so that it is freed before the next one is scaled; the largest first.
+    """
+
+    def scaled(index: int) -> Tensor | None:
+        gradient, dtype, gradients[index] = gradients[index], dtypes[index], None
+        if gradient is None or not needed[index]:
+            return None
         if factor is None:
             return gradient.to(dtype)
-        # In place only on real tensors: a tracer would see an output of the operator change.
-        if gradient.dtype == dtype and not keep and type(gradient) is Tensor:
+        # In place only where nothing is traced: a tracer would see an output of the operator change.
+        if gradient.dtype == dtype and not keep and type(gradient) in (Tensor, FakeTensor):
             return gradient.mul_(factor)
         # Multiplied in float32, rounded once.
         return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
-    hidden = scaled(gradients.hidden, dtypes[0]) if needed[0] else None
+    weight, hidden, bias = scaled(1), scaled(0), scaled(2)
     if hidden is not None and rows is not None:
         hidden = hidden.new_zeros(num_tokens, hidden.shape[1]).index_add_(0, rows, hidden)
-    return (
-        hidden,
-        scaled(gradients.weight, dtypes[1]) if needed[1] else None,
-        scaled(gradients.bias, dtypes[2]) if needed[2] else None,
-    )
+    return hidden, weight, bias
 
 
 _reduced_op.register_autograd(_reduced_backward, setup_context=_reduced_setup_context)
@@ -337,11 +393,11 @@ def _rows_backward(ctx: Any, upstream_N: Tensor | None, *_: Any) -> tuple[Tensor
         hidden, weight, bias, targets, rows, weights = ctx.saved_tensors
         fields = (*ctx.fields[:-2], False, False)
         needed = ctx.needs_input_grad[:3]
-        result = torch.ops.packsft.linear_cross_entropy(
-            hidden, weight, bias, targets, rows, weights, upstream_N, *fields, ctx.dtype, *needed
-        )
+        operator = torch.ops.packsft.linear_cross_entropy
+        args = hidden, weight, bias, targets, rows, weights, upstream_N, *fields, ctx.dtype, *needed
+        gradients = list(operator(*args)[5:])
         dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        grads = _scaled_gradients(Gradients(*result[5:]), None, False, needed, rows, hidden.shape[0], dtypes)
+        grads = _scaled_gradients(gradients, None, False, needed, rows, hidden.shape[0], dtypes)
     return (*grads, *[None] * (3 + _NUM_FIELDS + 1))
 
 

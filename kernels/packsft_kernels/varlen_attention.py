@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 FLOAT_DTYPES = (*HALF_DTYPES, torch.float32, torch.float64)
@@ -326,6 +327,91 @@ def _window_pair(spec: AttentionSpec) -> tuple[int, int]:
 
 
 def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, sinks: Tensor | None, spec: AttentionSpec
+) -> Tensor:
+    # Tracers and fake tensors have no boundaries to read: for them the whole is one operator. (It makes the forward
+    # again in the backward, and so has no dropout.)
+    if (torch.compiler.is_compiling() or isinstance(cu, FakeTensor)) and not spec.dropout:
+        return torch.ops.packsft.varlen_sdpa(q, k, v, cu, sinks, longest, scale, spec.causal, spec.window, spec.softcap)
+    return _per_document(q, k, v, cu, longest, scale, sinks, spec)
+
+
+@torch.library.custom_op("packsft::varlen_sdpa", mutates_args=())
+def _sdpa_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    sinks: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    spec = _sdpa_spec(q, v, causal, window, softcap, sinks)
+    out = _per_document(q, k, v, cu_seqlens, max_seqlen, scale, sinks, spec)
+    return out.clone() if out is q else out.contiguous()  # q if there are no tokens: an operator may not return that
+
+
+def _sdpa_spec(
+    q: Tensor, v: Tensor, causal: bool, window: int | None, softcap: float | None, sinks: Tensor | None
+) -> AttentionSpec:
+    same = q.shape[-1] == v.shape[-1]
+    return AttentionSpec(q.device.type, q.dtype, q.shape[-1], same, causal, window, softcap, sinks is not None)
+
+
+@_sdpa_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    """The output only: what SDPA keeps beside it depends on the boundaries, which a fake tensor does not have."""
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+
+
+@torch.library.custom_op("packsft::varlen_sdpa_backward", mutates_args=())
+def _sdpa_backward_op(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    sinks: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+) -> list[Tensor]:
+    """Of q, k, v and, if given, the sinks."""
+    exclude, key = torch._C._SetExcludeDispatchKeyGuard, torch._C.DispatchKey
+    # Inside of an operator autograd does not record, unless its dispatch keys are let in again.
+    with exclude(key.AutogradFunctionality, False), exclude(key.ADInplaceOrView, False), torch.enable_grad():
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        sinks = None if sinks is None else sinks.detach().requires_grad_()
+        spec = _sdpa_spec(q, v, causal, window, softcap, sinks)
+        out = _per_document(q, k, v, cu_seqlens, max_seqlen, scale, sinks, spec)
+        grads = torch.autograd.grad(out, (q, k, v) if sinks is None else (q, k, v, sinks), grad)
+    return [grad.contiguous() for grad in grads]
+
+
+@_sdpa_backward_op.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sinks: Tensor | None, *_: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in (q, k, v, sinks) if x is not None]
+
+
+def _sdpa_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[5:]
+
+
+def _sdpa_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    dq, dk, dv, *dsinks = torch.ops.packsft.varlen_sdpa_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return dq, dk, dv, None, dsinks[0] if dsinks else None, *[None] * len(ctx.options)
+
+
+_sdpa_op.register_autograd(_sdpa_backward, setup_context=_sdpa_setup_context)
+
+
+def _per_document(
     q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, sinks: Tensor | None, spec: AttentionSpec
 ) -> Tensor:
     """One SDPA call per document, neighbours of equal length in one batch: cost follows the sum of squared lengths.

@@ -400,13 +400,16 @@ def test_values_are_checked_where_that_is_switched_on(argument: str, kwargs: dic
         cross_entropy(torch.randn(2, 9), **kwargs)
 
 
-def test_operators_are_registered_rightly() -> None:
+@pytest.mark.parametrize("weights", [None, torch.rand(3)], ids=["", "weights"])
+def test_operators_are_registered_rightly(weights: Tensor | None) -> None:
     """Schemas, fakes and autograd, as `torch.library.opcheck` checks them; torch.compile relies on all three."""
     logits = torch.randn(3, 7, requires_grad=True)
-    targets, weights = torch.tensor([1, -100, 3]), torch.rand(3)
+    targets = torch.tensor([1, -100, 3])
     fields = (-100, 5.0, 1.0, 0.1, 0.0, False, True, True)
     torch.library.opcheck(torch.ops.packsft.cross_entropy.default, (logits, targets, weights, *fields))
-    args = (logits.detach(), targets, weights, torch.ones(()), *fields)
-    torch.library.opcheck(torch.ops.packsft.cross_entropy_gradient.default, args)
-    args = (logits.detach(), targets, weights, None, *fields)
-    torch.library.opcheck(torch.ops.packsft.cross_entropy_.default, args)
+    for scale in (torch.ones(()), torch.rand(3)):
+        args = (logits.detach(), targets, weights, scale, *fields)
+        torch.library.opcheck(torch.ops.packsft.cross_entropy_gradient.default, args)
+    for factor in (None, torch.ones(()), torch.rand(3)):
+        args = (logits.detach(), targets, weights, factor, *fields)
+        torch.library.opcheck(torch.ops.packsft.cross_entropy_.default, args)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from numerics import assert_accurate, error
 from packsft_kernels import LossOptions, launch, linear_cross_entropy, reference
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -388,14 +389,27 @@ def test_autocast_gives_gradients_in_the_parameters_dtypes(hidden_dtype: torch.d
             assert_accurate(ours[name], plain[name], exact, name)
 
 
-def test_operators_are_registered_rightly() -> None:
-    given = inputs(torch.float32)
-    tensors = [given[name] for name in ("hidden", "weight", "bias", "targets", "rows", "weights")]
-    tensors[0].requires_grad_()
+@pytest.mark.parametrize("absent", [(), ("rows",), ("bias",), ("weights",), ("rows", "bias", "weights")], ids=str)
+def test_operators_are_registered_rightly(absent: tuple[str, ...]) -> None:
+    """Schemas, fakes and autograd, as `torch.library.opcheck` checks them; torch.compile relies on all three."""
+    given: dict[str, Tensor | None] = {**inputs(torch.float32), **dict.fromkeys(absent)}
+    if given["rows"] is None:
+        given["hidden"] = given["hidden"][:N]
+    parameters = [given[name] for name in ("hidden", "weight", "bias")]
+    for parameter in parameters:
+        if parameter is not None:
+            parameter.requires_grad_()
+    tensors = *parameters, given["targets"], given["rows"], given["weights"]
     fields = (-100, 5.0, 1.0, 0.1, 0.0, False, True, True)
-    args = (*tensors, torch.tensor(0.1), *fields, torch.float32, True, False, False)
-    torch.library.opcheck(torch.ops.packsft.linear_cross_entropy.default, args)
-    torch.library.opcheck(torch.ops.packsft.linear_cross_entropy_rows.default, (*tensors, *fields, torch.float32))
+    operators = torch.ops.packsft
+    torch.library.opcheck(operators.linear_cross_entropy_rows.default, (*tensors, *fields, torch.float32))
+    for scale in (torch.tensor(0.1), torch.rand(N)):
+        for wanted in ((True, True, given["bias"] is not None), (True, False, False), (False, True, False)):
+            for parameter, needed in zip(parameters, wanted, strict=True):
+                if parameter is not None:
+                    parameter.requires_grad_(needed)
+            args = (*tensors, scale, *fields, torch.float32, *wanted)
+            torch.library.opcheck(operators.linear_cross_entropy.default, args)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -421,6 +435,22 @@ def test_compiles_into_one_graph(reduction: str) -> None:
         results.append((loss.detach(), entropy, hidden.grad, weight.grad))
     for eager, compiled in zip(*results, strict=True):
         assert error(compiled, eager) < 1e-14
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_one_graph_serves_every_number_of_rows(reduction: str) -> None:
+    """Nothing in the checks or the fakes ties the graph to a size, though a longer batch takes more chunks."""
+    counter, frames = CompileCounterWithBackend("aot_eager"), []
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def head(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight, targets, rows=rows, reduction=reduction).loss.sum()
+
+    for count in (N, 3, 5000):
+        hidden, weight = torch.randn(count + 7, M, requires_grad=True), torch.randn(V, M, requires_grad=True)
+        head(hidden, weight, torch.zeros(count, dtype=torch.int64), torch.arange(count)).backward()
+        frames.append(counter.frame_count)
+    assert len(set(frames)) == 1
 
 
 # ---------------------------------------------------------------------------------------------------- bad input

@@ -43,7 +43,8 @@ def test_list_names_every_suite_and_imports_none() -> None:
     listed = subprocess.run(command, capture_output=True, text=True, check=True)
     names = [line.split()[0] for line in listed.stdout.splitlines()]
     assert names == [
-        "head", "cross_entropy", "attention", "packing", "step", "train", "parity", "static", "reads", "kernels"
+        "head", "memory", "cross_entropy", "attention", "packing", "step", "train", "parity", "static", "reads",
+        "kernels",
     ]  # fmt: skip
     assert "| torch" not in listed.stderr
 
@@ -127,3 +128,11 @@ def test_extra_memory_is_the_peak_and_not_the_sum(run: Any) -> None:
 
     assert extra_memory(one_after_the_other) == pytest.approx(4, abs=0.5)
     assert extra_memory(side_by_side) == pytest.approx(8, abs=0.5)
+
+
+def test_the_memory_suite_needs_no_gpu_and_meets_its_targets(run: Any) -> None:
+    figures = run.SUITES["memory"].run(quick=True, data=None)
+    judged = {figure["name"]: figure["passed"] for figure in figures if figure["passed"] is not None}
+    assert len(judged) == 4  # the head's budget and TRL's memory, for all tokens scored and for some
+    assert all(judged.values())
+    assert not [figure["name"] for figure in figures if figure["value"] is None and "packsft" in figure["name"]]
