@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from packsft_kernels.varlen_attention import AttentionSpec, attention_with_scores, choose_backend, varlen_attention
+from packsft_kernels.options import AttentionSpec
+from packsft_kernels.varlen_attention import choose_backend, varlen_attention
+from packsft_kernels.varlen_sdpa import attention_with_scores
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward

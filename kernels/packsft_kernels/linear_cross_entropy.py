@@ -38,7 +38,7 @@ from packsft_kernels.cross_entropy_rows import (
     loss_rows_fake,
     row_dtype,
 )
-from packsft_kernels.options import LossOptions, LossOutput
+from packsft_kernels.options import OPTIONS_SCHEMA, LossOptions, LossOutput
 
 _DEFAULT_OPTIONS = LossOptions()
 _NUM_FIELDS = len(dataclasses.fields(LossOptions))
@@ -189,46 +189,32 @@ def _cast_rows(matrix: Tensor) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ operators and fakes
-# An operator takes the fields of `LossOptions` one by one, in their order: `*options.fields()`.
+
+_INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? rows, Tensor? weights"
+_OUTPUTS = "Tensor, Tensor, Tensor, Tensor, Tensor"  # the fields of `RowOutputs`
 
 
-@torch.library.custom_op("packsft::linear_cross_entropy", mutates_args=())
-def _reduced_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    rows: Tensor | None,
-    weights: Tensor | None,
-    scale: Tensor,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    label_smoothing: float,
-    z_loss: float,
-    dft: bool,
-    entropy: bool,
-    correct: bool,
-    dtype: torch.dtype,
-    hidden_grad: bool,
-    weight_grad: bool,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "packsft::linear_cross_entropy",
+    mutates_args=(),
+    schema=f"({_INPUTS}, Tensor scale, {OPTIONS_SCHEMA}, ScalarType dtype, bool hidden_grad, bool weight_grad, "
+    f"bool bias_grad) -> ({_OUTPUTS}, Tensor, Tensor, Tensor)",
+)
+def _reduced_op(*args: Any) -> tuple[Tensor, ...]:
     """`(scale * loss).sum()`, the per-row outputs, and the gradients wanted."""
-    options = LossOptions(ignore_index, softcap, logit_scale, label_smoothing, z_loss, dft, entropy, correct)
-    with torch.autocast(hidden.device.type, enabled=False):
-        outputs, gradients = _chunk_loop(
-            hidden,
-            weight,
-            bias,
-            targets,
-            rows,
-            weights,
-            scale if _folds(scale, dtype) else None,
-            options,
-            dtype,
-            (hidden_grad, weight_grad, bias_grad),
-        )
+    return _reduced(_chunk_loop, *args)
+
+
+@_reduced_op.register_fake
+def _(*args: Any) -> tuple[Tensor, ...]:
+    return _reduced(_fake_chunk_loop, *args)
+
+
+def _reduced(loop: Callable[..., tuple[RowOutputs, Gradients]], *args: Any) -> tuple[Tensor, ...]:
+    (*inputs, scale), fields, (dtype, *wanted) = args[:7], args[7 : 7 + _NUM_FIELDS], args[7 + _NUM_FIELDS :]
+    factor = scale if _folds(scale, dtype) else None
+    with torch.autocast(scale.device.type, enabled=False):
+        outputs, gradients = loop(*inputs, factor, LossOptions(*fields), dtype, tuple(wanted))
     return (scaled_sum(outputs.loss, scale), *outputs[1:], *gradients)
 
 
@@ -238,23 +224,26 @@ def _folds(scale: Tensor, dtype: torch.dtype) -> bool:
     return dtype != torch.float16 or scale.dim() > 0
 
 
-@_reduced_op.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    rows: Any,
-    weights: Any,
-    scale: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    fields, (dtype, *wanted) = rest[:_NUM_FIELDS], rest[_NUM_FIELDS:]
-    factor = scale if _folds(scale, dtype) else None
-    outputs, gradients = _fake_chunk_loop(
-        hidden, weight, bias, targets, rows, weights, factor, LossOptions(*fields), dtype, tuple(wanted)
-    )
-    return (scaled_sum(outputs.loss, scale), *outputs[1:], *gradients)
+@torch.library.custom_op(
+    "packsft::linear_cross_entropy_rows",
+    mutates_args=(),
+    schema=f"({_INPUTS}, {OPTIONS_SCHEMA}, ScalarType dtype) -> ({_OUTPUTS})",
+)
+def _rows_op(*args: Any) -> tuple[Tensor, ...]:
+    """The per-row outputs alone: their upstream gradients differ, so the backward makes the logits once more."""
+    return _per_row(_chunk_loop, *args)
+
+
+@_rows_op.register_fake
+def _(*args: Any) -> tuple[Tensor, ...]:
+    return _per_row(_fake_chunk_loop, *args)
+
+
+def _per_row(loop: Callable[..., tuple[RowOutputs, Gradients]], *args: Any) -> tuple[Tensor, ...]:
+    inputs, fields, dtype = args[:6], args[6:-1], args[-1]
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        outputs, _ = loop(*inputs, None, LossOptions(*fields), dtype, (False, False, False))
+    return tuple(outputs)
 
 
 def _fake_chunk_loop(*args: Any) -> tuple[RowOutputs, Gradients]:
@@ -264,45 +253,7 @@ def _fake_chunk_loop(*args: Any) -> tuple[RowOutputs, Gradients]:
     if has_symbolic_size(hidden, weight, targets):
         outputs = empty_outputs(hidden.new_empty(targets.shape[0], 0, dtype=dtype), options)
         return outputs, _empty_gradients(hidden, weight, bias, targets.shape[0], wanted)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return _chunk_loop(*args, row_pass=loss_rows_fake)
-
-
-@torch.library.custom_op("packsft::linear_cross_entropy_rows", mutates_args=())
-def _rows_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    rows: Tensor | None,
-    weights: Tensor | None,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    label_smoothing: float,
-    z_loss: float,
-    dft: bool,
-    entropy: bool,
-    correct: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The per-row outputs alone: their upstream gradients differ, so the backward makes the logits once more."""
-    options = LossOptions(ignore_index, softcap, logit_scale, label_smoothing, z_loss, dft, entropy, correct)
-    with torch.autocast(hidden.device.type, enabled=False):
-        outputs, _ = _chunk_loop(
-            hidden, weight, bias, targets, rows, weights, None, options, dtype, (False, False, False)
-        )
-    return tuple(outputs)  # type: ignore[return-value]
-
-
-@_rows_op.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, bias: Any, targets: Tensor, rows: Any, weights: Any, *rest: Any
-) -> tuple[Tensor, ...]:
-    *fields, dtype = rest
-    no_gradients = (False, False, False)
-    options = LossOptions(*fields)
-    return tuple(_fake_chunk_loop(hidden, weight, bias, targets, rows, weights, None, options, dtype, no_gradients)[0])
+    return _chunk_loop(*args, row_pass=loss_rows_fake)
 
 
 # ----------------------------------------------------------------------------------------------------------- autograd

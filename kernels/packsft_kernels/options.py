@@ -1,6 +1,6 @@
-"""What a loss over a vocabulary can be asked for (`LossOptions`) and what it gives back (`LossOutput`).
+"""What a loss can be asked for (`LossOptions`), what it gives back (`LossOutput`), what attention is asked for.
 
-Shared by `cross_entropy`, `linear_cross_entropy` and their definitions in `reference`. Knows no kernel and no model.
+Shared by the public functions, what computes them, and their definitions in `reference`. Knows no kernel and no model.
 """
 
 import math
@@ -84,3 +84,24 @@ class LossOutput(NamedTuple):
     """[N] whether the target is the first argmax, if asked for."""
     lse: torch.Tensor
     """[N] logsumexp of the transformed logits."""
+
+
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What a call asks of a back end: everything that decides whether it can run, and nothing that is data.
+
+    `head_dim` is that of q and k, or of v where that is larger; `equal_head_dims` whether the two are the same.
+    """
+
+    device: str
+    dtype: torch.dtype
+    head_dim: int
+    equal_head_dims: bool = True
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    dropout: float = 0.0

@@ -146,7 +146,9 @@ def test_nothing_is_read_from_the_device(install, stand_in):
         out = varlen_attention(q, k, v, cu, 5, backend=stand_in.backend)
         assert [x.shape for x in torch.autograd.grad(out.sum(), (q, k, v))] == [q.shape] * 3
         with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
-            varlen_attention(q, k, v, cu, 5, backend="sdpa")
+            varlen_attention(
+                q, k, v, cu, 5, backend="sdpa", dropout=0.1
+            )  # which has no operator, and cuts the row on the host
 
 
 def test_dropout_reaches_flash_attention_2(install):
