@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 READING_OPERATORS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::_unique2")
 READING_METHODS = ("tolist", "numpy", "cpu")
 # The CPU attention reads the boundaries to cut the pack; the GPU back ends take them as they are.
-CPU_ATTENTION = ("varlen_attention.py", "tolist")
+CPU_ATTENTION = ("varlen_sdpa.py", "tolist")
 STEPS, ACCUMULATION = 3, 2
 
 
