@@ -25,9 +25,11 @@ INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run on the CPU, one program after the other: Triton decides it when a kernel is defined."""
 
 
-def jit(function: Any) -> Any:
-    """`triton.jit`, or the plain function where it will never be launched."""
-    return triton.jit(function) if HAS_TRITON else function
+def jit(function: Any = None, **options: Any) -> Any:
+    """`triton.jit`, with its options or without, or the plain function where it will never be launched."""
+    if HAS_TRITON:
+        return triton.jit(function, **options)
+    return (lambda undecorated: undecorated) if function is None else function
 
 
 def usable(device: torch.device) -> bool:

@@ -22,6 +22,7 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 _THREADS_PER_SM = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
 _SHARED_PER_SM = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}  # KiB
 _POINTERS = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -43,6 +44,7 @@ class MachineCode:
         occupancy: share of an SM's threads that can be resident at once.
         loads, stores: how many global accesses there are of each width in bits.
         instructions: the machine code as (opcode, operands), in its order.
+        ttgir: Triton's own last form of the kernel, in which tensors still have their layouts.
     """
 
     registers: int
@@ -53,6 +55,7 @@ class MachineCode:
     loads: Counter
     stores: Counter
     instructions: tuple[tuple[str, str], ...]
+    ttgir: str
 
 
 def machine_code(
@@ -97,6 +100,7 @@ def machine_code(
         loads=Counter(access_width(opcode) for opcode in opcodes if opcode.split(".")[0] in ("LDG", "LDGSTS")),
         stores=Counter(access_width(opcode) for opcode in opcodes if opcode.split(".")[0] == "STG"),
         instructions=instructions,
+        ttgir=compiled.asm["ttgir"],
     )
 
 
@@ -105,18 +109,19 @@ def _specialised(kernel: Any, arguments: Mapping[str, Any]) -> tuple[dict, dict,
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], list] = {}
-    constexprs = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
-    for index, name in enumerate(kernel.arg_names):
-        value = arguments[name]
-        if name in constexprs or value is None or (isinstance(value, int) and value == 1):
+    for index, parameter in enumerate(kernel.params):
+        name, value = parameter.name, arguments[parameter.name]
+        one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        aligned = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
+        if parameter.is_constexpr or value is None or one:
             signature[name], constants[(index,)] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name] = _POINTERS[value.dtype]
-            if value.data_ptr() % 16 == 0:
+            if aligned and value.data_ptr() % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if aligned and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"

@@ -63,9 +63,10 @@ def _empty_gradient(logits: Tensor) -> Tensor:
 
     Not `empty_like`: rows that are padded to a multiple would come back without their padding.
     """
-    num_rows, vocab = logits.shape
-    stride = vocab + (logits.stride(0) - vocab) % (16 // logits.element_size())
-    return logits.new_empty(num_rows, stride)[:, :vocab]
+    (num_rows, vocab), per_access = logits.shape, 16 // logits.element_size()
+    offset = logits.storage_offset() % per_access
+    stride = vocab + (logits.stride(0) - vocab) % per_access
+    return logits.new_empty(offset + num_rows * stride).as_strided((num_rows, vocab), (stride, 1), offset)
 
 
 @_cross_entropy_op.register_fake

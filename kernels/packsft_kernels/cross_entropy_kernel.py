@@ -24,8 +24,14 @@ from packsft_kernels import _triton, launch
 from packsft_kernels._triton import tl
 from packsft_kernels.options import LossOptions
 
+# What has a value for each row begins anywhere in a chunk, and their number is another in each step: neither may
+# compile the kernel anew in the middle of a training.
+_PER_ROW = tuple(
+    f"{name}_ptr" for name in ("targets", "weights", "scale", "loss", "log_prob", "entropy", "correct", "lse")
+)
 
-@_triton.jit
+
+@_triton.jit(do_not_specialize=("num_rows", "ignore_index"), do_not_specialize_on_alignment=_PER_ROW)
 def _cross_entropy_kernel(
     logits_ptr,
     grad_ptr,  # may be logits_ptr
@@ -64,6 +70,7 @@ def _cross_entropy_kernel(
     ONE_READ: tl.constexpr,  # a block holds a whole row
 ):
     ACCESS_BYTES: tl.constexpr = PER_ACCESS * logits_ptr.dtype.element_ty.primitive_bitwidth // 8
+    LEAST: tl.constexpr = -3.4028234663852886e38  # of float32
     block = tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
     lane = tl.arange(0, 16)
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31 at 16,384 rows of 131,072
@@ -73,6 +80,9 @@ def _cross_entropy_kernel(
         head = 0
         if HAS_EDGE:
             head = _columns_before_alignment(row_ptr, vocab, PER_ACCESS)
+        else:  # said here too: `+ head` is folded away, and with it what is said of the sum
+            row_ptr = tl.multiple_of(row_ptr, ACCESS_BYTES)
+            row_grad_ptr = tl.multiple_of(row_grad_ptr, ACCESS_BYTES)
         body = (vocab - head) // PER_ACCESS * PER_ACCESS
         body_ptr = tl.multiple_of(row_ptr + head, ACCESS_BYTES)
         body_grad_ptr = tl.multiple_of(row_grad_ptr + head, ACCESS_BYTES)
@@ -102,8 +112,8 @@ def _cross_entropy_kernel(
             body_target = (target - head).to(tl.int32)  # its place in the body
 
             # Of all columns but the target: the maximum, the sum `rest` of e = exp(z - maximum), `dot` of e and
-            # z - maximum, and the sum of z. Maxima start at a finite number, so that z - maximum is never NaN for -inf.
-            rest_max = -3.0e38
+            # z - maximum, and the sum of z. Maxima start at the least finite number, so that z - maximum is never NaN.
+            rest_max = LEAST
             sum_z = 0.0
             if HAS_EDGE:
                 x_edge = tl.load(row_ptr + edge, mask=inside_edge, other=0.0).to(tl.float32)
@@ -125,7 +135,7 @@ def _cross_entropy_kernel(
                     dot = _sum(tl.where(e > 0, e * (z - rest_max), 0.0))
             else:
                 # Each of the W lanes for itself, rescaled once a block, and reduced to one number once a row.
-                lane_max = tl.full((W,), -3.0e38, tl.float32)
+                lane_max = tl.full((W,), LEAST, tl.float32)
                 lane_rest = tl.zeros((W,), tl.float32)
                 lane_dot = tl.zeros((W,), tl.float32)
                 lane_z = tl.zeros((W,), tl.float32)
@@ -141,7 +151,9 @@ def _cross_entropy_kernel(
                     kept = tl.exp(lane_max - new_max)
                     if HAS_ENTROPY:
                         moved = tl.where(lane_rest > 0, lane_dot + lane_rest * (lane_max - new_max), 0.0)
-                        lane_dot = kept * moved + tl.sum(tl.where(e > 0, e * (z - new_max[None, :]), 0.0), 0)
+                        lane_dot = tl.where(kept > 0, kept * moved, 0.0) + tl.sum(
+                            tl.where(e > 0, e * (z - new_max[None, :]), 0.0), 0
+                        )
                     lane_rest = kept * lane_rest + tl.sum(e, 0)
                     lane_max = new_max
                 rest_max = tl.maximum(rest_max, tl.max(lane_max, 0))
@@ -162,12 +174,14 @@ def _cross_entropy_kernel(
             # By comparison, not by `below == 0`: a fused multiply-subtract of a scaled logit would leave its rounding.
             is_max = z_target >= rest_max
             shift, shift_error = _difference(rest_max, maximum)
-            # exp(shift) amplifies the rounding of `shift` into a relative error of `rest`: hence its correction.
-            rest_scale = tl.where(rest > 0, tl.exp(shift) * (1.0 + shift_error), 1.0)
+            # exp(shift) amplifies the rounding of `shift` into a relative error of `rest`: hence its correction. Where
+            # nothing is left of `rest`, 0, but NaN for a target of infinity.
+            rest_scale = tl.where(shift > -200.0, _exp(shift) * (1.0 + shift_error), maximum - maximum)
+            rest_scale = tl.where(rest > 0, rest_scale, 1.0)
             below = tl.where(is_max, 0.0, rest_max - z_target)
-            e_target = tl.exp(-below)
+            e_target = _exp(-below)
             if HAS_ENTROPY:
-                dot = tl.where(rest > 0, rest_scale * (dot + rest * shift), 0.0)
+                dot = tl.where((rest > 0) & (rest_scale > 0), rest_scale * (dot + rest * shift), 0.0)
                 dot -= tl.where(e_target > 0, e_target * below, 0.0)
             rest *= rest_scale
             total = rest + e_target
@@ -269,6 +283,17 @@ def _softcap_derivative(x, logit_scale, softcap):
 
 
 @_triton.jit
+def _exp(x):
+    """exp(x) for x <= 0, to two units in the last place where a card's own is off by 4e-8 * |x|: it rounds x * log2(e).
+
+    By Cody and Waite: the whole powers of 2 apart, ln 2 in two parts of which the first times `n` is exact.
+    """
+    x = tl.where(x < -200.0, -200.0, x)  # a NaN stays one
+    n = tl.floor(x * 1.4426950408889634 + 0.5)
+    return tl.exp((x - n * 0.693359375) + n * 2.12194440e-4) * tl.exp2(n)
+
+
+@_triton.jit
 def _sum(x):
     return tl.sum(tl.sum(x, 0), 0)
 
@@ -299,12 +324,14 @@ def _log1p(x):
 def _scale_kernel(values_ptr, factor_ptr, num_values, BLOCK: tl.constexpr):
     """values *= factor, and nothing read or written where the factor is 1, as in most training loops."""
     factor = tl.load(factor_ptr).to(tl.float32)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
     if factor == 1.0:
-        return
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < num_values
-    values = tl.load(values_ptr + index, mask=inside).to(tl.float32) * factor
-    tl.store(values_ptr + index, values.to(values_ptr.dtype.element_ty), mask=inside)
+        start += num_values
+    while start < num_values:
+        index = start + tl.arange(0, BLOCK)
+        values = tl.load(values_ptr + index, mask=index < num_values).to(tl.float32) * factor
+        tl.store(values_ptr + index, values.to(values_ptr.dtype.element_ty), mask=index < num_values)
+        start += tl.num_programs(0) * BLOCK
 
 
 # ------------------------------------------------------------------------------------------------------------ launching
@@ -325,7 +352,7 @@ def rows_in_triton(
     shape = launch.cross_entropy_shape(logits_NV.shape[1], softcap=options.softcap is not None)
     arguments = kernel_arguments(logits_NV, grad_NV, targets_N, weights_N, scale, options, outputs)
     with _on_device(logits_NV):
-        _cross_entropy_kernel[(min(logits_NV.shape[0], _programs_at_once(logits_NV.device, shape)),)](
+        _cross_entropy_kernel[(min(logits_NV.shape[0], _programs_at_once(logits_NV.device, shape.programs_per_sm)),)](
             **arguments, num_warps=shape.num_warps, maxnreg=shape.registers, enable_fp_fusion=True
         )  # fusion is said, so that no release of Triton decides it
 
@@ -396,10 +423,10 @@ def _alignment(logits_NV: Tensor, grad_NV: Tensor) -> tuple[int, bool]:
     return width, place(logits_NV) != (0, 0) or logits_NV.shape[1] % width > 0
 
 
-def _programs_at_once(device: torch.device, shape: launch.KernelShape) -> int:
+def _programs_at_once(device: torch.device, programs_per_sm: int) -> int:
     if device.type != "cuda":
         return 2  # the interpreter: two programs, so that both take several rows
-    return shape.programs_per_sm * torch.cuda.get_device_properties(device).multi_processor_count
+    return programs_per_sm * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _on_device(tensor: Tensor) -> Any:
@@ -413,7 +440,6 @@ def scale_(values: Tensor, factor: Tensor) -> Tensor:
         return values.mul_(factor)
     with _on_device(values):
         block = 4096
-        _scale_kernel[(-(-values.numel() // block),)](
-            values, factor, values.numel(), BLOCK=block, num_warps=8, enable_fp_fusion=True
-        )
+        programs = min(-(-values.numel() // block), _programs_at_once(values.device, 8))
+        _scale_kernel[(programs,)](values, factor, values.numel(), BLOCK=block, num_warps=8, enable_fp_fusion=True)
     return values

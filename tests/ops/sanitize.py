@@ -2,7 +2,9 @@
 
     compute-sanitizer --tool racecheck --error-exitcode 1 python tests/ops/sanitize.py      (or memcheck)
 
-The interpreter runs one program after the other and cannot see a race, nor an access outside of a tensor's storage.
+The interpreter runs one program after the other: it sees no race, nor an access outside of a tensor. racecheck looks at
+shared memory only; that a gradient may take its logits' place is for `test_cross_entropy_triton.py`. For memcheck, set
+PYTORCH_NO_CUDA_MEMORY_CACHING=1, or it sees the allocator's segments and not the tensors.
 """
 
 import torch

@@ -214,8 +214,23 @@ def test_a_confident_target_keeps_its_gradient(dtype: torch.dtype, gap: float) -
 
 def test_a_target_far_below_the_maximum_has_a_finite_loss() -> None:
     """exp(-200) is 0 in float32: the loss is then the distance itself."""
-    logits = torch.tensor([[200.0, 0.0, 0.0], [0.0, -150.0, 90.0]])
-    assert_contract(logits, targets=torch.tensor([1, 1]), options=OPTIONS["all outputs"])
+    logits = torch.tensor([[200.0, 0.0, 0.0], [0.0, -150.0, 90.0], [1.0, 0.0, 0.5]])  # the last: some entropy
+    assert_contract(logits, targets=torch.tensor([1, 1, 1]), options=OPTIONS["all outputs"])
+
+
+@pytest.mark.parametrize("shape", [TWO_READS, launch.cross_entropy_shape(600, softcap=False)], ids=["two", "one"])
+def test_the_largest_and_smallest_numbers(shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks of finite numbers: transformers writes the least one of a dtype over what must not be said."""
+    monkeypatch.setattr(launch, "cross_entropy_shape", lambda *_, **__: shape)
+    least = torch.finfo(torch.float32).min
+    logits = torch.randn(5, 600, generator=seeded(0))
+    logits[0, 1::2], logits[1, 1::2], logits[2, :], logits[3, :] = least, -1e38, least, -2e38
+    logits[3, 4] = 3e38
+    targets = torch.tensor([4, 4, 4, 4, 4])
+    assert_contract(logits, targets=targets, options=OPTIONS["all outputs"])
+    infinite = logits[4:].clone()
+    infinite[0, 4] = math.inf
+    assert cross_entropy(infinite, targets=targets[4:]).loss.isnan()
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
