@@ -95,11 +95,14 @@ def test_counts_add_up_to_the_input(strategy, lengths, max_length, seed):
 
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
 @property_test
-@given(lengths=LENGTHS, max_length=MAX_LENGTHS, seed=SEEDS)
-def test_as_many_packs_as_one_by_one_best_fit_decreasing(strategy, lengths, max_length, seed):
-    plan = plan_packs(lengths, max_length, strategy=strategy, seed=seed)
+@given(lengths=LENGTHS, max_length=MAX_LENGTHS)
+def test_no_more_packs_than_one_by_one_best_fit_decreasing(strategy, lengths, max_length):
+    plan = plan_packs(lengths, max_length, strategy=strategy)
     sizes = [stop - start for pack in packs(plan) for _, start, stop in pack]
-    assert len(plan) == one_by_one_best_fit_decreasing(sizes, max_length)
+    textbook = one_by_one_best_fit_decreasing(sizes, max_length)
+    assert len(plan) <= textbook
+    if textbook == plan.lower_bound:
+        assert len(plan) == textbook
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -132,11 +135,11 @@ def test_a_saved_plan_loads_as_the_same_plan(strategy, lengths, max_length, seed
 
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
 @pytest.mark.parametrize(("max_length", "longest"), [(7, 12), (64, 64), (512, 900)])
-def test_as_many_packs_as_trl_over_the_whole_set(strategy, max_length, longest):
+def test_no_more_packs_than_trl_over_the_whole_set(strategy, max_length, longest):
     lengths = np.random.default_rng(max_length).integers(1, longest + 1, 400)
     plan = plan_packs(lengths, max_length, strategy=strategy)
     packed = trl_packs(lengths, max_length, strategy)
-    assert len(plan) == len(packed)
+    assert len(plan) <= len(packed)
     assert plan.num_tokens == sum(len(ids) for ids in packed["input_ids"])
 
 
@@ -166,6 +169,21 @@ def test_best_fit_prefers_the_fullest_pack_with_room():
     # With the 6 it would leave a hole of 1 in each pack, and the last 2 would need a third pack.
     plan = plan_packs([6, 7, 3, 2, 2], 10)
     assert [plan[i].tolist() for i in range(len(plan))] == [[1, 2], [0, 3, 4]]
+
+
+def test_exact_fill_takes_over_where_best_fit_decreasing_leaves_holes():
+    # Best fit decreasing puts the 4s together, [4, 4] [3, 3, 3] [3]; two packs of [4, 3, 3] are full.
+    plan = plan_packs([4, 4, 3, 3, 3, 3], 10)
+    assert [plan[i].tolist() for i in range(len(plan))] == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_sizes_near_a_quarter_of_max_length_fill_packs_to_97_percent():
+    # 0.175 to 0.3 of max_length, where best fit decreasing fills 92.9% and first fit 94.0%; 2,000 leave it 97.1%
+    lengths = np.random.default_rng(0).integers(int(0.35 * 4096), int(0.6 * 4096) + 1, 2000)
+    plan = plan_packs(lengths, 8192)
+    assert one_by_one_best_fit_decreasing(lengths.tolist(), 8192) * 0.96 > len(plan)
+    assert plan.fill > 0.97
+    assert sorted(np.concatenate(list(plan)).tolist()) == list(range(2000))
 
 
 def test_indices_count_every_row_although_empty_ones_are_dropped():
@@ -221,7 +239,7 @@ def test_lengths_that_are_all_different_at_a_long_max_length():
     # 3,000 lengths over a range of 131,072: no histogram to profit from, more than 16 bits to sort by.
     lengths = np.random.default_rng(0).permutation(131_072)[:3000] + 1
     plan = plan_packs(lengths, 131_072)
-    assert len(plan) == one_by_one_best_fit_decreasing(lengths.tolist(), 131_072)
+    assert len(plan) <= one_by_one_best_fit_decreasing(lengths.tolist(), 131_072)
     assert sorted(np.concatenate(list(plan)).tolist()) == list(range(3000))
 
 
