@@ -152,7 +152,8 @@ def packing_figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         table.append(figure(name, row["seconds"], "s", note=note, **targets))
     for row in rows:
         if "cost_imbalance" in row:
-            note = f"{row['cost_imbalance']:.2f} in a random order; examples per pack vary by {100 * row['examples_cv']:.0f}%"
+            spread = f"examples per pack vary by {100 * row['examples_cv']:.0f}%"
+            note = f"{row['cost_imbalance']:.2f} in a random order; {spread}"
             name = f"attention cost, highest of 8 ranks / mean, {row['name']}"
             table.append(figure(name, row["cost_imbalance_balanced"], "", note=note, at_most=1.1))
     fewer = {"ratio": ours["packs"] / whole["packs"], "ratio_of": "packs / TRL over the whole set", "at_most": 1.0}
