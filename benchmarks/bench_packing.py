@@ -1,4 +1,5 @@
-"""Planning a data set: ours beside TRL's `pack_dataset`, over the whole set and in its default map batches of 1,000.
+"""Planning a data set: ours beside TRL's `pack_dataset`, over the whole set and in its default map batches of 1,000,
+first fit decreasing with a tree over the packs (as Axolotl packs), and next fit, both one example at a time.
 
 The lengths are log-normal, close to Dolly-15k's. All take the same ones. TRL's time holds what it does besides: it
 copies the tokens (one byte each here, the least it can be given) into a second data set, which a plan need not.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import datasets
@@ -15,13 +17,15 @@ import numpy as np
 import pyarrow as pa
 from trl import pack_dataset
 
-from packsft.packing import plan_packs
+from packsft.packing import PackPlan, attention_costs, balanced_order, cost_imbalance, plan_packs
 
 
 def bench_packing(quick: bool) -> list[dict[str, Any]]:
     """Rows of name, num_lengths, max_length, seconds, packs, lower_bound and density (tokens / (packs * max_length)).
 
-    200,000 lengths at 2,048 for everybody; unless `quick`, also 1 and 10 million at 4,096 for ours.
+    200,000 lengths at 2,048 for everybody, and as many at 8,192 of sizes near a quarter of it for
+    all that only plan; unless `quick`, also 1 and 10 million at 4,096 for ours. Our own plans also say what they leave
+    uneven: `examples_cv`, and `cost_imbalance` of 8 ranks in the plan's order shuffled and in a balanced one.
     """
     datasets.disable_progress_bars()
     lengths = log_normal_lengths(200_000, 2048)
@@ -35,18 +39,72 @@ def bench_packing(quick: bool) -> list[dict[str, Any]]:
     rows = [
         _row("packsft", lengths, 2048, lambda: len(plan_packs(lengths, 2048)), repeats=5),
         _row("packsft, seeded", lengths, 2048, lambda: len(plan_packs(lengths, 2048, seed=0)), repeats=5),
+        _row("first fit decreasing", lengths, 2048, lambda: first_fit_decreasing(lengths, 2048), repeats=1),
+        _row("next fit", lengths, 2048, lambda: next_fit(lengths, 2048), repeats=1),
         _row("TRL, whole set", lengths, 2048, trl(None), repeats=1),
         _row("TRL, map batches", lengths, 2048, trl(1000), repeats=1),
     ]
+    for row, seed in zip(rows[:2], (None, 0), strict=True):
+        row.update(_balance(plan_packs(lengths, 2048, seed=seed)))
+    near = np.random.default_rng(0).integers(int(0.175 * 8192), int(0.3 * 8192) + 1, 200_000)
+    rows += [
+        _row("packsft, adversarial", near, 8192, lambda: len(plan_packs(near, 8192)), repeats=1),
+        _row("packsft, adversarial, seeded", near, 8192, lambda: len(plan_packs(near, 8192, seed=0)), repeats=1),
+        _row("first fit decreasing, adversarial", near, 8192, lambda: first_fit_decreasing(near, 8192), repeats=1),
+        _row("next fit, adversarial", near, 8192, lambda: next_fit(near, 8192), repeats=1),
+    ]
     for num_lengths in () if quick else (1_000_000, 10_000_000):
         many = log_normal_lengths(num_lengths, 4096)
-        rows.append(_row("packsft", many, 4096, lambda many=many: len(plan_packs(many, 4096)), repeats=3))
+        for name, seed in (("packsft", None), ("packsft, seeded", 0)):
+            plan = partial(plan_packs, many, 4096, seed=seed)
+            rows.append(_row(name, many, 4096, lambda plan=plan: len(plan()), repeats=3))
     return rows
 
 
 def log_normal_lengths(num_lengths: int, max_length: int) -> np.ndarray:
     """`clip(lognormal(4.9, 0.9), 8, max_length)`, seed 0."""
     return np.clip(np.random.default_rng(0).lognormal(4.9, 0.9, num_lengths), 8, max_length).astype(np.int64)
+
+
+def first_fit_decreasing(lengths: np.ndarray, max_length: int) -> int:
+    """The number of packs when each length, from the longest on, goes into the first pack with room.
+
+    The tree holds the most space in each half, so that the first pack with room is found in log2(packs) steps.
+    """
+    leaves = 1 << int(len(lengths) - 1).bit_length()
+    most = [max_length] * (2 * leaves)
+    num_packs = 0
+    for length in np.sort(lengths)[::-1].tolist():
+        node = 1
+        while node < leaves:
+            node = 2 * node if most[2 * node] >= length else 2 * node + 1
+        num_packs = max(num_packs, node - leaves + 1)
+        most[node] -= length
+        while node > 1:
+            node //= 2
+            most[node] = max(most[2 * node], most[2 * node + 1])
+    return num_packs
+
+
+def next_fit(lengths: np.ndarray, max_length: int) -> int:
+    """The number of packs when a length that does not fit closes the pack for good."""
+    num_packs, space = 0, 0
+    for length in lengths.tolist():
+        if length > space:
+            num_packs, space = num_packs + 1, max_length
+        space -= length
+    return num_packs
+
+
+def _balance(plan: PackPlan) -> dict[str, float]:
+    """How uneven the packs are: examples in a pack, and attention cost over 8 ranks."""
+    counts, costs = np.diff(plan.offsets.astype(np.int64)), attention_costs(plan)
+    shuffled = np.random.default_rng(0).permutation(len(plan))
+    return {
+        "examples_cv": float(counts.std() / counts.mean()),
+        "cost_imbalance": cost_imbalance(costs[shuffled], 8),
+        "cost_imbalance_balanced": cost_imbalance(costs[balanced_order(plan, 8)], 8),
+    }
 
 
 def _row(name: str, lengths: np.ndarray, max_length: int, pack: Callable[[], int], repeats: int) -> dict[str, Any]:

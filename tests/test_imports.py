@@ -37,6 +37,7 @@ KNOWS = {
     "packsft/metrics.py": "torch",
     "packsft/notices.py": "transformers",
     "packsft/packing/__init__.py": "",
+    "packsft/packing/balance.py": "numpy",
     "packsft/packing/plan.py": "numpy",
     "packsft/packing/report.py": "numpy",
     "packsft/smollm2.py": "(tokenizers) (transformers)",

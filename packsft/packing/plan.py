@@ -29,6 +29,7 @@ IntArray = NDArray[np.integer[Any]]
 
 STRATEGIES = ("bfd", "bfd_split", "wrapped", "none")
 _ARRAYS = ("offsets", "examples", "starts", "stops")
+_NONE = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,12 +158,16 @@ def plan_packs(
     - `"wrapped"`: the examples end to end in order, cut every `max_length` tokens; each piece is its own document
     - `"none"`: packing off, one example per pack, truncated
 
-    The two best-fit strategies make exactly as many packs as one-by-one best fit decreasing over the whole set. Their
-    packs come in the order in which they were opened, the one with the longest document first; in a pack, documents
-    come in decreasing length, those of equal length in the order of their index.
+    The two best-fit strategies make as many packs as one-by-one best fit decreasing over the whole set, or fewer: where
+    that is more than 0.1% above the lower bound, exact fill is tried and the better kept. Their packs come in the order
+    in which they were opened, the one with the longest document first; in a pack, documents come in decreasing length,
+    those of equal length in the order of their index.
 
-    With a `seed`, the packs come in a random order, and the best-fit strategies also deal out examples of equal length
-    in a random order, so that epochs differ. Examples of length 0 are not packed, and counted as dropped.
+    With a `seed`, the packs come in a random order, and the best-fit strategies mix lengths within packs: most packs
+    begin with examples drawn at random and are then filled up by best fit, for at most 0.3 points of fill (tokens over
+    packs times `max_length`). Where that cannot be had, as for sizes near a fraction of `max_length` or very few packs,
+    only examples of equal length change places. Another seed for each epoch lets other examples meet. Examples of
+    length 0 are not packed, and counted as dropped.
 
     Raises ValueError naming the row or the argument: lengths that are negative, not integers or not one per row;
     `max_length` None or below 1; an unknown strategy; a negative seed.
@@ -191,7 +196,7 @@ def plan_packs(
         stops = _smallest(np.minimum(kept, max_length))
 
     if strategy in ("bfd", "bfd_split"):
-        offsets, order = _best_fit_decreasing(stops - starts, max_length, rng)
+        offsets, order = _pack(stops - starts, max_length, rng)
     elif strategy == "wrapped":
         ends = np.cumsum(stops - starts)
         closes_pack = ends % max_length == 0
@@ -233,14 +238,13 @@ def _cut(
     return np.repeat(examples, num_pieces), np.maximum(cuts, 0), stops
 
 
-def _best_fit_decreasing(
+def _pack(
     sizes: IntArray, max_length: int, rng: np.random.Generator | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pack pieces of the given sizes (1 to `max_length`): the packs' offsets `[P + 1]` and the pieces in order `[S]`.
 
-    All pieces of one size meet all packs with one remaining space at once. This is one-by-one best fit exactly: of
-    equal pieces, a pack that took one and has room for another is the fullest with room, so it takes the next one too,
-    until it has `space // size` of them. Hence every batch below fills whole packs, but for the last pieces of a size.
+    Best fit decreasing, or exact fill where that needs fewer packs. The second is tried only where the first is more
+    than 0.1% above the lower bound, so that the usual case pays nothing for it. With `rng`, mixed if that costs little.
     """
     if not len(sizes):
         return np.zeros(1, np.int64), np.zeros(0, np.int64)
@@ -254,10 +258,80 @@ def _best_fit_decreasing(
         for equal in np.split(order, firsts[1:]):
             rng.shuffle(equal)  # a view: shuffles `order`, where the index says nothing but a tie
 
-    spaces: list[int] = []  # the remaining spaces that some open pack has, ascending
-    open_packs: dict[int, list[NDArray[np.int32]]] = {}  # space: the packs that have it
-    num_packs = 0
-    batches: list[NDArray[np.int32]] = []  # the packs that took `takes` pieces each, the pieces being dealt in order
+    offsets, dealt = _best_fit_decreasing(distinct, counts, max_length)
+    num_packs, lower_bound = len(offsets) - 1, -(-int(sizes.sum(dtype=np.int64)) // max_length)
+    if num_packs - lower_bound > lower_bound // 1000:
+        patterns = _exact_fill(distinct, counts, max_length)
+        if sum(times for _, times in patterns) < num_packs:
+            offsets, dealt = _deal(patterns, firsts)
+            num_packs = len(offsets) - 1
+    if rng is not None and (mixed := _mixed(sizes, order, firsts, max_length, num_packs, lower_bound, rng)):
+        return mixed
+    return offsets, order[dealt]
+
+
+def _mixed(
+    sizes: IntArray,
+    order: IntArray,
+    firsts: IntArray,
+    max_length: int,
+    num_packs: int,
+    lower_bound: int,
+    rng: np.random.Generator,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    """Packs begun at random and filled up by best fit decreasing; None where that costs more than 0.3 points of fill.
+
+    The pieces in a random order are cut into runs of about 0.8 `max_length`, each the beginning of a pack; a piece that
+    would not fit is left to the filling. The more packs begin so, the more lengths mix, but what fills the rest must be
+    small enough: so as many as `num_packs`, the fewest known, allows. `order` holds the pieces by decreasing size, each
+    size from its place in `firsts` on.
+    """
+    shuffled = rng.permutation(_smallest(np.arange(len(sizes))))
+    ends = np.cumsum(sizes[shuffled], dtype=np.int64)
+    befores = ends - sizes[shuffled]
+    runs = befores // -(-4 * max_length // 5)
+    begins = np.flatnonzero(np.diff(runs, prepend=-1))
+    packs = np.repeat(np.arange(len(begins), dtype=np.int32), np.diff(begins, append=len(runs)))
+    fits = ends - befores[begins][packs] <= max_length
+    tokens = int(ends[-1])
+    del ends, befores  # 160 MB of 10 million
+    for share in (1.0, 0.9, 0.7, 0.5):
+        begun = fits & (runs < int(share * lower_bound))
+        rest = np.ones(len(sizes), bool)
+        rest[shuffled[begun]] = False
+        in_order = rest[order]
+        counts = np.add.reduceat(in_order, firsts, dtype=np.int64)
+        some = counts > 0
+        held = np.bincount(packs[begun])
+        spaces = max_length - np.bincount(packs[begun], sizes[shuffled[begun]]).astype(np.int64)
+        offsets, dealt = _best_fit_decreasing(sizes[order[firsts[some]]], counts[some], max_length, spaces, held)
+        if tokens / (len(offsets) - 1) >= tokens / num_packs - 0.003 * max_length:
+            return offsets, np.concatenate((shuffled[begun], order[in_order])).astype(np.int64)[dealt]
+    return None
+
+
+def _best_fit_decreasing(
+    distinct: IntArray,
+    counts: IntArray,
+    max_length: int,
+    begun_spaces: IntArray = _NONE,
+    begun_pieces: IntArray = _NONE,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Offsets of the packs, and the pieces in them as places in the order of decreasing size.
+
+    Packs may be begun already: with `begun_pieces` in each, which then come first in that order, and spaces left.
+
+    All pieces of one size meet all packs with one remaining space at once. This is one-by-one best fit exactly: of
+    equal pieces, a pack that took one and has room for another is the fullest with room, so it takes the next one too,
+    until it has `space // size` of them. Hence every batch below fills whole packs, but for the last pieces of a size.
+    """
+    by_space = np.argsort(begun_spaces, kind="stable").astype(np.int32)
+    levels, begins = np.unique(begun_spaces[by_space], return_index=True)
+    chunks_of = zip(levels.tolist(), np.split(by_space, begins[1:]), strict=False)
+    open_packs = {space: [packs] for space, packs in chunks_of if space}  # space: the packs that have it left
+    spaces = list(open_packs)  # ascending
+    num_packs = len(begun_spaces)
+    batches = [np.arange(num_packs, dtype=np.int32)]  # the packs that took `takes` pieces each, dealt in order
     takes: list[int] = []
     for size, left in zip(distinct.tolist(), counts.tolist(), strict=True):
         while left:
@@ -285,13 +359,77 @@ def _best_fit_decreasing(
                 open_packs[space] = [batch]
                 spaces.insert(bisect_left(spaces, space), space)
 
-    # Each entry of `packs` took the next `num_taken` pieces of `order`; sorting the entries by pack gives the plan.
+    # Each entry of `packs` took the next `num_taken` pieces; sorting the entries by pack gives the plan.
     packs = np.concatenate(batches)
-    num_taken = np.repeat(np.asarray(takes), [len(batch) for batch in batches])
+    num_taken = np.concatenate((begun_pieces, np.repeat(takes, [len(batch) for batch in batches[1:]]))).astype(np.int64)
     entries = np.argsort(packs, kind="stable")
-    order = order[_ranges((np.cumsum(num_taken) - num_taken)[entries], num_taken[entries])]
+    dealt = _ranges((np.cumsum(num_taken) - num_taken)[entries], num_taken[entries])
     last_entries = np.cumsum(np.bincount(packs)) - 1
-    return np.concatenate(([0], np.cumsum(num_taken[entries])[last_entries])), order
+    return np.concatenate(([0], np.cumsum(num_taken[entries])[last_entries])), dealt
+
+
+def _exact_fill(distinct: IntArray, counts: IntArray, max_length: int) -> list[tuple[list[int], int]]:
+    """Patterns (indices into `distinct`, longest first) and how many packs follow each, together all pieces.
+
+    A pack of sizes near max_length / k has no small piece to fill its rest, so what best fit decreasing leaves open
+    stays open. Here each pack is the longest piece left, more of the longest that fit, and then the two pieces that
+    fill the rest best. A pattern is followed until one of its sizes is used up: no more patterns than distinct sizes.
+    """
+    sizes, left = distinct[::-1].astype(np.int64), counts[::-1].copy()  # ascending, as searchsorted wants it
+    alive = np.arange(len(sizes))  # the sizes of which something is left
+    patterns = []
+    while len(alive):
+        sizes_left = sizes[alive]
+        candidates: list[tuple[int, list[int]]] = []
+        pattern: list[int] = []
+        space, at = max_length, len(alive) - 1
+        while at >= 0:
+            pattern = [*pattern, int(alive[at])]
+            space -= int(sizes_left[at])
+            if space <= 2 * sizes_left[-1]:  # more than a pair could fill
+                pair, filled = _best_pair(sizes_left, space)
+                candidates.append((space - filled, [*pattern, *alive[pair].tolist()]))
+            at = min(at, int(np.searchsorted(sizes_left, space, side="right")) - 1)
+            while at >= 0 and pattern.count(alive[at]) == left[alive[at]]:
+                at -= 1
+        candidates.append((space, pattern))
+        for _, pattern in sorted(candidates, key=lambda candidate: candidate[0]):
+            used = {index: pattern.count(index) for index in pattern}
+            times = min(int(left[index]) // count for index, count in used.items())
+            if times:  # the pair may ask for more than is left; the last candidate never does
+                break
+        patterns.append(([len(sizes) - 1 - index for index in sorted(pattern, reverse=True)], times))
+        for index, count in used.items():
+            left[index] -= times * count
+        alive = alive[left[alive] > 0]
+    return patterns
+
+
+def _best_pair(sizes: NDArray[np.int64], space: int) -> tuple[list[int], int]:
+    """Of ascending sizes, the indices of the one or two that fill a space best, and how much of it they fill."""
+    fitting = int(np.searchsorted(sizes, space, side="right"))
+    first = np.unique(np.linspace(0, fitting - 1, min(fitting, 256)).astype(np.int64))  # probes: a bound on the cost
+    if not fitting:
+        return [], 0
+    second = np.searchsorted(sizes, space - sizes[first], side="right") - 1
+    filled = sizes[first] + np.where(second >= 0, sizes[second], 0)
+    best = int(filled.argmax())
+    pair = [int(first[best]), int(second[best])]
+    return pair if pair[1] >= 0 else pair[:1], int(filled[best])
+
+
+def _deal(patterns: list[tuple[list[int], int]], firsts: IntArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Offsets and pieces as `_best_fit_decreasing` gives them; pieces of a size are dealt from its first place on."""
+    place = firsts.tolist()
+    dealt = []
+    for pattern, times in patterns:
+        columns = []
+        for index in pattern:
+            columns.append(np.arange(place[index], place[index] + times))
+            place[index] += times
+        dealt.append(np.stack(columns, axis=1).ravel())
+    counts = np.repeat([len(pattern) for pattern, _ in patterns], [times for _, times in patterns])
+    return np.concatenate(([0], np.cumsum(counts))), np.concatenate(dealt)
 
 
 def _ranges(starts: IntArray, counts: IntArray) -> NDArray[np.int64]:

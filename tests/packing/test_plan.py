@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from log_normal import LIKE, lengths_like
 from trl import pack_dataset
 
 from packsft.packing import PackPlan, plan_packs
@@ -24,6 +25,11 @@ SEEDS = st.none() | st.integers(0, 5)
 property_test = settings(max_examples=80, deadline=None)
 # 60 lengths in 23 packs or more under each strategy: two seeds agree by chance once in 23! draws.
 MIXED = np.random.default_rng(0).integers(1, 15, 60)
+
+
+def spread(counts):
+    """The coefficient of variation."""
+    return counts.std() / counts.mean()
 
 
 def packs(plan):
@@ -95,11 +101,14 @@ def test_counts_add_up_to_the_input(strategy, lengths, max_length, seed):
 
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
 @property_test
-@given(lengths=LENGTHS, max_length=MAX_LENGTHS, seed=SEEDS)
-def test_as_many_packs_as_one_by_one_best_fit_decreasing(strategy, lengths, max_length, seed):
-    plan = plan_packs(lengths, max_length, strategy=strategy, seed=seed)
+@given(lengths=LENGTHS, max_length=MAX_LENGTHS)
+def test_no_more_packs_than_one_by_one_best_fit_decreasing(strategy, lengths, max_length):
+    plan = plan_packs(lengths, max_length, strategy=strategy)
     sizes = [stop - start for pack in packs(plan) for _, start, stop in pack]
-    assert len(plan) == one_by_one_best_fit_decreasing(sizes, max_length)
+    textbook = one_by_one_best_fit_decreasing(sizes, max_length)
+    assert len(plan) <= textbook
+    if textbook == plan.lower_bound:
+        assert len(plan) == textbook
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -132,11 +141,11 @@ def test_a_saved_plan_loads_as_the_same_plan(strategy, lengths, max_length, seed
 
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
 @pytest.mark.parametrize(("max_length", "longest"), [(7, 12), (64, 64), (512, 900)])
-def test_as_many_packs_as_trl_over_the_whole_set(strategy, max_length, longest):
+def test_no_more_packs_than_trl_over_the_whole_set(strategy, max_length, longest):
     lengths = np.random.default_rng(max_length).integers(1, longest + 1, 400)
     plan = plan_packs(lengths, max_length, strategy=strategy)
     packed = trl_packs(lengths, max_length, strategy)
-    assert len(plan) == len(packed)
+    assert len(plan) <= len(packed)
     assert plan.num_tokens == sum(len(ids) for ids in packed["input_ids"])
 
 
@@ -166,6 +175,21 @@ def test_best_fit_prefers_the_fullest_pack_with_room():
     # With the 6 it would leave a hole of 1 in each pack, and the last 2 would need a third pack.
     plan = plan_packs([6, 7, 3, 2, 2], 10)
     assert [plan[i].tolist() for i in range(len(plan))] == [[1, 2], [0, 3, 4]]
+
+
+def test_exact_fill_takes_over_where_best_fit_decreasing_leaves_holes():
+    # Best fit decreasing puts the 4s together, [4, 4] [3, 3, 3] [3]; two packs of [4, 3, 3] are full.
+    plan = plan_packs([4, 4, 3, 3, 3, 3], 10)
+    assert [plan[i].tolist() for i in range(len(plan))] == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_sizes_near_a_quarter_of_max_length_fill_packs_to_97_percent():
+    # 0.175 to 0.3 of max_length, where best fit decreasing fills 92.8% of the packs
+    lengths = np.random.default_rng(0).integers(int(0.35 * 4096), int(0.6 * 4096) + 1, 2000)
+    plan = plan_packs(lengths, 8192)
+    assert one_by_one_best_fit_decreasing(lengths.tolist(), 8192) * 0.96 > len(plan)
+    assert plan.fill > 0.97
+    assert sorted(np.concatenate(list(plan)).tolist()) == list(range(2000))
 
 
 def test_indices_count_every_row_although_empty_ones_are_dropped():
@@ -221,7 +245,7 @@ def test_lengths_that_are_all_different_at_a_long_max_length():
     # 3,000 lengths over a range of 131,072: no histogram to profit from, more than 16 bits to sort by.
     lengths = np.random.default_rng(0).permutation(131_072)[:3000] + 1
     plan = plan_packs(lengths, 131_072)
-    assert len(plan) == one_by_one_best_fit_decreasing(lengths.tolist(), 131_072)
+    assert len(plan) <= one_by_one_best_fit_decreasing(lengths.tolist(), 131_072)
     assert sorted(np.concatenate(list(plan)).tolist()) == list(range(3000))
 
 
@@ -236,7 +260,7 @@ def test_max_length_far_above_all_lengths_costs_no_memory():
 def test_different_seeds_give_different_plans(strategy):
     plans = [plan_packs(MIXED, 10, strategy=strategy, seed=seed) for seed in (None, 0, 1, 2)]
     assert len({plan.fingerprint for plan in plans}) == 4
-    assert len({len(plan) for plan in plans}) == 1
+    assert max(len(plan) for plan in plans) == len(plans[0])  # 0.3 points of so few packs are none
     assert min(len(plan) for plan in plans) >= 23
 
 
@@ -244,6 +268,24 @@ def test_a_seed_changes_which_equal_examples_share_a_pack():
     pairs = [{frozenset(pack.tolist()) for pack in plan_packs([5] * 40, 10, seed=seed)} for seed in (0, 1)]
     assert [len(p) for p in pairs] == [20, 20]
     assert pairs[0] != pairs[1]
+
+
+@pytest.mark.parametrize("max_length", [1024, 2048, 4096, 8192])
+@pytest.mark.parametrize("name", LIKE)
+def test_a_seed_mixes_lengths_for_at_most_three_tenths_of_a_point(name, max_length):
+    lengths = lengths_like(name, max_length)
+    sorted_plan, *mixed_plans = (plan_packs(lengths, max_length, seed=seed) for seed in (None, 0, 1))
+    for plan in mixed_plans:
+        assert plan.fill >= sorted_plan.fill - 0.003
+        assert spread(np.diff(plan.offsets.astype(int))) < 0.75 * spread(np.diff(sorted_plan.offsets.astype(int)))
+        assert sorted(plan.examples.tolist()) == list(range(len(lengths)))
+    met = [{tuple(sorted(pack.tolist())) for pack in plan if len(pack) > 1} for plan in mixed_plans]
+    assert len(met[0] & met[1]) < 0.01 * len(met[0])
+
+
+def test_sizes_that_do_not_mix_keep_their_fill():
+    lengths = np.random.default_rng(0).integers(int(0.35 * 4096), int(0.6 * 4096) + 1, 2000)
+    assert plan_packs(lengths, 8192, seed=0).fill >= plan_packs(lengths, 8192).fill - 0.003
 
 
 def test_without_a_seed_packs_and_documents_come_longest_first():
