@@ -50,7 +50,7 @@ def test_every_case_of_cross_entropy_holds_in_the_interpreted_kernel() -> None:
 
 def test_every_launch_compiles_without_spills_and_with_wide_accesses_on_six_architectures() -> None:
     """The interpreter accepts much that the compiler refuses; no GPU is needed to ask it."""
-    checked = bench_static.check_all(every=False)
+    checked = bench_static.check_all(bench_static.cases(every=False))
     shapes = {case.shape for case, _, _ in checked}
     assert shapes == {*launch.ONE_READ_SHAPES.values(), launch.TWO_READ_SHAPE}
     assert {case: wrong for case, _, wrong in checked if wrong} == {}
