@@ -30,7 +30,7 @@ def bench_cross_entropy(quick: bool) -> list[dict[str, Any]]:
 
 def _one_shape(num_rows: int, vocab: int, quick: bool) -> list[dict[str, Any]]:
     on_gpu = device().type == "cuda"
-    repeats, warmup = (3 if quick else 10), 2
+    repeats, warmup = (2, 1) if quick else (10, 2)
     targets = torch.randint(vocab, (num_rows,), device=device())
     candidates: dict[str, Loss] = {
         INPLACE: lambda logits, y: cross_entropy(logits, targets=y, inplace=True, options=LossOptions()).loss,

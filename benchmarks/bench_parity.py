@@ -52,7 +52,7 @@ def bench_parity(quick: bool) -> list[dict[str, Any]]:
 
     model, tokenizer = smollm2(training_dtype())
     lengths = (3, 9, 23, 41) if quick else (3, 24, 51, 84, 103)
-    rows = text_rows(tokenizer, lengths, 2 if quick else 6)
+    rows = text_rows(tokenizer, lengths, 1 if quick else 6)
     table += one_step("SmolLM2", model, tokenizer, rows, LLAMA_LIMIT, quick=quick)
     if quick:
         note = "not run with --quick: takes minutes"
