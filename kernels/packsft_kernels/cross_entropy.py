@@ -220,7 +220,9 @@ def cross_entropy(
         LossOutput, per-row outputs in the order of the rows.
 
     Raises:
-        ValueError: naming the argument, for a wrong shape, dtype or combination.
+        ValueError: naming the argument, for a wrong shape, dtype or combination. Rows and targets out of range show
+            where they are used (an error on the CPU, a NaN loss on CUDA); with PACKSFT_CHECK_VALUES=1 in the
+            environment they are named as well, which reads the device in every call.
     """
     check_argument(labels is not None or targets is not None, "labels or targets", "neither", "one of them")
     check_argument(

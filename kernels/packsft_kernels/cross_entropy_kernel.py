@@ -440,6 +440,8 @@ def scale_(values: Tensor, factor: Tensor) -> Tensor:
         return values.mul_(factor)
     with _on_device(values):
         block = 4096
-        programs = min(-(-values.numel() // block), _programs_at_once(values.device, 8))
-        _scale_kernel[(programs,)](values, factor, values.numel(), BLOCK=block, num_warps=8, enable_fp_fusion=True)
+        programs = min(-(-values.numel() // block), _programs_at_once(values.device, 4))
+        _scale_kernel[(programs,)](
+            values, factor, values.numel(), BLOCK=block, num_warps=8, maxnreg=64, enable_fp_fusion=True
+        )
     return values
