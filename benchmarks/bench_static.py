@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from measure import figure
 from packsft_kernels import LossOptions, aot, launch
-from packsft_kernels.cross_entropy_kernel import _cross_entropy_kernel, kernel_arguments
+from packsft_kernels.cross_entropy_kernel import _cross_entropy_kernel, kernel_call
 from packsft_kernels.cross_entropy_rows import empty_outputs
 
 OUTPUTS = {
@@ -84,9 +84,9 @@ def cases(*, every: bool) -> Iterator[Case]:
 
 def compiled(case: Case) -> aot.MachineCode:
     """The machine code of a case, compiled as the launcher would have it compiled."""
-    options, shape = OUTPUTS[case.outputs], case.shape
+    options = OUTPUTS[case.outputs]
     logits = torch.empty(64, case.vocab - case.columns_less, dtype=case.dtype, device="meta")
-    arguments = kernel_arguments(
+    arguments, compilation, _ = kernel_call(
         logits,
         logits if case.gradient else None,
         torch.empty(64, dtype=torch.int64, device="meta"),
@@ -95,14 +95,7 @@ def compiled(case: Case) -> aot.MachineCode:
         options,
         tuple(empty_outputs(logits, options)),
     )
-    return aot.machine_code(
-        _cross_entropy_kernel,
-        arguments,
-        case.capability,
-        num_warps=shape.num_warps,
-        maxnreg=shape.registers,
-        enable_fp_fusion=True,
-    )
+    return aot.machine_code(_cross_entropy_kernel, arguments, case.capability, **compilation)
 
 
 def faults(case: Case, code: aot.MachineCode) -> list[str]:

@@ -337,27 +337,17 @@ def _scale_kernel(values_ptr, factor_ptr, num_values, BLOCK: tl.constexpr):
 # ------------------------------------------------------------------------------------------------------------ launching
 
 
-def rows_in_triton(
-    logits_NV: Tensor,
-    grad_NV: Tensor | None,
-    targets_N: Tensor,
-    weights_N: Tensor | None,
-    scale: Tensor | None,
-    options: LossOptions,
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-) -> None:
-    """Loss and gradient of every row in one launch, into `outputs` and `grad_NV`. Arguments as in `loss_rows`."""
+def rows_in_triton(logits_NV: Tensor, *others: Any) -> None:
+    """Loss and gradient of every row in one launch, into the outputs and `grad_NV`. Arguments as in `kernel_call`."""
     if logits_NV.shape[0] == 0:
         return
-    shape = launch.cross_entropy_shape(logits_NV.shape[1], softcap=options.softcap is not None)
-    arguments = kernel_arguments(logits_NV, grad_NV, targets_N, weights_N, scale, options, outputs)
+    arguments, compilation, programs_per_sm = kernel_call(logits_NV, *others)
     with _on_device(logits_NV):
-        _cross_entropy_kernel[(min(logits_NV.shape[0], _programs_at_once(logits_NV.device, shape.programs_per_sm)),)](
-            **arguments, num_warps=shape.num_warps, maxnreg=shape.registers, enable_fp_fusion=True
-        )  # fusion is said, so that no release of Triton decides it
+        grid = (min(logits_NV.shape[0], _programs_at_once(logits_NV.device, programs_per_sm)),)
+        _cross_entropy_kernel[grid](**arguments, **compilation)
 
 
-def kernel_arguments(
+def kernel_call(
     logits_NV: Tensor,
     grad_NV: Tensor | None,
     targets_N: Tensor,
@@ -365,13 +355,16 @@ def kernel_arguments(
     scale: Tensor | None,
     options: LossOptions,
     outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-) -> dict[str, Any]:
-    """Every argument of the kernel by name; what is not wanted is None or its neutral value, and compiled away."""
+) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """(the kernel's arguments by name, what its compiler is told, programs an SM). Arguments as in `loss_rows`.
+
+    What is not wanted is None or its neutral value, and compiled away.
+    """
     num_rows, vocab = logits_NV.shape
     shape = launch.cross_entropy_shape(vocab, softcap=options.softcap is not None)
     per_access, has_edge = _alignment(logits_NV, logits_NV if grad_NV is None else grad_NV)
     loss, log_prob, entropy, correct, lse = outputs
-    return {
+    arguments = {
         "logits_ptr": logits_NV,
         "grad_ptr": logits_NV if grad_NV is None else grad_NV,
         "targets_ptr": targets_N.contiguous(),
@@ -408,6 +401,9 @@ def kernel_arguments(
         "W": shape.width,
         "ONE_READ": shape.one_read,
     }
+    # Fusion is said, so that no release of Triton decides it.
+    compilation = {"num_warps": shape.num_warps, "maxnreg": shape.registers, "enable_fp_fusion": True}
+    return arguments, compilation, shape.programs_per_sm
 
 
 def _alignment(logits_NV: Tensor, grad_NV: Tensor) -> tuple[int, bool]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_accurate, error
+from numerics import assert_accurate, error, seeded
 from packsft_kernels import LossOptions, launch, linear_cross_entropy, reference
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -31,7 +31,7 @@ OPTIONS = {
 
 
 def inputs(dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     targets = torch.randint(0, V, (N,), generator=generator)
     targets[5] = -100
     return {
@@ -91,7 +91,7 @@ def test_contract(dtype: torch.dtype, name: str) -> None:
 @pytest.mark.usefixtures("small_chunks")
 def test_contract_over_several_chunks(dtype: torch.dtype, reduction: str) -> None:
     """With an upstream gradient that no power of two divides: a vector for "none"."""
-    upstream = torch.randn(N, generator=torch.Generator().manual_seed(1)) if reduction == "none" else 0.37
+    upstream = torch.randn(N, generator=seeded(1)) if reduction == "none" else 0.37
     draws = (inputs(dtype, seed) for seed in range(6))
     assert_contract(*draws, reduction=reduction, upstream=upstream, options=OPTIONS["all outputs"])
 
@@ -99,7 +99,7 @@ def test_contract_over_several_chunks(dtype: torch.dtype, reduction: str) -> Non
 def test_weight_gradients_do_not_add_up_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """32 chunks of 16 rows with like hidden states, each a small step on a sum that is already large in bf16."""
     monkeypatch.setattr(launch, "rows_per_chunk", lambda *_, **__: 16)
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     given = {
         "hidden": (1 + 0.1 * torch.randn(512, M, generator=generator)).bfloat16(),
         "weight": (0.3 * torch.randn(V, M, generator=generator)).bfloat16(),
@@ -139,7 +139,7 @@ def test_rows_may_repeat() -> None:
 @pytest.mark.parametrize("gap", [1e-3, 1e-6, 1e-9])
 def test_a_confident_target_keeps_its_gradient(gap: float) -> None:
     """One-hot hidden states and weights that are the logits: the GEMM is exact and the bound is `cross_entropy`'s."""
-    weight = torch.randn(500, 1, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(500, 1, generator=seeded(0))
     weight[250] = -math.inf
     weight[250] = weight.logsumexp(0) + math.log((1 - gap) / gap)
     hidden = torch.ones(1, 1)
@@ -369,7 +369,7 @@ def test_autocast_gives_gradients_in_the_parameters_dtypes(hidden_dtype: torch.d
 
     @functools.wraps(linear_cross_entropy)
     def autocast(function, **kwargs):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             return function(**kwargs)
 
     wide = {name: value.double() if value.is_floating_point() else value for name, value in given.items()}
