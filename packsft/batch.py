@@ -12,24 +12,54 @@ Everything about a pack is worked out once, on the host, by the collator. Nothin
 | `labels`                       | `[1, T]` int64  | unshifted; -100 = not scored, as is each document's first token   |
 | `loss_rows`                    | `[N]` int32     | positions t whose next token is scored                            |
 | `loss_targets`                 | `[N]` int64     | `labels[t + 1]` of those positions                                |
+| `loss_weights`                 | `[N]` float64   | weight of each position's loss; only where examples count equally |
+| `num_items`                    | int or float    | N, or the sum of the weights: what alone the loss is divided by   |
 | `num_tokens`                   | int             | tokens of the documents, without padding                          |
 
 A padded batch (for models that cannot keep packed documents apart) has `[B, S]` `input_ids` and `labels`, and its
 `loss_rows` count through the flattened rows; it has no boundaries, since right padding comes after what it could hurt.
+
+Under exact-step packing an item of the data loader is an optimizer step: the batches of its passes on this rank, and
+what is common to all ranks.
+
+| key               | type         | meaning                                                                        |
+|-------------------|--------------|--------------------------------------------------------------------------------|
+| `passes`          | list         | batches as above, as many on every rank                                        |
+| `examples`        | `[B]` int64  | the step's examples on all ranks, by their place in the data set               |
+| `num_items`       | int or float | what the step's loss is divided by, on all ranks                               |
+| `tokens_per_pass` | int          | the bound that the passes were planned for                                     |
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-LOSS_KEYS = ("loss_rows", "loss_targets")  # read by the head, unknown to the models
-HOST_KEYS = ("labels", "num_tokens")  # for the trainer; labels would make the model compute a loss of its own
+import numpy as np
+
+LOSS_KEYS = ("loss_rows", "loss_targets", "loss_weights")  # read by the head, unknown to the models
+HOST_KEYS = ("labels", "num_items", "num_tokens")  # for the trainer; labels would make the model compute its own loss
+
+
+@dataclass
+class StepRows:
+    """An optimizer step before it is collated: the rows of each pass on this rank, and the keys common to all ranks."""
+
+    passes: list[list[dict[str, Any]]]
+    examples: np.ndarray
+    num_items: int | float
+    tokens_per_pass: int
 
 
 def count_scored(batch: Mapping[str, Any]) -> int:
     """N, the tokens that the loss scores: a shape, so no device is read."""
     return batch["loss_rows"].numel()
+
+
+def loss_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What the head takes beside the model's own inputs."""
+    return {key: batch[key] for key in LOSS_KEYS if key in batch}
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:

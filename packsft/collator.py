@@ -1,4 +1,4 @@
-"""Rows to one batch: the only producer of what `batch.py` describes, on the host, in the data loader."""
+"""Rows to one batch, or to the batches of a step: the only producer of what `batch.py` describes, on the host."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ import numpy as np
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from packsft.batch import StepRows
+
 IGNORE_INDEX = -100
+
+Document = tuple[np.ndarray, np.ndarray, float]  # input ids, labels, weight of each scored token
 
 
 @dataclass
@@ -18,13 +22,17 @@ class PackingCollator(DataCollatorForLanguageModeling):
     """Lays the documents of the given rows end to end, or, with `padded=True`, one below the other.
 
     A row is a mapping with `input_ids`, and optionally `labels` (default: the input ids, every token scored) and
-    `seq_lengths` (the lengths of the documents in it; default: it is one document). Several rows make one longer row.
+    `seq_lengths` (the lengths of the documents in it; default: it is one document). Several rows make one longer row,
+    a `StepRows` the batches of an optimizer step.
 
     Args:
         pad_token_id: fills the padding; what it is never matters, since no document sees it and it is not scored.
         vocab_size: ids and labels must be below it; None for no check.
         padded: one right-padded row per document instead of one packed row.
         pad_to_multiple_of: pads the packed row, by one more document, or the rows of a padded batch.
+        per_example: every document counts the same however many of its tokens are scored, each of which weighs one
+            over their number (Bai et al., LongAlign, arXiv 2401.18058). A row's `loss_weights`, one number per
+            document, take its place: of a document that is a part of an example, for instance.
 
     Raises:
         ValueError: labels or seq_lengths that do not fit the input ids, or an id outside the vocabulary.
@@ -32,23 +40,30 @@ class PackingCollator(DataCollatorForLanguageModeling):
 
     vocab_size: int | None = None
     padded: bool = False
+    per_example: bool = False
 
-    def torch_call(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        documents = [document for row, example in enumerate(examples) for document in self._documents(row, example)]
-        lengths = [len(ids) for ids, _ in documents]
-        num_tokens = sum(lengths)
-        if self.padded:
-            return self._padded(documents, max(lengths)) | {"num_tokens": num_tokens}
-        ids = np.concatenate([ids for ids, _ in documents])
-        labels = np.concatenate([labels for _, labels in documents])
-        if self.pad_to_multiple_of and (tail := -len(ids) % self.pad_to_multiple_of):
-            ids = np.concatenate([ids, np.full(tail, self.pad_token_id)])
-            labels = np.concatenate([labels, np.full(tail, IGNORE_INDEX)])
-            lengths.append(tail)  # a document of its own: varlen kernels leave what is past the last boundary undefined
-        return self._packed(ids, labels, np.array(lengths, dtype=np.int64)) | {"num_tokens": num_tokens}
+    def torch_call(self, examples: Sequence[Any]) -> dict[str, Any]:
+        if isinstance(examples[0], StepRows):
+            (step,) = examples
+            return {
+                "passes": [self._batch(rows) for rows in step.passes],
+                "examples": step.examples,
+                "num_items": step.num_items,
+                "tokens_per_pass": step.tokens_per_pass,
+            }
+        return self._batch(examples)
 
-    def _documents(self, row: int, example: Mapping[str, Any]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(input ids, labels) of each document in a row, the label of its first token set to -100."""
+    def _batch(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        documents = [document for row, example in enumerate(rows) for document in self._documents(row, example)]
+        num_tokens = sum(len(ids) for ids, *_ in documents)
+        if not documents:  # nothing is left for this rank, but the others wait for it: one token, not scored
+            documents = [(np.array([self.pad_token_id]), np.array([IGNORE_INDEX]), 0.0)]
+        batch = self._padded(documents) if self.padded else self._packed(documents)
+        num_items = float(batch["loss_weights"].sum()) if self.per_example else batch["loss_rows"].numel()
+        return batch | {"num_items": num_items, "num_tokens": num_tokens}
+
+    def _documents(self, row: int, example: Mapping[str, Any]) -> list[Document]:
+        """The documents of a row, the label of the first token of each set to -100."""
         ids = np.asarray(example["input_ids"], dtype=np.int64)
         labels = example.get("labels")
         labels = ids.copy() if labels is None else np.array(labels, dtype=np.int64)
@@ -62,13 +77,23 @@ class PackingCollator(DataCollatorForLanguageModeling):
             )
         if self.vocab_size is not None:
             _check_ids(ids, labels, self.vocab_size, row)
-        lengths = lengths[lengths > 0]
         stops = np.cumsum(lengths)
         starts = stops - lengths
-        labels[starts] = IGNORE_INDEX
-        return [(ids[a:b], labels[a:b]) for a, b in zip(starts, stops, strict=True)]
+        labels[starts[lengths > 0]] = IGNORE_INDEX
+        parts = [slice(start, stop) for start, stop in zip(starts, stops, strict=True)]
+        weights = example.get("loss_weights")
+        if weights is None:
+            weights = [1.0 / max(1, int((labels[part] != IGNORE_INDEX).sum())) for part in parts]
+        documents = zip(parts, weights, strict=True)
+        return [(ids[part], labels[part], weight) for part, weight in documents if part.stop > part.start]
 
-    def _packed(self, ids: np.ndarray, labels: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
+    def _packed(self, documents: list[Document]) -> dict[str, Any]:
+        if self.pad_to_multiple_of and (tail := -sum(len(ids) for ids, *_ in documents) % self.pad_to_multiple_of):
+            # a document of its own: varlen kernels leave what is past the last boundary undefined
+            documents = [*documents, (np.full(tail, self.pad_token_id), np.full(tail, IGNORE_INDEX), 0.0)]
+        ids = np.concatenate([ids for ids, *_ in documents])
+        labels = np.concatenate([labels for _, labels, _ in documents])
+        lengths = np.array([len(ids) for ids, *_ in documents])
         boundaries = np.concatenate([[0], np.cumsum(lengths)])
         seq_idx = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
         position_ids = np.arange(len(ids)) - boundaries[:-1][seq_idx]
@@ -83,34 +108,40 @@ class PackingCollator(DataCollatorForLanguageModeling):
             "max_length_k": longest,
             "seq_idx": torch.from_numpy(seq_idx)[None],
             "labels": torch.from_numpy(labels)[None],
-            **_loss_positions(labels),
+            **self._loss_positions(labels, documents, seq_idx),
         }
 
-    def _padded(self, documents: list[tuple[np.ndarray, np.ndarray]], longest: int) -> dict[str, Any]:
+    def _padded(self, documents: list[Document]) -> dict[str, Any]:
+        longest = max(len(ids) for ids, *_ in documents)
         if self.pad_to_multiple_of:
             longest += -longest % self.pad_to_multiple_of
         ids = np.full((len(documents), longest), self.pad_token_id, dtype=np.int64)
         labels = np.full((len(documents), longest), IGNORE_INDEX, dtype=np.int64)
-        for row, (document_ids, document_labels) in enumerate(documents):
+        for row, (document_ids, document_labels, _) in enumerate(documents):
             ids[row, : len(document_ids)] = document_ids
             labels[row, : len(document_ids)] = document_labels
         return {
             "input_ids": torch.from_numpy(ids),
             "labels": torch.from_numpy(labels),
-            **_loss_positions(labels.reshape(-1)),
+            **self._loss_positions(labels.reshape(-1), documents, np.arange(labels.size) // longest),
         }
 
+    def _loss_positions(
+        self, labels: np.ndarray, documents: list[Document], document_of: np.ndarray
+    ) -> dict[str, torch.Tensor]:
+        """The shift, the mask and the document boundary in one index: `labels[t + 1]` is what position t predicts.
 
-def _loss_positions(labels: np.ndarray) -> dict[str, torch.Tensor]:
-    """The shift, the mask and the document boundary in one index: `labels[t + 1]` is what position t predicts.
-
-    The first label of every document is -100, so no position predicts a token of the document after it.
-    """
-    scored = np.flatnonzero(labels != IGNORE_INDEX)
-    return {
-        "loss_rows": torch.from_numpy((scored - 1).astype(np.int32)),
-        "loss_targets": torch.from_numpy(labels[scored]),
-    }
+        The first label of every document is -100, so no position predicts a token of the document after it.
+        """
+        scored = np.flatnonzero(labels != IGNORE_INDEX)
+        positions = {
+            "loss_rows": torch.from_numpy((scored - 1).astype(np.int32)),
+            "loss_targets": torch.from_numpy(labels[scored]),
+        }
+        if self.per_example:
+            weights = np.array([weight for *_, weight in documents])
+            positions["loss_weights"] = torch.from_numpy(weights[document_of[scored]])
+        return positions
 
 
 def _check_ids(ids: np.ndarray, labels: np.ndarray, vocab_size: int, row: int) -> None:

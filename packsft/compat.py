@@ -6,13 +6,15 @@ names below changes its place.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import transformers
 import trl
+from accelerate.data_loader import BatchSamplerShard
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers.utils import is_peft_available
@@ -78,3 +80,44 @@ def gathered_parameters(weight: Tensor, bias: Tensor | None) -> Iterator[tuple[T
     bias = bias.full_tensor() if isinstance(bias, DTensor) else bias
     with maybe_gather_lm_head_ctx(weight, bias):
         yield weight, bias
+
+
+@contextmanager
+def one_batch_per_step(trainer: Any) -> Iterator[tuple[int, Any]]:
+    """For the length of the training loop, a batch is a whole optimizer step: gives its size per device, and arguments.
+
+    transformers' loop counts micro-batches to know when a step is due, so that their number cannot vary. Under
+    exact-step packing the accumulation goes into the batch size, and the passes are walked in `training_step`. The
+    change is made on a copy, which callbacks see, and is undone afterwards.
+    """
+    args, batch_size = trainer.args, trainer._train_batch_size
+    trainer.args = copy.copy(args)
+    trainer.args.per_device_train_batch_size *= args.gradient_accumulation_steps
+    trainer.args.gradient_accumulation_steps = 1
+    trainer._train_batch_size = batch_size * args.gradient_accumulation_steps
+    try:
+        yield trainer._train_batch_size, trainer.args
+    finally:
+        trainer.args, trainer._train_batch_size = args, batch_size
+
+
+def whole_batches(loader: Any) -> Any:
+    """The same loader, of which each rank is given every batch whole, and the last one as short as it is.
+
+    accelerate deals batches to ranks, and repeats examples so that all have as many. transformers takes its wrapper out
+    in the same way for `train_sampling_strategy="batch_rebalance"`.
+    """
+    if isinstance(loader.batch_sampler, BatchSamplerShard):
+        loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
+        loader.batch_sampler.even_batches = loader.batch_sampler.split_batches = False
+    return loader
+
+
+def no_gradient_sync(trainer: Any, model: nn.Module) -> AbstractContextManager:
+    """What transformers' loop puts around all but the last pass of a step (5.23)."""
+    if trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
+        return nullcontext()
+    sharded_at_load = getattr(trainer, "is_distributed_loading_by_transformers", False)  # not yet in 5.17
+    if sharded_at_load and hasattr(trainer.model, "set_requires_gradient_sync"):
+        return trainer._defer_fsdp_gradient_reduction()
+    return trainer.accelerator.no_sync(model)

@@ -31,8 +31,17 @@ class PackedSFTConfig(SFTConfig):
         packing (`bool`, *optional*, defaults to `True`):
             Whether to pack several examples into one row of `max_length` tokens. With `False`, each example is an item
             of its own, and the examples of a batch are laid end to end without padding.
-        packing_strategy (`str`, *optional*, defaults to `"bfd"`):
-            As in `SFTConfig`: `"bfd"`, `"bfd_split"` or `"wrapped"`, each planned over the whole data set.
+        packing_strategy (`str`, *optional*, defaults to `"step"`):
+            `"step"`: each optimizer step takes the examples that it would take without packing, laid into as few
+            passes as hold them: the same number of steps, and the same loss curve. `"bfd"`, `"bfd_split"` and
+            `"wrapped"` as in `SFTConfig`, planned over the whole data set: a pack then takes the place of an example.
+        tokens_per_pass (`int` or `str`, *optional*):
+            With `"step"`, the most tokens that go through the model at once, on each device; by default `max_length`.
+            `"auto"` for the most that fit, measured at the first step. It changes speed and memory, not the training:
+            a step that runs out of memory in one process is taken again with half as many.
+        loss_normalization (`str`, *optional*, defaults to `"token"`):
+            What the loss of an optimizer step is the mean of: `"token"`, over its scored tokens, or `"example"`, over
+            its examples, each the mean of its tokens. Exact over passes, accumulation and devices.
         attention_backend (`str`, *optional*, defaults to `"auto"`):
             What computes the attention within documents: `"auto"` for the first that can, or a name:
             `"flash_attn_4"`, `"flash_attn_3"`, `"flash_attn_2"`, `"torch_varlen"`, `"sdpa"`.
@@ -45,6 +54,24 @@ class PackedSFTConfig(SFTConfig):
     """
 
     packing: bool = field(default=True, metadata={"help": "Whether to pack several examples into one row."})
+    packing_strategy: str = field(
+        default="step",
+        metadata={
+            "help": "What is packed together: the examples of an optimizer step, or of the whole data set.",
+            "choices": ["step", "bfd", "bfd_split", "wrapped"],
+        },
+    )
+    tokens_per_pass: int | str | None = field(
+        default=None,
+        metadata={"help": "With packing_strategy='step', the most tokens in a pass, or 'auto'; by default max_length."},
+    )
+    loss_normalization: str = field(
+        default="token",
+        metadata={
+            "help": "What the loss is the mean of: scored tokens, or examples, each the mean of its tokens.",
+            "choices": ["token", "example"],
+        },
+    )
     attention_backend: str = field(
         default="auto",
         metadata={
@@ -74,6 +101,15 @@ class PackedSFTConfig(SFTConfig):
         if self.attention_backend != "auto" and self.attention_backend not in BACKENDS:
             raise ValueError(
                 f"attention_backend={self.attention_backend!r} is unknown, expected 'auto' or one of {list(BACKENDS)}"
+            )
+        if isinstance(self.tokens_per_pass, str) and self.tokens_per_pass.isdecimal():  # from a command line
+            self.tokens_per_pass = int(self.tokens_per_pass)
+        given = self.tokens_per_pass
+        if given not in (None, "auto") and (not isinstance(given, int) or isinstance(given, bool) or given < 1):
+            raise ValueError(f"tokens_per_pass={given!r}: expected an integer of at least 1, 'auto' or None")
+        if self.loss_normalization not in ("token", "example"):
+            raise ValueError(
+                f"loss_normalization={self.loss_normalization!r} is unknown, expected 'token' or 'example'"
             )
         if self.on_unpackable not in ("pad", "error"):
             raise ValueError(f"on_unpackable={self.on_unpackable!r} is unknown, expected 'pad' or 'error'")

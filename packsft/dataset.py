@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from packsft.batch import StepRows
 from packsft.collator import IGNORE_INDEX
-from packsft.packing import PackPlan, plan_packs
+from packsft.packing import PackPlan, plan_packs, plan_step
 
 
 class TokenRows:
@@ -134,6 +135,18 @@ class PackedDataset(torch.utils.data.Dataset):
         self.unscored_dropped = int(unscored.sum())
         self.unscored_tokens = int(rows.lengths[unscored].sum())
         self._keep_end = keep_end
+        self.lengths = np.diff(
+            np.concatenate([[0], np.cumsum(plan.stops.astype(np.int64) - plan.starts)])[plan.offsets]
+        )
+        ex = plan.examples.astype(int)
+        st = np.zeros(len(rows.lengths), int)
+        en = np.zeros(len(rows.lengths), int)
+        en[ex] = plan.stops
+        self.items = rows.count_scored(st, en)[ex]
+
+    def most_tokens(self, num_items: int) -> int:
+        """Tokens of the longest so many items together."""
+        return int(np.sort(self.lengths)[-num_items:].sum())
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -177,7 +190,7 @@ def pack_dataset(
     """
     if len(dataset) == 0:
         raise ValueError(f"the {name} data set is empty")
-    keep_end = keep_end and strategy in ("bfd", "none")  # the others lose nothing
+    keep_end = keep_end and strategy in ("bfd", "none", "step")  # the others lose nothing
     rows = TokenRows(dataset)
     if vocab_size is not None:
         rows.check_ids(vocab_size)
@@ -194,3 +207,37 @@ def pack_dataset(
     longest = int(lengths.max()) if max_length is None else max_length
     plan = plan_packs(planned, longest, strategy=strategy, seed=seed)
     return PackedDataset(rows, plan, unscored, keep_end=keep_end)
+
+
+class StepDataset(torch.utils.data.Dataset):
+    """Optimizer steps over a data set whose items are single examples: what a batch of indices is, packed for one rank.
+
+    The data loader asks for a whole step at once, the same one on every rank (`per_device_batch_size * accumulation *
+    ranks` examples in the sampler's order). All ranks plan it, from the lengths alone, and each gathers its own passes.
+    """
+
+    total_dataset_length = (
+        0  # accelerate cuts what was gathered of a last batch to the rest of this: nothing is repeated
+    )
+
+    def __init__(
+        self, examples: PackedDataset, tokens_per_pass: int, *, rank: int = 0, num_ranks: int = 1, padded: bool = False
+    ) -> None:
+        self.examples = examples
+        self.tokens_per_pass = tokens_per_pass
+        self._rank, self._num_ranks, self._padded = rank, num_ranks, padded
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.examples[index]  # a sampler by length looks at single examples
+
+    def __getitems__(self, indices: list[int]) -> list[StepRows]:
+        return [self.step(np.array(indices, dtype=np.int64))]
+
+    def step(self, examples: np.ndarray) -> StepRows:
+        """The passes of this rank in the step that takes these examples, `[B]`."""
+        ranks = plan_step(self.examples.lengths[examples], self.tokens_per_pass, self._num_ranks, padded=self._padded)
+        passes = [[self.examples[i] for i in examples[documents]] for documents in ranks[self._rank]]
+        return StepRows(passes, examples, self.examples.items[examples].sum().item(), self.tokens_per_pass)

@@ -257,6 +257,7 @@ def prepare(
         model=model,
         args=PackedSFTConfig(
             output_dir=str(scratch / "trainer"),
+            packing_strategy="bfd",
             per_device_train_batch_size=1,
             per_device_eval_batch_size=1,
             warmup_steps=0.1,  # a share of the run

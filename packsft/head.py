@@ -53,7 +53,7 @@ def count_embeddings(model: PreTrainedModel) -> int:
 
 
 def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss: bool = False) -> str | None:
-    """Teach `model.forward` the keyword arguments `loss_rows`, `loss_targets` and `num_items`.
+    """Teach `model.forward` the keyword arguments `loss_rows`, `loss_targets`, `loss_weights` and `num_items`.
 
     Without them the forward stays what it was. Call before the model is wrapped (DDP, FSDP); a PEFT model's base model
     is what to pass.
@@ -90,15 +90,21 @@ def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         if "loss_rows" not in kwargs:
             return own_forward(self, *args, **kwargs)
-        rows, targets = (kwargs.pop(key) for key in LOSS_KEYS)
+        rows, targets, weights = (kwargs.pop(key, None) for key in LOSS_KEYS)
         num_items = kwargs.pop("num_items", None)
         if why_compact is None:
             hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-            return _reduce(_fused_loss(self, hidden, rows, targets, fused_options, num_items))
+            return _reduce(_fused_loss(self, hidden, rows, targets, weights, fused_options, num_items))
         outputs, logits = _compact_logits(functools.partial(own_forward, self), rows, *args, use_cache=False, **kwargs)
         # the logits are ours alone, so that their gradient may take their place
         loss = cross_entropy(
-            logits, shift=False, targets=targets, options=options, num_items=num_items, inplace=logits.requires_grad
+            logits,
+            shift=False,
+            targets=targets,
+            weights=weights,
+            options=options,
+            num_items=num_items,
+            inplace=logits.requires_grad,
         )
         return _reduce(loss, getattr(outputs, "aux_loss", None))
 
@@ -111,14 +117,15 @@ def _fused_loss(
     hidden: Tensor,
     rows: Tensor,
     targets: Tensor,
+    weights: Tensor | None,
     options: LossOptions,
-    num_items: Tensor | int | None,
+    num_items: Tensor | float | None,
 ) -> LossOutput:
     head = model.get_output_embeddings()  # looked up on each call, since wrappers replace it
     hidden_TM = hidden.flatten(0, 1).to(head.weight.device)
     with gathered_parameters(head.weight, head.bias) as (weight, bias):
         return linear_cross_entropy(
-            hidden_TM, weight, targets, rows=rows, bias=bias, options=options, num_items=num_items
+            hidden_TM, weight, targets, rows=rows, bias=bias, weights=weights, options=options, num_items=num_items
         )
 
 
@@ -173,7 +180,7 @@ def _why_not_fused(model: PreTrainedModel, options: LossOptions) -> str | None:
         rows = torch.arange(7, dtype=torch.int32, device=ids.device)
         targets = ids[0, 1:]
         plain = replace(options, label_smoothing=0.0, z_loss=0.0, dft=False)
-        ours = _fused_loss(model, hidden, rows, targets, plain, None).log_prob
+        ours = _fused_loss(model, hidden, rows, targets, None, plain, None).log_prob
         theirs = logits[:7].double().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         return f"the probe of the head failed: {error}"

@@ -5,6 +5,7 @@ The keys are TRL's (`mean_token_accuracy`, `entropy`, `num_tokens`, `aux_loss`),
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from typing import Any
@@ -46,14 +47,23 @@ class MetricSums:
         tokens = torch.tensor(self._tokens, device=accelerator.device)
         return int(accelerator.reduce(tokens, reduction="sum"))
 
-    def add(self, output: HeadOutput, *, scored: int, tokens: int, mean_loss: Tensor | None = None) -> None:
+    def copy(self) -> MetricSums:
+        """The sums as they are now, to come back to when a step is taken again."""
+        kept = copy.copy(self)
+        kept._device_sums = dict(self._device_sums)
+        return kept
+
+    def add(
+        self, output: HeadOutput, *, scored: int, tokens: int, items: float = 0.0, mean_loss: Tensor | None = None
+    ) -> None:
         """Count one pass.
 
         Args:
             output: what the head returned.
             scored: N, scored tokens of the pass, known on the host.
             tokens: tokens of the pass, known on the host.
-            mean_loss: mean loss of the scored tokens, where it is to be averaged by token (evaluation).
+            items: what `mean_loss` was divided by: N, or the sum of the weights.
+            mean_loss: mean loss of the pass, where it is to be averaged over all of them (evaluation).
         """
         self._passes += 1
         self._scored += scored
@@ -61,8 +71,8 @@ class MetricSums:
         sums = {"entropy": output.entropy_sum, "num_correct": output.num_correct, "aux_loss": output.aux_loss}
         if mean_loss is not None:
             counted = torch.isfinite(mean_loss) | (not self._filter_nonfinite)
-            sums["loss"] = torch.where(counted, mean_loss * scored, 0.0)
-            sums["loss_scored"] = counted * scored
+            sums["loss"] = torch.where(counted, mean_loss.double() * items, 0.0)
+            sums["loss_items"] = counted * items
         for name, value in sums.items():
             if value is not None:
                 value = value.detach().double()
@@ -72,8 +82,8 @@ class MetricSums:
         """Sum over ranks, read the device once, and start anew. Empty if nothing was counted.
 
         Returns:
-            `entropy` and `mean_token_accuracy` and, where they were counted, `loss` per scored token and `aux_loss`
-            per pass; `tokens` and `seconds` since the clock was started.
+            `entropy` and `mean_token_accuracy` and, where they were counted, `loss` per scored token (or example) and
+            `aux_loss` per pass; `tokens` and `seconds` since the clock was started.
         """
         if not self._passes:
             return {}
@@ -92,7 +102,7 @@ class MetricSums:
             "seconds": seconds,
         }
         if "loss" in total:
-            metrics["loss"] = total["loss"] / total["loss_scored"] if total["loss_scored"] else math.nan
+            metrics["loss"] = total["loss"] / total["loss_items"] if total["loss_items"] else math.nan
         if "aux_loss" in total:
             metrics["aux_loss"] = total["aux_loss"] / passes
         return metrics

@@ -20,29 +20,31 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import is_peft_model, release_memory
 from datasets import Dataset, IterableDataset
 from packsft_kernels import LossOptions
 from packsft_kernels.version import __version__
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import is_kernels_available
 from trl import SFTConfig, SFTTrainer
 
 from packsft import attention, compat
-from packsft.batch import LOSS_KEYS, count_scored, model_inputs
+from packsft.batch import count_scored, loss_inputs, model_inputs
 from packsft.collator import PackingCollator
 from packsft.config import PackedSFTConfig
-from packsft.dataset import PackedDataset, pack_dataset
+from packsft.dataset import PackedDataset, StepDataset, pack_dataset
 from packsft.head import HeadOutput, count_embeddings, install_head
 from packsft.isolation import IsolationVerdict, check_isolation
-from packsft.loss import ranks_per_batch, scored_in_step
+from packsft.loss import items_in_step, ranks_per_batch
+from packsft.memory import fit_tokens
 from packsft.metrics import MetricSums
 from packsft.notices import PackingNotice
 from packsft.packing import PackingReport, packing_report
 
-STRATEGIES = ("bfd", "bfd_split", "wrapped")
+STRATEGIES = ("step", "bfd", "bfd_split", "wrapped")
 
 logger = logging.getLogger("packsft")
 
@@ -50,9 +52,10 @@ logger = logging.getLogger("packsft")
 class PackedSFTTrainer(SFTTrainer):
     """`trl.SFTTrainer` that trains on packed sequences: no padding, no T x T mask, no T x V logits.
 
-    The constructor is the parent's, argument for argument. `args` may be an `SFTConfig` or a [`PackedSFTConfig`];
-    with `packing=False` the examples of a batch are laid end to end without padding. Every data set form of the parent
-    works packed; so does a data set with `dataset_kwargs={"skip_prepare_dataset": True}` whose rows are packs the user
+    The constructor is the parent's, argument for argument. `args` may be an `SFTConfig` or a [`PackedSFTConfig`], whose
+    default is exact-step packing: every optimizer step takes the examples that an unpacked run would take, packed into
+    as few passes as hold them. With `packing=False` the examples of a batch are laid end to end without padding. Every
+    data set form of the parent works packed; so does a data set with `dataset_kwargs={"skip_prepare_dataset": True}` whose rows are packs the user
     made (`input_ids`, `labels`, `seq_lengths`).
 
     Attributes:
@@ -90,7 +93,12 @@ class PackedSFTTrainer(SFTTrainer):
             pad_to_multiple_of=self.args.pad_to_multiple_of,
             vocab_size=self._vocab_size,
             padded=not self.isolation.isolated,
+            per_example=getattr(args, "loss_normalization", "token") == "example",
         )
+        tokens_per_pass = getattr(args, "tokens_per_pass", None)
+        self._fits_tokens_per_pass = tokens_per_pass == "auto"
+        self._tokens_per_pass = args.max_length if tokens_per_pass in (None, "auto") else tokens_per_pass
+        self._steps: StepDataset | None = None
         if self.data_collator.padded and self.compute_metrics is not None and self._packs_evaluation():
             raise ValueError(
                 "compute_metrics with packed evaluation sets needs a model that can be packed "
@@ -150,9 +158,39 @@ class PackedSFTTrainer(SFTTrainer):
             )  # fmt: skip
         return packed
 
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Callable | None = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> DataLoader:
+        """Adds to the parent: under exact-step packing, an item is what all ranks together take, packed for this one."""
+        if not (isinstance(dataset, PackedDataset) and dataset.plan.strategy == "step"):
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        num_ranks = self.accelerator.num_processes // ranks_per_batch(self.accelerator)
+        steps = StepDataset(
+            dataset,
+            self._tokens_per_pass,
+            rank=self.accelerator.process_index // ranks_per_batch(self.accelerator),
+            num_ranks=num_ranks,
+            padded=self.data_collator.padded,
+        )
+        if is_training:
+            self._steps = steps
+        size = batch_size * (1 if self.args.accelerator_config.split_batches else num_ranks)
+        loader = super()._get_dataloader(steps, description, size, sampler_fn, is_training, dataloader_key)
+        return compat.whole_batches(loader)
+
     def _packed_datasets(self) -> list[PackedDataset]:
         evals = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         return [dataset for dataset in (self.train_dataset, *evals) if isinstance(dataset, PackedDataset)]
+
+    @property
+    def _packs_steps(self) -> bool:
+        return isinstance(self.train_dataset, PackedDataset) and self.train_dataset.plan.strategy == "step"
 
     @property
     def packing_report(self) -> PackingReport | None:
@@ -222,34 +260,129 @@ class PackedSFTTrainer(SFTTrainer):
 
     # ---- a step: batches to loss ----
 
+    def _inner_training_loop(self, batch_size: int, args: SFTConfig, *positional: Any, **named: Any) -> TrainOutput:
+        """Adds to the parent: under exact-step packing, its loop sees one batch per optimizer step."""
+        if not self._packs_steps:
+            return super()._inner_training_loop(batch_size, args, *positional, **named)
+        with compat.one_batch_per_step(self) as (step_size, step_args):
+            return super()._inner_training_loop(step_size, step_args, *positional, **named)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, int | Tensor]:
+    ) -> tuple[list, float | Tensor]:
         """Adds to the parent: the denominator is a count the host already has."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
         across_ranks = self.args.average_tokens_across_devices
-        return batches, scored_in_step(batches, self.accelerator, across_ranks=across_ranks)
+        return batches, items_in_step(batches, self.accelerator, across_ranks=across_ranks)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Adds to the parent: the clock, and `logging_nan_inf_filter` on the device."""
+        """Adds to the parent: the passes of an exact step, the clock, and `logging_nan_inf_filter` on the device."""
         self._sums["train"].start()
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        if "passes" in inputs:
+            loss = self._walk_passes(model, inputs, num_items_in_batch)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if not self._filter_nonfinite:
             return loss
         steps = 1 + self.state.global_step - self._globalstep_last_logged
         return torch.where(torch.isfinite(loss), loss, self._tr_loss.to(loss.device) / steps)
+
+    def _walk_passes(self, model: nn.Module, step: dict[str, Any], num_items: Any) -> Tensor:
+        """Forward and backward of each pass of an exact step, the gradients summed over ranks with the last one.
+
+        A step that runs out of memory is taken again, with half as many tokens in a pass: the same step.
+        """
+        assert self._steps is not None
+        if self._fits_tokens_per_pass:
+            self._set_tokens_per_pass(self._measure_tokens_per_pass(model))
+            self._fits_tokens_per_pass = False
+        while True:
+            if step["tokens_per_pass"] != self._tokens_per_pass:  # planned ahead, with another bound
+                step = self._prepare_inputs(self.data_collator([self._steps.step(step["examples"])]))
+            sums = self._sums["train"].copy()
+            try:
+                return self._sum_passes(model, step["passes"], num_items)
+            except torch.OutOfMemoryError as error:
+                smaller = self._smaller_passes(step, error)
+            # only here, where the exception no longer keeps the pass's activations alive
+            self._sums["train"] = sums
+            self._set_tokens_per_pass(smaller)
+            model.zero_grad()
+            release_memory()
+
+    def _sum_passes(self, model: nn.Module, passes: list[dict[str, Any]], num_items: Any) -> Tensor:
+        self.current_gradient_accumulation_steps = len(passes)
+        losses = []
+        for batch in passes[:-1]:
+            with compat.no_gradient_sync(self, model):
+                losses.append(super().training_step(model, batch, num_items))
+        losses.append(super().training_step(model, passes[-1], num_items))
+        return torch.stack(losses).sum()
+
+    def _set_tokens_per_pass(self, tokens: int) -> None:
+        assert self._steps is not None
+        self._tokens_per_pass = self._steps.tokens_per_pass = tokens
+
+    def _measure_tokens_per_pass(self, model: nn.Module) -> int:
+        """The most tokens that fit, by a forward and backward at two sizes; no more than a step can have."""
+        assert self._steps is not None
+        examples = self._steps.examples
+        longest, largest_step = examples.most_tokens(1), examples.most_tokens(self._train_batch_size)
+        if largest_step <= 2 * longest:
+            return largest_step
+        sums = self._sums["train"].copy()
+
+        def run(num_tokens: int) -> None:
+            ids = [position % self._vocab_size for position in range(num_tokens)]
+            lengths = [longest] * (num_tokens // longest)
+            row = {"input_ids": ids, "seq_lengths": [*lengths, num_tokens - sum(lengths)]}
+            batch = self._prepare_inputs(self.data_collator([row]))
+            with compat.no_gradient_sync(self, model):
+                super(PackedSFTTrainer, self).training_step(model, batch, num_tokens)
+
+        device = self.accelerator.device
+        trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            fitting = fit_tokens(run, longest, 2 * longest, device, to_come=2 * trained)
+        model.zero_grad()
+        self._sums["train"] = sums
+        tokens = torch.tensor(min(fitting, largest_step), device=device)
+        tokens = int(self.accelerator.gather(tokens[None]).min())
+        logger.warning("tokens_per_pass='auto': %d tokens fit into a pass on %s", tokens, device)
+        return tokens
+
+    def _smaller_passes(self, step: dict[str, Any], error: torch.OutOfMemoryError) -> int:
+        """Half the tokens of the fullest pass; raises the error anew where that is no way out."""
+        assert self._steps is not None
+        most = max(batch["num_tokens"] for batch in step["passes"])
+        longest = int(self._steps.examples.lengths[step["examples"]].max())
+        if most <= longest:
+            raise torch.OutOfMemoryError(
+                f"one document of {most:,} tokens is too much for the device's memory: set gradient_checkpointing=True "
+                f"or a smaller max_length ({error})"
+            ) from None
+        if self.accelerator.num_processes > 1:
+            raise torch.OutOfMemoryError(
+                f"a pass of {most:,} tokens is too much for the memory of rank {self.accelerator.process_index}, and "
+                f"the other ranks wait for it: set tokens_per_pass={max(most // 2, longest)} ({error})"
+            ) from None
+        smaller = max(most // 2, longest)
+        logger.warning(
+            "out of memory in a pass of %d tokens: the step is taken again, and training goes on, with at most %d in a "
+            "pass; the training is the same", most, smaller,
+        )  # fmt: skip
+        return smaller
 
     def compute_loss(
         self,
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: int | Tensor | None = None,
+        num_items_in_batch: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """The parent's loss, whole and ours: sum over scored tokens / `num_items_in_batch` (default: of this batch)."""
         mode = "train" if self.model.training else "eval"
-        scored = count_scored(inputs)
-        num_items = max(scored, 1) if num_items_in_batch is None else num_items_in_batch
+        num_items = (inputs["num_items"] or 1) if num_items_in_batch is None else num_items_in_batch
         if callable(self.compute_loss_func):  # deprecated in TRL; it wants logits, which costs a second forward
             with self._packed_forward():
                 outputs = model(**model_inputs(inputs), use_cache=False)
@@ -260,7 +393,11 @@ class PackedSFTTrainer(SFTTrainer):
             output = self._forward_head(model, inputs, num_items)
             loss = output.loss
         self._sums[mode].add(
-            output, scored=scored, tokens=inputs["num_tokens"], mean_loss=loss.detach() if mode == "eval" else None
+            output,
+            scored=count_scored(inputs),
+            tokens=inputs["num_tokens"],
+            items=inputs["num_items"],
+            mean_loss=loss.detach() if mode == "eval" else None,
         )
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // ranks_per_batch(self.accelerator))  # DDP averages
@@ -273,8 +410,8 @@ class PackedSFTTrainer(SFTTrainer):
         with torch.no_grad(), self._packed_forward():
             return loss, model(**model_inputs(inputs), use_cache=False)
 
-    def _forward_head(self, model: nn.Module, inputs: dict[str, Any], num_items: int | Tensor) -> HeadOutput:
-        extra: dict[str, Any] = {key: inputs[key] for key in LOSS_KEYS}
+    def _forward_head(self, model: nn.Module, inputs: dict[str, Any], num_items: float | Tensor) -> HeadOutput:
+        extra: dict[str, Any] = loss_inputs(inputs)
         if self.aux_loss_enabled:
             extra["output_router_logits"] = True
         with self._packed_forward():
@@ -283,7 +420,28 @@ class PackedSFTTrainer(SFTTrainer):
     def _packed_forward(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.data_collator.padded else attention.packed_forward()
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Adds to the parent: an exact step's are those of its passes."""
+        return sum(super(PackedSFTTrainer, self).floating_point_ops(batch) for batch in inputs.get("passes", [inputs]))
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        for batch in inputs.get("passes", [inputs]):
+            super()._track_num_input_tokens(batch)
+
     # ---- evaluation and logging ----
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Adds to the parent: what an exact step's passes give, laid end to end."""
+        outputs = [
+            super(PackedSFTTrainer, self).prediction_step(model, batch, prediction_loss_only, ignore_keys)
+            for batch in inputs.get("passes", [inputs])
+        ]
+        losses, logits, labels = zip(*outputs, strict=True)
+        if prediction_loss_only:
+            return torch.stack(losses).mean(), None, None
+        return torch.stack(losses).mean(), torch.cat(logits, dim=1), torch.cat(labels, dim=1)
 
     def evaluation_loop(
         self, dataloader: Any, description: str, *positional: Any, metric_key_prefix: str = "eval", **named: Any
@@ -337,6 +495,8 @@ def _own_arguments(arguments: dict[str, Any]) -> SFTConfig:
         args = SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # `to_dict` hides the token
     args = copy.copy(args)
     args.padding_free = args.padding_free and args.packing  # without packing it is what we do, max_length enforced
+    if args.packing and args.packing_strategy == "step":
+        args.auto_find_batch_size = False  # it would change the training; `tokens_per_pass` is what gives way to memory
     args.gradient_checkpointing_kwargs = copy.copy(args.gradient_checkpointing_kwargs)  # the parent edits it
     args.accelerator_config = copy.copy(args.accelerator_config)
     args.accelerator_config.non_blocking = args.dataloader_pin_memory and args.device.type == "cuda"
@@ -349,6 +509,13 @@ def _check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
         raise ValueError("packing=True needs max_length, the number of tokens in a pack; got max_length=None")
     if args.packing and args.packing_strategy not in STRATEGIES:
         raise ValueError(f"packing_strategy={args.packing_strategy!r} is unknown, expected one of {STRATEGIES}")
+    if args.packing and args.packing_strategy == "step":
+        _check_exact_steps(args)
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process mean DataParallel, which cuts a batch by rows, and a packed batch is one "
+            "row: start one process per GPU (accelerate launch, torchrun), or show it one (CUDA_VISIBLE_DEVICES=0)"
+        )
     if args.truncation_mode not in ("keep_start", "keep_end"):
         raise ValueError(f"truncation_mode={args.truncation_mode!r} is unknown, expected 'keep_start' or 'keep_end'")
     if args.accelerator_config.dispatch_batches:
@@ -387,6 +554,25 @@ def _check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
         raise ValueError(
             f"{type(model).__name__} has no language-model head (get_output_embeddings() is None): packsft trains "
             "causal language models, load one with AutoModelForCausalLM"
+        )
+
+
+def _check_exact_steps(args: SFTConfig) -> None:
+    other = "take packing_strategy='bfd'"
+    if args.deepspeed_plugin is not None:
+        raise ValueError(
+            "packing_strategy='step' does not work under DeepSpeed, which counts the passes of an optimizer step itself, "
+            f"and here their number varies: {other}, FSDP or DDP"
+        )
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise ValueError(
+            "train_sampling_strategy='batch_rebalance' deals examples to ranks, and so does packing_strategy='step', "
+            f"which balances them by tokens and attention: leave it unset, or {other}"
+        )
+    if args.world_size > 1 and not args.average_tokens_across_devices:
+        raise ValueError(
+            "average_tokens_across_devices=False divides by each rank's own tokens, and packing_strategy='step' says "
+            f"itself which rank takes which examples: leave it True, or {other}"
         )
 
 

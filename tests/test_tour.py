@@ -19,7 +19,7 @@ from tiny import ROWS, tiny_model
 
 from packsft import PackedSFTTrainer, plan_packs
 from packsft.batch import count_scored
-from packsft.loss import scored_in_step
+from packsft.loss import items_in_step
 
 HOW_IT_WORKS = Path(__file__).parents[1] / "docs" / "how-it-works.md"
 
@@ -29,7 +29,7 @@ def packed(tmp_path_factory) -> PackedSFTTrainer:
     """The rows as the trainer takes them: two packs, one optimizer step of two micro-steps, in float64."""
     return trainer(
         tmp_path_factory.mktemp("tour"), model=tiny_model("gpt2", dtype=torch.float64),
-        train_dataset=Dataset.from_list(ROWS), max_length=8, per_device_train_batch_size=1,
+        train_dataset=Dataset.from_list(ROWS), max_length=8, packing_strategy="bfd", per_device_train_batch_size=1,
         gradient_accumulation_steps=2, num_train_epochs=1,
     )  # fmt: skip
 
@@ -114,7 +114,7 @@ def test_batch_to_mask(batches, attend):
 
 def test_batches_to_denominator(batches):
     assert [count_scored(batch) for batch in batches] == [5, 3]
-    assert scored_in_step(batches, accelerator=None, across_ranks=False) == 8
+    assert items_in_step(batches, accelerator=None, across_ranks=False) == 8
 
 
 def test_a_model_without_knowledge_has_the_loss_of_a_guess(packed, batches):

@@ -193,7 +193,7 @@ def cross_entropy(
     targets: Tensor | None = None,
     weights: Tensor | None = None,
     options: LossOptions = _DEFAULT_OPTIONS,
-    num_items: int | Tensor | None = None,
+    num_items: float | Tensor | None = None,
     reduction: str = "mean",
     inplace: bool = False,
 ) -> LossOutput:
@@ -294,7 +294,7 @@ def to_loss_output(loss: Tensor, outputs: RowOutputs, options: LossOptions) -> L
     )
 
 
-def inverse_items(targets_N: Tensor, options: LossOptions, num_items: int | Tensor | None) -> Tensor:
+def inverse_items(targets_N: Tensor, options: LossOptions, num_items: float | Tensor | None) -> Tensor:
     """1 / num_items, 0-d float64 on the device; 0 for no items, so that a batch without a scored row has loss 0."""
     device = targets_N.device
     if num_items is None:
@@ -302,7 +302,7 @@ def inverse_items(targets_N: Tensor, options: LossOptions, num_items: int | Tens
     elif isinstance(num_items, Tensor):
         items = num_items.detach().to(device, non_blocking=device.type == "cuda").reshape(())
     else:
-        items = torch.full((), num_items, device=device)  # a fill, where a copy would wait
+        items = torch.full((), num_items, dtype=torch.float64, device=device)  # a fill, where a copy would wait
     items = items.double()
     return torch.where(items > 0, items.reciprocal(), 0.0)
 
@@ -312,7 +312,7 @@ def scaled_sum(loss_N: Tensor, scale: Tensor) -> Tensor:
     return (loss_N.double() * scale).sum().to(loss_N.dtype)
 
 
-def check_reduction(reduction: str, num_items: int | Tensor | None) -> None:
+def check_reduction(reduction: str, num_items: float | Tensor | None) -> None:
     check_argument(reduction in ("mean", "sum", "none"), "reduction", repr(reduction), '"mean", "sum" or "none"')
     check_argument(
         num_items is None or reduction == "mean", "num_items", f"reduction={reduction!r}", 'reduction="mean"'

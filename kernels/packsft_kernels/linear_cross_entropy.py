@@ -367,7 +367,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     weights: Tensor | None = None,
     options: LossOptions = _DEFAULT_OPTIONS,
-    num_items: int | Tensor | None = None,
+    num_items: float | Tensor | None = None,
     reduction: str = "mean",
 ) -> LossOutput:
     """Cross-entropy of `F.linear(hidden, weight, bias)[rows]` with `targets`, without ever holding all the logits.
@@ -384,7 +384,7 @@ def linear_cross_entropy(
         bias: [V] or None.
         weights: [N] factor of each row's loss.
         options: see `LossOptions`.
-        num_items: what "mean" divides by, an int or a tensor of one element on the device (never read back); by
+        num_items: what "mean" divides by, a number or a tensor of one element on the device (never read back); by
             default the number of rows that are not ignored (not the sum of the weights). 0 gives a loss of 0.
         reduction: "mean" (sum / num_items), "sum" or "none" ([N]).
 

@@ -3,6 +3,7 @@
 from .balance import attention_costs, balanced_order, cost_imbalance
 from .plan import PackPlan, plan_packs
 from .report import PackingReport, packing_report
+from .steps import plan_step
 
 __all__ = [
     "PackPlan",
@@ -12,4 +13,5 @@ __all__ = [
     "cost_imbalance",
     "packing_report",
     "plan_packs",
+    "plan_step",
 ]

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 IntArray = NDArray[np.integer[Any]]
 
-STRATEGIES = ("bfd", "bfd_split", "wrapped", "none")
+STRATEGIES = ("step", "bfd", "bfd_split", "wrapped", "none")
 _ARRAYS = ("offsets", "examples", "starts", "stops")
 _NONE = np.zeros(0, np.int64)
 
@@ -157,6 +157,7 @@ def plan_packs(
     - `"bfd_split"`: the same, but a longer example is split into pieces of `max_length` tokens and a rest
     - `"wrapped"`: the examples end to end in order, cut every `max_length` tokens; each piece is its own document
     - `"none"`: packing off, one example per pack, truncated
+    - `"step"`: the same; what meets in a pass is planned for each optimizer step, when its examples are known (steps.py)
 
     The two best-fit strategies make as many packs as one-by-one best fit decreasing over the whole set, or fewer: where
     that is more than 0.1% above the lower bound, exact fill is tried and the better kept. Their packs come in the order
@@ -220,7 +221,7 @@ def plan_packs(
         strategy=strategy,
         examples_in=len(lengths_in),
         examples_packed=len(kept),
-        examples_truncated=num_overlong if strategy in ("bfd", "none") else 0,
+        examples_truncated=num_overlong if strategy in ("bfd", "none", "step") else 0,
         examples_split=num_split,
         examples_dropped=len(lengths_in) - len(kept),
         tokens_in=tokens_in,

@@ -402,7 +402,7 @@ def test_bad_max_length_is_named(max_length):
 
 
 def test_unknown_strategy_lists_the_known_ones():
-    with pytest.raises(ValueError, match="strategy='ffd': choose one of bfd, bfd_split, wrapped, none"):
+    with pytest.raises(ValueError, match="strategy='ffd': choose one of step, bfd, bfd_split, wrapped, none"):
         plan_packs([1], 4, strategy="ffd")
 
 

@@ -110,6 +110,8 @@ def test_lower_precision_is_as_close_to_float64_as_plain_pytorch(dtype, tmp_path
 @pytest.mark.parametrize(
     "options",
     [
+        {"tokens_per_pass": 12},
+        {"packing_strategy": "bfd", "max_length": 16},
         {"packing": False},
         {"packing": False, "per_device_train_batch_size": 4},
         {"max_length": 16},
@@ -144,9 +146,9 @@ def test_a_document_in_the_wrong_place_would_be_seen(tmp_path, monkeypatch):
 
     packed = PackingCollator._packed
 
-    def positions_run_on(self, ids, labels, lengths):
-        batch = packed(self, ids, labels, lengths)
-        return batch | {"position_ids": torch.arange(len(ids))[None]}
+    def positions_run_on(self, documents):
+        batch = packed(self, documents)
+        return batch | {"position_ids": torch.arange(batch["input_ids"].numel())[None]}
 
     monkeypatch.setattr(PackingCollator, "_packed", positions_run_on)
     rows, model = token_rows(12), tiny_model("gpt2")

@@ -71,7 +71,7 @@ def trl_documents(dataset, tmp_path, **options):
 @pytest.mark.parametrize("form", list(FORMS))
 def test_the_packed_documents_are_those_that_trl_prepares(form, tmp_path):
     dataset, options = FORMS[form]
-    packed = trainer(tmp_path, train_dataset=dataset, max_length=32, **options)
+    packed = trainer(tmp_path, train_dataset=dataset, max_length=32, packing_strategy="bfd", **options)
     expected = [d for d in trl_documents(dataset, tmp_path, max_length=32, **options) if any(x != -100 for x in d[1])]
     assert documents(packed.train_dataset) == expected
     assert max(sum(item["seq_lengths"]) for item in packed.train_dataset) <= 32
@@ -101,14 +101,16 @@ def test_packs_made_by_the_user_are_taken_as_they_are(tmp_path):
 
 def test_a_stream_is_packed_by_the_parent_and_kept_apart_by_us(tmp_path):
     stream = IterableDataset.from_generator(lambda: iter(ROWS * 4))
-    ours = trainer(tmp_path, train_dataset=stream, max_length=8, max_steps=2, per_device_train_batch_size=1)
+    ours = trainer(
+        tmp_path, train_dataset=stream, max_length=8, max_steps=2, packing_strategy="bfd", per_device_train_batch_size=1
+    )
     ours.train()
     assert len(losses(ours)) == 2
     assert ours.packing_report is None
 
 
 def test_batches_of_several_packs_are_one_longer_row(tmp_path):
-    ours = trainer(tmp_path, train_dataset=TOKENS, max_length=8, per_device_train_batch_size=2)
+    ours = trainer(tmp_path, train_dataset=TOKENS, max_length=8, packing_strategy="bfd", per_device_train_batch_size=2)
     batch = next(iter(ours.get_train_dataloader()))
     assert batch["input_ids"].shape[0] == 1
     assert batch["input_ids"].shape[1] > 8

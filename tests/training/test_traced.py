@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import PreTrainedModel
 
 from packsft.attention import packed_forward
-from packsft.batch import LOSS_KEYS, model_inputs
+from packsft.batch import loss_inputs, model_inputs
 from packsft.collator import PackingCollator
 from packsft.head import install_head
 
@@ -29,7 +29,7 @@ def model_with_head(family: str = "llama", dtype: torch.dtype = torch.float64, *
 
 def packed(rows: list[dict]) -> dict:
     batch = PackingCollator(pad_token_id=0)([dict(row) for row in rows])
-    return model_inputs(batch) | {key: batch[key] for key in LOSS_KEYS}
+    return model_inputs(batch) | loss_inputs(batch)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])

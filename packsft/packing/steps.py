@@ -1,0 +1,114 @@
+"""Exact-step packing: the examples of one optimizer step to passes, as many on every rank and as costly.
+
+An unpacked run says which examples a step takes. Here those, and no others, are laid into as few passes of at most
+`tokens_per_pass` tokens as hold them. How many tokens a pass holds is then a matter of speed and memory: the step, and
+with it the schedule and the loss curve, is the unpacked one's. This file knows lengths, not samplers or processes; every
+process that asks gets the same answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .plan import plan_packs
+
+Passes = list[NDArray[np.int64]]
+
+
+def plan_step(
+    lengths: Sequence[int] | NDArray[np.integer[Any]], tokens_per_pass: int, num_ranks: int = 1, *, padded: bool = False
+) -> list[Passes]:
+    """For each rank its passes, for each pass the documents in it, as indices into `lengths`.
+
+    Every document is in one pass; all ranks have the same number of passes, the smallest that best fit finds, and
+    one of them may be empty. Ranks and passes are made to hold equal shares of the tokens and of the attention cost
+    (the sum of the squared lengths), as far as the passes have room. A document longer than `tokens_per_pass` is a pass
+    of its own: it is never cut here.
+
+    Args:
+        lengths: tokens of each document of the step, `[D]` integers of at least 1.
+        tokens_per_pass: the most tokens in a pass; with `padded` its documents times the longest of them.
+        num_ranks: how many processes share the step.
+        padded: for passes that are rows of documents padded to the longest: documents of similar length meet.
+
+    Raises:
+        ValueError: `tokens_per_pass` or `num_ranks` below 1, or a length that is no integer of at least 0.
+    """
+    for name, value in (("tokens_per_pass", tokens_per_pass), ("num_ranks", num_ranks)):
+        if value < 1:
+            raise ValueError(f"{name}={value!r}: must be at least 1")
+    if padded:
+        order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
+        passes = _rows_of_similar_length(np.asarray(lengths, np.int64), order, tokens_per_pass)
+        num_passes = max(1, -(-len(passes) // num_ranks))
+    else:
+        sizes = np.minimum(lengths, tokens_per_pass)
+        fewest = plan_packs(sizes, tokens_per_pass)
+        num_passes = max(1, -(-len(fewest) // num_ranks))
+        passes = _balanced(np.asarray(lengths, np.int64), sizes, tokens_per_pass, num_passes * num_ranks)
+        passes = passes or [fewest[i] for i in range(len(fewest))]
+    passes += [np.zeros(0, np.int64)] * (num_passes * num_ranks - len(passes))
+    return _dealt(passes, np.asarray(lengths, np.int64), num_ranks)
+
+
+def _rows_of_similar_length(lengths: NDArray[np.int64], order: NDArray[np.int64], tokens_per_pass: int) -> Passes:
+    """Runs of the documents by decreasing length, each as long as documents * longest allows."""
+    passes, at = [], 0
+    while at < len(order):
+        count = max(1, tokens_per_pass // max(1, int(lengths[order[at]])))
+        passes.append(order[at : at + count])
+        at += count
+    return passes
+
+
+def _balanced(lengths: NDArray[np.int64], sizes: NDArray[np.int64], tokens_per_pass: int, num_passes: int) -> Passes:
+    """Exactly `num_passes` passes of equal cost, or none where the room does not allow it.
+
+    By decreasing length, each document goes to the pass that is then the least loaded, the load being the larger of
+    its shares of tokens and of attention. Where that leaves a document without room, fewer of them, the longest, are
+    laid so and the rest by best fit: they are short, and cost attention little.
+    """
+    order = np.argsort(-sizes, kind="stable").tolist()
+    tokens_share = num_passes / max(1, int(lengths.sum()))
+    attention_share = num_passes / max(1, int((lengths**2).sum()))
+    for num_spread in (len(order), len(order) * 3 // 4, len(order) // 2, len(order) // 4):
+        room = np.full(num_passes, tokens_per_pass)
+        tokens, attention = np.zeros(num_passes), np.zeros(num_passes)
+        documents: list[list[int]] = [[] for _ in range(num_passes)]
+        for position, document in enumerate(order):
+            length = int(lengths[document])
+            fits = room >= sizes[document]
+            if not fits.any():
+                break
+            if position < num_spread:
+                load = np.maximum((tokens + length) * tokens_share, (attention + length**2) * attention_share)
+            else:
+                load = room
+            to = int(np.where(fits, load, np.inf).argmin())
+            documents[to].append(document)
+            room[to] -= sizes[document]
+            tokens[to] += length
+            attention[to] += length**2
+        else:
+            return [np.array(pass_, dtype=np.int64) for pass_ in documents]
+    return []
+
+
+def _dealt(passes: Passes, lengths: NDArray[np.int64], num_ranks: int) -> list[Passes]:
+    """The passes dealt to the ranks, equally many to each: the costliest first, to the rank that has the least so far."""
+    tokens = np.array([lengths[documents].sum() for documents in passes], dtype=float)
+    attention = np.array([(lengths[documents] ** 2).sum() for documents in passes], dtype=float)
+    cost = np.maximum(tokens / max(1.0, tokens.sum()), attention / max(1.0, attention.sum()))
+    ranks: list[Passes] = [[] for _ in range(num_ranks)]
+    loads = np.zeros((num_ranks, 2))
+    for index in np.argsort(-cost, kind="stable"):
+        share = np.array([tokens[index] / max(1.0, tokens.sum()), attention[index] / max(1.0, attention.sum())])
+        full = np.array([len(rank) for rank in ranks]) == len(passes) // num_ranks
+        to = int(np.where(full, np.inf, (loads + share).max(axis=1)).argmin())
+        ranks[to].append(passes[index])
+        loads[to] += share
+    return ranks
