@@ -221,11 +221,22 @@ class StepDataset(torch.utils.data.Dataset):
     )
 
     def __init__(
-        self, examples: PackedDataset, tokens_per_pass: int, *, rank: int = 0, num_ranks: int = 1, padded: bool = False
+        self,
+        examples: PackedDataset,
+        batch_size: int,
+        tokens_per_pass: int,
+        *,
+        rank: int = 0,
+        num_ranks: int = 1,
+        padded: bool = False,
     ) -> None:
         self.examples = examples
         self.tokens_per_pass = tokens_per_pass
-        self._rank, self._num_ranks, self._padded = rank, num_ranks, padded
+        self._batch_size, self._rank, self._num_ranks, self._padded = batch_size, rank, num_ranks, padded
+
+    def most_tokens_per_rank(self) -> int:
+        """An upper bound on the tokens that a step brings to a rank, if they are dealt evenly."""
+        return -(-self.examples.most_tokens(self._batch_size) // self._num_ranks)
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -14,13 +14,14 @@ import importlib.util
 import inspect
 import itertools
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model, release_memory
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from packsft_kernels import LossOptions
 from packsft_kernels.version import __version__
@@ -39,10 +40,10 @@ from packsft.dataset import PackedDataset, StepDataset, pack_dataset
 from packsft.head import HeadOutput, count_embeddings, install_head
 from packsft.isolation import IsolationVerdict, check_isolation
 from packsft.loss import items_in_step, ranks_per_batch
-from packsft.memory import fit_tokens
 from packsft.metrics import MetricSums
 from packsft.notices import PackingNotice
 from packsft.packing import PackingReport, packing_report
+from packsft.passes import PassWalker
 
 STRATEGIES = ("step", "bfd", "bfd_split", "wrapped")
 
@@ -55,8 +56,8 @@ class PackedSFTTrainer(SFTTrainer):
     The constructor is the parent's, argument for argument. `args` may be an `SFTConfig` or a [`PackedSFTConfig`], whose
     default is exact-step packing: every optimizer step takes the examples that an unpacked run would take, packed into
     as few passes as hold them. With `packing=False` the examples of a batch are laid end to end without padding. Every
-    data set form of the parent works packed; so does a data set with `dataset_kwargs={"skip_prepare_dataset": True}` whose rows are packs the user
-    made (`input_ids`, `labels`, `seq_lengths`).
+    data set form of the parent works packed; so does a data set with `dataset_kwargs={"skip_prepare_dataset": True}`
+    whose rows are packs the user made (`input_ids`, `labels`, `seq_lengths`).
 
     Attributes:
         isolation: the verdict of the check that packed documents cannot see each other on this model.
@@ -95,10 +96,15 @@ class PackedSFTTrainer(SFTTrainer):
             padded=not self.isolation.isolated,
             per_example=getattr(args, "loss_normalization", "token") == "example",
         )
-        tokens_per_pass = getattr(args, "tokens_per_pass", None)
-        self._fits_tokens_per_pass = tokens_per_pass == "auto"
-        self._tokens_per_pass = args.max_length if tokens_per_pass in (None, "auto") else tokens_per_pass
-        self._steps: StepDataset | None = None
+        self._passes = PassWalker(
+            getattr(args, "tokens_per_pass", None) or args.max_length or sys.maxsize,
+            args.max_length,
+            self.accelerator,
+            run=self._run_pass,
+            collate=lambda rows: self._prepare_inputs(self.data_collator(rows)),
+            begin=self._begin_passes,
+            undo=self._undo_passes,
+        )
         if self.data_collator.padded and self.compute_metrics is not None and self._packs_evaluation():
             raise ValueError(
                 "compute_metrics with packed evaluation sets needs a model that can be packed "
@@ -167,21 +173,22 @@ class PackedSFTTrainer(SFTTrainer):
         is_training: bool = False,
         dataloader_key: str | None = None,
     ) -> DataLoader:
-        """Adds to the parent: under exact-step packing, an item is what all ranks together take, packed for this one."""
+        """Adds to the parent: under exact-step packing, a batch is that of all ranks, and this rank packs its share."""
         if not (isinstance(dataset, PackedDataset) and dataset.plan.strategy == "step"):
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         num_ranks = self.accelerator.num_processes // ranks_per_batch(self.accelerator)
+        batch_size *= 1 if self.args.accelerator_config.split_batches else num_ranks
         steps = StepDataset(
             dataset,
-            self._tokens_per_pass,
+            batch_size,
+            self._passes.tokens_per_pass,
             rank=self.accelerator.process_index // ranks_per_batch(self.accelerator),
             num_ranks=num_ranks,
             padded=self.data_collator.padded,
         )
         if is_training:
-            self._steps = steps
-        size = batch_size * (1 if self.args.accelerator_config.split_batches else num_ranks)
-        loader = super()._get_dataloader(steps, description, size, sampler_fn, is_training, dataloader_key)
+            self._passes.steps = steps
+        loader = super()._get_dataloader(steps, description, batch_size, sampler_fn, is_training, dataloader_key)
         return compat.whole_batches(loader)
 
     def _packed_datasets(self) -> list[PackedDataset]:
@@ -279,7 +286,7 @@ class PackedSFTTrainer(SFTTrainer):
         """Adds to the parent: the passes of an exact step, the clock, and `logging_nan_inf_filter` on the device."""
         self._sums["train"].start()
         if "passes" in inputs:
-            loss = self._walk_passes(model, inputs, num_items_in_batch)
+            loss = self._passes.walk(model, inputs, num_items_in_batch)
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
         if not self._filter_nonfinite:
@@ -287,91 +294,16 @@ class PackedSFTTrainer(SFTTrainer):
         steps = 1 + self.state.global_step - self._globalstep_last_logged
         return torch.where(torch.isfinite(loss), loss, self._tr_loss.to(loss.device) / steps)
 
-    def _walk_passes(self, model: nn.Module, step: dict[str, Any], num_items: Any) -> Tensor:
-        """Forward and backward of each pass of an exact step, the gradients summed over ranks with the last one.
+    def _begin_passes(self, num_passes: int) -> None:
+        self.current_gradient_accumulation_steps = num_passes
+        self._sums_before = self._sums["train"].copy()
 
-        A step that runs out of memory is taken again, with half as many tokens in a pass: the same step.
-        """
-        assert self._steps is not None
-        if self._fits_tokens_per_pass:
-            self._set_tokens_per_pass(self._measure_tokens_per_pass(model))
-            self._fits_tokens_per_pass = False
-        while True:
-            if step["tokens_per_pass"] != self._tokens_per_pass:  # planned ahead, with another bound
-                step = self._prepare_inputs(self.data_collator([self._steps.step(step["examples"])]))
-            sums = self._sums["train"].copy()
-            try:
-                return self._sum_passes(model, step["passes"], num_items)
-            except torch.OutOfMemoryError as error:
-                smaller = self._smaller_passes(step, error)
-            # only here, where the exception no longer keeps the pass's activations alive
-            self._sums["train"] = sums
-            self._set_tokens_per_pass(smaller)
-            model.zero_grad()
-            release_memory()
+    def _run_pass(self, model: nn.Module, batch: dict[str, Any], num_items: Any, last: bool) -> Tensor:
+        with contextlib.nullcontext() if last else compat.no_gradient_sync(self, model):
+            return super().training_step(model, batch, num_items)
 
-    def _sum_passes(self, model: nn.Module, passes: list[dict[str, Any]], num_items: Any) -> Tensor:
-        self.current_gradient_accumulation_steps = len(passes)
-        losses = []
-        for batch in passes[:-1]:
-            with compat.no_gradient_sync(self, model):
-                losses.append(super().training_step(model, batch, num_items))
-        losses.append(super().training_step(model, passes[-1], num_items))
-        return torch.stack(losses).sum()
-
-    def _set_tokens_per_pass(self, tokens: int) -> None:
-        assert self._steps is not None
-        self._tokens_per_pass = self._steps.tokens_per_pass = tokens
-
-    def _measure_tokens_per_pass(self, model: nn.Module) -> int:
-        """The most tokens that fit, by a forward and backward at two sizes; no more than a step can have."""
-        assert self._steps is not None
-        examples = self._steps.examples
-        longest, largest_step = examples.most_tokens(1), examples.most_tokens(self._train_batch_size)
-        if largest_step <= 2 * longest:
-            return largest_step
-        sums = self._sums["train"].copy()
-
-        def run(num_tokens: int) -> None:
-            ids = [position % self._vocab_size for position in range(num_tokens)]
-            lengths = [longest] * (num_tokens // longest)
-            row = {"input_ids": ids, "seq_lengths": [*lengths, num_tokens - sum(lengths)]}
-            batch = self._prepare_inputs(self.data_collator([row]))
-            with compat.no_gradient_sync(self, model):
-                super(PackedSFTTrainer, self).training_step(model, batch, num_tokens)
-
-        device = self.accelerator.device
-        trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            fitting = fit_tokens(run, longest, 2 * longest, device, to_come=2 * trained)
-        model.zero_grad()
-        self._sums["train"] = sums
-        tokens = torch.tensor(min(fitting, largest_step), device=device)
-        tokens = int(self.accelerator.gather(tokens[None]).min())
-        logger.warning("tokens_per_pass='auto': %d tokens fit into a pass on %s", tokens, device)
-        return tokens
-
-    def _smaller_passes(self, step: dict[str, Any], error: torch.OutOfMemoryError) -> int:
-        """Half the tokens of the fullest pass; raises the error anew where that is no way out."""
-        assert self._steps is not None
-        most = max(batch["num_tokens"] for batch in step["passes"])
-        longest = int(self._steps.examples.lengths[step["examples"]].max())
-        if most <= longest:
-            raise torch.OutOfMemoryError(
-                f"one document of {most:,} tokens is too much for the device's memory: set gradient_checkpointing=True "
-                f"or a smaller max_length ({error})"
-            ) from None
-        if self.accelerator.num_processes > 1:
-            raise torch.OutOfMemoryError(
-                f"a pass of {most:,} tokens is too much for the memory of rank {self.accelerator.process_index}, and "
-                f"the other ranks wait for it: set tokens_per_pass={max(most // 2, longest)} ({error})"
-            ) from None
-        smaller = max(most // 2, longest)
-        logger.warning(
-            "out of memory in a pass of %d tokens: the step is taken again, and training goes on, with at most %d in a "
-            "pass; the training is the same", most, smaller,
-        )  # fmt: skip
-        return smaller
+    def _undo_passes(self) -> None:
+        self._sums["train"] = self._sums_before
 
     def compute_loss(
         self,
@@ -513,7 +445,7 @@ def _check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
         _check_exact_steps(args)
     if args.n_gpu > 1:
         raise ValueError(
-            f"{args.n_gpu} GPUs in one process mean DataParallel, which cuts a batch by rows, and a packed batch is one "
+            f"{args.n_gpu} GPUs in one process mean DataParallel, which cuts a batch by rows, and a packed one is one "
             "row: start one process per GPU (accelerate launch, torchrun), or show it one (CUDA_VISIBLE_DEVICES=0)"
         )
     if args.truncation_mode not in ("keep_start", "keep_end"):
@@ -561,8 +493,8 @@ def _check_exact_steps(args: SFTConfig) -> None:
     other = "take packing_strategy='bfd'"
     if args.deepspeed_plugin is not None:
         raise ValueError(
-            "packing_strategy='step' does not work under DeepSpeed, which counts the passes of an optimizer step itself, "
-            f"and here their number varies: {other}, FSDP or DDP"
+            "packing_strategy='step' does not work under DeepSpeed, which counts the passes of a step itself, and here "
+            f"their number varies: {other}, FSDP or DDP"
         )
     if args.train_sampling_strategy == "batch_rebalance":
         raise ValueError(

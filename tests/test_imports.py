@@ -42,6 +42,7 @@ KNOWS = {
     "packsft/packing/plan.py": "numpy",
     "packsft/packing/report.py": "numpy",
     "packsft/packing/steps.py": "numpy",
+    "packsft/passes.py": "torch accelerate",
     "packsft/smollm2.py": "(tokenizers) (transformers)",
     "packsft/stdlib_docstrings.py": "(datasets)",
     "packsft/trainer.py": "torch transformers trl accelerate datasets packsft_kernels",

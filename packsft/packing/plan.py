@@ -157,7 +157,7 @@ def plan_packs(
     - `"bfd_split"`: the same, but a longer example is split into pieces of `max_length` tokens and a rest
     - `"wrapped"`: the examples end to end in order, cut every `max_length` tokens; each piece is its own document
     - `"none"`: packing off, one example per pack, truncated
-    - `"step"`: the same; what meets in a pass is planned for each optimizer step, when its examples are known (steps.py)
+    - `"step"`: the same; what meets in a pass is planned when the examples of an optimizer step are known (steps.py)
 
     The two best-fit strategies make as many packs as one-by-one best fit decreasing over the whole set, or fewer: where
     that is more than 0.1% above the lower bound, exact fill is tried and the better kept. Their packs come in the order

@@ -2,8 +2,8 @@
 
 An unpacked run says which examples a step takes. Here those, and no others, are laid into as few passes of at most
 `tokens_per_pass` tokens as hold them. How many tokens a pass holds is then a matter of speed and memory: the step, and
-with it the schedule and the loss curve, is the unpacked one's. This file knows lengths, not samplers or processes; every
-process that asks gets the same answer.
+with it the schedule and the loss curve, is the unpacked one's. This file knows lengths, not samplers or processes: who
+asks gets the same answer in every process.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _balanced(lengths: NDArray[np.int64], sizes: NDArray[np.int64], tokens_per_p
 
 
 def _dealt(passes: Passes, lengths: NDArray[np.int64], num_ranks: int) -> list[Passes]:
-    """The passes dealt to the ranks, equally many to each: the costliest first, to the rank that has the least so far."""
+    """The passes dealt to the ranks, equally many to each: the costliest first, to the rank with the least so far."""
     tokens = np.array([lengths[documents].sum() for documents in passes], dtype=float)
     attention = np.array([(lengths[documents] ** 2).sum() for documents in passes], dtype=float)
     cost = np.maximum(tokens / max(1.0, tokens.sum()), attention / max(1.0, attention.sum()))
