@@ -76,6 +76,7 @@ def test_packs_to_batches(batches):
         "labels": [[-100, -100, 5, 6, 1, -100, 9, 1]],
         "loss_rows": [1, 2, 3, 5, 6],
         "loss_targets": [5, 6, 1, 9, 1],
+        "num_items": 5,
         "num_tokens": 8,
     }
     assert second == {
@@ -133,6 +134,22 @@ def test_two_packs_at_an_accumulation_of_two_are_one_optimizer_step(packed):
     assert (packed.packing_report.steps_packed, packed.packing_report.steps_unpacked) == (1, 2)
     micro_batches, num_items = packed.get_batch_samples(iter(packed.get_train_dataloader()), 2, packed.args.device)
     assert (len(micro_batches), num_items) == (2, 8)
+
+
+def test_two_exact_steps_take_two_examples_each_and_pack_those(tmp_path):
+    # in order: rows 0 and 1 are 7 tokens and one pass of 8; rows 2 and 4 are 7 more. Row 3 has nothing to score.
+    ours = trainer(
+        tmp_path, train_dataset=Dataset.from_list(ROWS), max_length=8, train_sampling_strategy="sequential",
+        per_device_train_batch_size=1, gradient_accumulation_steps=2, num_train_epochs=1,
+    )  # fmt: skip
+    seen = []
+    walk = ours._passes.walk
+    ours._passes.walk = lambda model, step, num_items: seen.append((step, num_items)) or walk(model, step, num_items)
+    ours.train()
+    assert ours.state.global_step == 2
+    tokens = [[batch["input_ids"].flatten().tolist() for batch in step["passes"]] for step, _ in seen]
+    assert tokens == [[[3, 4, 5, 6, 1, 7, 1]], [[11, 12, 13, 1, 8, 9, 1]]]
+    assert [num_items for _, num_items in seen] == [3 + 1, 2 + 2]
 
 
 def test_the_gradients_of_the_micro_batches_add_up_to_those_of_the_rows_alone(packed, batches):

@@ -1,5 +1,6 @@
-"""Two gloo processes under `accelerate launch` give the weights of one process, in float64."""
+"""Two gloo processes under `accelerate launch` give the weights and the losses of one process."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from numerics import error
 SCRIPT = Path(__file__).with_name("train_tiny.py")
 
 
-def run(output, *arguments, processes):
+def run(output, processes, runs):
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1", f"--num_processes={processes}",
               "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]  # fmt: skip
     import packsft_kernels
@@ -23,29 +24,88 @@ def run(output, *arguments, processes):
     path = os.pathsep.join([*map(str, roots), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(
-        [sys.executable, *(launch if processes > 1 else []), str(SCRIPT), str(output), *map(str, arguments)],
+        [sys.executable, *(launch if processes > 1 else []), str(SCRIPT), str(output), json.dumps(runs)],
         env=environment, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(output)
 
 
+def sizes(batch_size, accumulation, **more):
+    return {
+        "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation,
+        "packing": False, "num_train_epochs": 2,
+    } | more  # fmt: skip
+
+
+# 64 examples, 16 a step: as 4 x 4 in one process, and as 4 x 2 in each of two. The thirty steps take 10 examples, and
+# the last of each epoch 4: as 2 x 5, and as 5 x 1 in each of two.
+THIRTY = {"max_steps": 30, "learning_rate": 1e-3}
+EXAMPLES = {"loss_normalization": "example"}
+STEP = {"packing": True, "tokens_per_pass": 24, "per_device_eval_batch_size": 2}
+ONE = {
+    "unpacked": sizes(4, 4),
+    "split": sizes(2, 8),
+    "thirty, float64": sizes(5, 2, **THIRTY),
+    "thirty, float32": sizes(5, 2, dtype="float32", **THIRTY),
+    "by example": sizes(4, 4, **EXAMPLES),
+}
+TWO = {
+    "unpacked": sizes(4, 2),
+    "step": sizes(4, 2, **STEP),
+    "thirty, float64": sizes(1, 5, **THIRTY, **STEP),
+    "thirty, float32": sizes(1, 5, dtype="float32", **THIRTY, **STEP),
+    "unpacked, by example": sizes(4, 2, **EXAMPLES),
+    "step, by example": sizes(4, 2, **EXAMPLES, **STEP),
+}
+
+
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("one") / "w.pt", 4, 4, processes=1)
+def one(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("one") / "runs.pt", 1, ONE)
 
 
-def test_two_processes_give_the_weights_of_one(one_process, tmp_path):
-    # 64 examples, 16 a step: as 4 x 4 in one process, and as 4 x 2 in each of two
-    two = run(tmp_path / "w.pt", 4, 2, processes=2)
-    assert two["steps"] == one_process["steps"] == 8
-    for name, weight in two["weights"].items():
-        assert error(weight, one_process["weights"][name]) < 1e-9, name
-    assert two["losses"] == pytest.approx(one_process["losses"], rel=1e-5)  # logged in float32, averaged over ranks
-    assert two["history"] == pytest.approx(one_process["history"], rel=1e-9)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("two") / "runs.pt", 2, TWO)
 
 
-def test_the_split_into_micro_batches_changes_no_weight(one_process, tmp_path):
-    split = run(tmp_path / "w.pt", 2, 8, processes=1)
-    for name, weight in split["weights"].items():
-        assert error(weight, one_process["weights"][name]) < 1e-9, name
+def assert_same_weights(ours, theirs):
+    for name, weight in ours["weights"].items():
+        assert error(weight, theirs["weights"][name]) < 1e-9, name
+
+
+def off(ours, theirs):
+    assert len(ours["step_losses"]) == len(theirs["step_losses"])
+    return ((ours["step_losses"] - theirs["step_losses"]) / theirs["step_losses"]).abs().max()
+
+
+def test_the_split_into_micro_batches_changes_no_weight(one):
+    assert_same_weights(one["split"], one["unpacked"])
+
+
+@pytest.mark.parametrize("how", ["unpacked", "step"])
+def test_two_processes_give_the_weights_of_one(how, one, two):
+    assert two[how]["steps"] == one["unpacked"]["steps"] == 8
+    assert_same_weights(two[how], one["unpacked"])
+    # logged in float32, averaged over ranks
+    assert two[how]["losses"] == pytest.approx(one["unpacked"]["losses"], rel=1e-5)
+    assert two[how]["history"] == pytest.approx(one["unpacked"]["history"], rel=1e-9)
+
+
+def test_an_evaluation_of_exact_steps_counts_no_row_twice(one, two):
+    # nine rows, which two ranks cannot share evenly
+    assert two["step"]["evaluated"] == pytest.approx(one["unpacked"]["evaluated"], rel=1e-9)
+    assert two["step, by example"]["evaluated"] == pytest.approx(one["by example"]["evaluated"], rel=1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
+def test_thirty_losses_on_two_processes_are_those_of_the_unpacked_run(dtype, tolerance, one, two):
+    assert len(two[f"thirty, {dtype}"]["step_losses"]) == 30
+    assert off(two[f"thirty, {dtype}"], one[f"thirty, {dtype}"]) < tolerance
+
+
+@pytest.mark.parametrize("how", ["unpacked", "step"])
+def test_examples_count_the_same_on_two_processes(how, one, two):
+    assert off(two[f"{how}, by example"], one["by example"]) < 1e-10
+    assert off(one["by example"], one["unpacked"]) > 1e-6

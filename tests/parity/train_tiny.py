@@ -1,28 +1,56 @@
-"""Script for the tests of several ranks: trains a tiny GPT-2 in float64 and saves its weights.
+"""Script for the tests of several ranks: trains a tiny GPT-2, several times, and saves weights and losses.
 
-usage: train_tiny.py OUTPUT_FILE per_device_train_batch_size gradient_accumulation_steps
+usage: train_tiny.py OUTPUT_FILE RUNS, with RUNS as JSON: names and the options of each configuration, `dtype` among them.
 """
 
+import json
 import sys
 import tempfile
 
 import torch
-from runs import losses, trainer
-from tiny import tiny_model, token_rows
+from accelerate import PartialState
+from runs import config, losses
+from tiny import tiny_model, tiny_tokenizer, token_rows
 
-output, batch_size, accumulation = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-ours = trainer(
-    tempfile.mkdtemp(),
-    model=tiny_model("gpt2", torch.float64),
-    train_dataset=token_rows(64),
-    packing=False,
-    per_device_train_batch_size=batch_size,
-    gradient_accumulation_steps=accumulation,
-    num_train_epochs=2,
-)
-ours.train()
-if ours.is_world_process_zero():
-    weights = {name: p.detach() for name, p in ours.accelerator.unwrap_model(ours.model).named_parameters()}
-    steps = ours.state.global_step
-    history = {key: ours.state.log_history[-2][key] for key in ("num_tokens", "entropy", "mean_token_accuracy")}
-    torch.save({"weights": weights, "losses": losses(ours), "steps": steps, "history": history}, output)
+from packsft import PackedSFTTrainer
+
+
+class Recording(PackedSFTTrainer):
+    """Adds up what `training_step` returns, by optimizer step: the logged losses are summed in float32."""
+
+    step_losses: dict
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        step = self.state.global_step
+        self.step_losses[step] = self.step_losses.get(step, 0.0) + loss.double()
+        return loss
+
+
+def trained(options):
+    torch.manual_seed(0)
+    ours = Recording(
+        model=tiny_model("gpt2", getattr(torch, options.pop("dtype", "float64"))),
+        args=config(tempfile.mkdtemp(), **options),
+        train_dataset=token_rows(64),
+        eval_dataset=token_rows(9, seed=5),
+        processing_class=tiny_tokenizer(),
+    )
+    ours.step_losses = {}
+    ours.train()
+    evaluated = ours.evaluate()
+    logged = [entry for entry in ours.state.log_history if "entropy" in entry][-1]
+    return {
+        "weights": {name: p.detach() for name, p in ours.accelerator.unwrap_model(ours.model).named_parameters()},
+        "losses": losses(ours),
+        "step_losses": ours.accelerator.reduce(torch.stack(list(ours.step_losses.values())), reduction="mean"),
+        "steps": ours.state.global_step,
+        "history": {key: logged[key] for key in ("num_tokens", "entropy", "mean_token_accuracy")},
+        "evaluated": {key: evaluated[f"eval_{key}"] for key in ("loss", "entropy", "mean_token_accuracy")},
+    }
+
+
+results = {name: trained(options) for name, options in json.loads(sys.argv[2]).items()}
+if PartialState().is_main_process:
+    torch.save(results, sys.argv[1])
+PartialState().destroy_process_group()  # gloo's threads, still running at the end, now and then abort the process

@@ -23,7 +23,9 @@ class Recording(PackedSFTTrainer):
         return loss
 
 
-def run(tmp_path, family="gpt2", dtype=torch.float64, rows=None, resume=None, callbacks=None, eval_dataset=None, **more):
+def run(
+    tmp_path, family="gpt2", dtype=torch.float64, rows=None, resume=None, callbacks=None, eval_dataset=None, **more
+):
     torch.manual_seed(0)
     ours = Recording(
         model=tiny_model(family, dtype), args=config(tmp_path, **more), callbacks=callbacks, eval_dataset=eval_dataset,
@@ -278,7 +280,9 @@ def test_examples_count_the_same_where_the_loss_is_their_mean(tmp_path):
 
 
 def test_the_parts_of_a_split_example_weigh_as_much_as_the_whole(tmp_path):
-    rows = Dataset.from_list([{"input_ids": list(range(3, 13)), "labels": list(range(3, 13))}, {"input_ids": [3, 4, 5]}])
+    rows = Dataset.from_list(
+        [{"input_ids": list(range(3, 13)), "labels": list(range(3, 13))}, {"input_ids": [3, 4, 5]}]
+    )
     ours = trainer(
         tmp_path, train_dataset=rows, max_length=4, packing_strategy="bfd_split", loss_normalization="example",
         eval_dataset=rows, per_device_train_batch_size=9,

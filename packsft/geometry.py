@@ -1,0 +1,203 @@
+"""Proof that how a step is cut is no part of the training: the same weights from every geometry, in float64.
+
+A geometry is the tokens that go through at once, the micro-batches a configuration speaks of, and the processes. The
+same steps are trained in each, on the CPU, and the weights compared with the first one's.
+
+What is compared: elements that moved. Where an element's gradient is zero but for rounding (the bias of a key changes
+no softmax), AdamW follows the rounding, by far less than a millionth of its learning rate a step; where both weights
+stayed within that, they are left out.
+
+    python -m packsft.geometry FOLDER   # what each process runs: the geometries of FOLDER/job.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+EXACT, ROUNDING = 1e-12, 1e-9  # in float64, and for a model that itself rounds to float32
+LEARNING_RATE = 1e-3
+_MOVED = 1e-6 * LEARNING_RATE
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """`tokens_per_pass` tokens at most at once, `accumulation` micro-batches a step, on so many `processes`."""
+
+    tokens_per_pass: int
+    accumulation: int
+    processes: int
+
+
+GEOMETRIES = tuple(
+    Geometry(tokens, accumulation, processes)
+    for processes in (1, 2)
+    for tokens in (512, 1024, 4096)
+    for accumulation in (1, 8)
+)
+
+
+@dataclass(frozen=True)
+class GeometryResult:
+    """`passes`: of a step, on each process, on average. `difference`: the largest of any weight from the first
+    geometry's, relative to the largest weight of its tensor; `loss_difference`: of any step's loss, relative to it."""
+
+    geometry: Geometry
+    passes: float
+    difference: float
+    loss_difference: float
+
+
+def certify(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    *,
+    max_length: int,
+    examples_per_step: int = 16,
+    num_steps: int = 10,
+    geometries: Sequence[Geometry] = GEOMETRIES,
+) -> list[GeometryResult]:
+    """Train the same steps in every geometry, and compare each with the first.
+
+    Args:
+        model: a causal language model; a float64 copy of it is trained. Dropout would differ and has to be off.
+        rows: what `PackedSFTTrainer` takes.
+        examples_per_step: over all processes and micro-batches; a multiple of accumulation * processes.
+
+    Raises:
+        ValueError: an `examples_per_step` that a geometry cannot divide.
+        RuntimeError: a process that failed, with the end of what it printed.
+    """
+    for geometry in geometries:
+        if examples_per_step % (geometry.accumulation * geometry.processes):
+            raise ValueError(
+                f"examples_per_step={examples_per_step}: must be a multiple of accumulation * processes, in {geometry}"
+            )
+    with tempfile.TemporaryDirectory() as folder:
+        model.to(torch.float64).save_pretrained(f"{folder}/model")
+        tokenizer.save_pretrained(f"{folder}/model")
+        rows.save_to_disk(f"{folder}/rows")
+        options = {"max_length": max_length, "max_steps": num_steps, "examples_per_step": examples_per_step}
+        runs: list[dict[str, Any]] = []
+        for processes in sorted({geometry.processes for geometry in geometries}):
+            job = options | {"geometries": [asdict(g) for g in geometries if g.processes == processes]}
+            Path(folder, "job.json").write_text(json.dumps(job))
+            _launch(folder, processes)
+            runs += torch.load(f"{folder}/runs.pt")
+        start = {name: weight.detach() for name, weight in model.named_parameters()}
+    found = {Geometry(**run["geometry"]): run for run in runs}
+    first = found[geometries[0]]
+    return [
+        GeometryResult(
+            geometry,
+            passes=found[geometry]["passes"],
+            difference=max(_difference(found[geometry]["weights"], first["weights"], start).values()),
+            loss_difference=float(((found[geometry]["losses"] - first["losses"]) / first["losses"]).abs().max()),
+        )
+        for geometry in geometries
+    ]
+
+
+def rounds_to_float32(model: PreTrainedModel) -> bool:
+    """Whether the forward of a float64 model casts to a lower precision, as transformers' RMSNorm does."""
+
+    class Casts(TorchDispatchMode):
+        seen = False
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64 and out.is_floating_point():
+                Casts.seen |= out.dtype != torch.float64
+            return out
+
+    with torch.no_grad(), Casts():
+        model(torch.tensor([[0, 1, 2]], device=model.device))
+    return Casts.seen
+
+
+def _difference(
+    weights: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], start: dict[str, torch.Tensor]
+) -> dict[str, float]:
+    off = {}
+    for name, other in reference.items():
+        moved = torch.maximum((weights[name] - start[name]).abs(), (other - start[name]).abs()) > _MOVED
+        off[name] = float(torch.where(moved, (weights[name] - other).abs(), 0.0).max() / other.abs().max())
+    return off
+
+
+def _launch(folder: str, processes: int) -> None:
+    """One process as a child as well: a process group cannot be made in a process that has trained without one."""
+    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    threads = max(1, torch.get_num_threads() // processes)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "OMP_NUM_THREADS": str(threads),
+        "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        [sys.executable, *ranks, "-m", "packsft.geometry", folder], env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"the run on {processes} processes failed:\n{done.stderr[-3000:]}")
+
+
+def _work(folder: str) -> None:
+    """Train every geometry of the job; rank 0 leaves the weights in `runs.pt`."""
+    from packsft import PackedSFTConfig, PackedSFTTrainer
+
+    class Recording(PackedSFTTrainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            self.losses.append(loss := super().training_step(*args, **kwargs))
+            self.passes.append(self.current_gradient_accumulation_steps)
+            return loss
+
+    job = json.loads(Path(folder, "job.json").read_text())
+    rows = Dataset.load_from_disk(f"{folder}/rows")
+    runs = []
+    for geometry in job["geometries"]:
+        micro_batches = geometry["accumulation"] * geometry["processes"]
+        args = PackedSFTConfig(
+            output_dir=f"{folder}/out", use_cpu=True, bf16=False, report_to="none", save_strategy="no",
+            disable_tqdm=True, max_length=job["max_length"], max_steps=job["max_steps"],
+            per_device_train_batch_size=job["examples_per_step"] // micro_batches,
+            gradient_accumulation_steps=geometry["accumulation"], tokens_per_pass=geometry["tokens_per_pass"],
+            learning_rate=LEARNING_RATE, weight_decay=0.01, gradient_checkpointing=False, logging_strategy="no",
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float64)
+        trainer = Recording(model=model, args=args, train_dataset=rows, processing_class=_tokenizer(folder))
+        trainer.losses, trainer.passes = [], []
+        trainer.train()
+        losses = trainer.accelerator.reduce(torch.stack(trainer.losses), reduction="mean")
+        unwrapped = trainer.accelerator.unwrap_model(trainer.model)
+        weights = {name: weight.detach() for name, weight in unwrapped.named_parameters()}
+        passes = float(np.mean(trainer.passes))
+        runs.append({"geometry": geometry, "weights": weights, "losses": losses, "passes": passes})
+    if trainer.is_world_process_zero():
+        torch.save(runs, f"{folder}/runs.pt")
+    PartialState().destroy_process_group()  # gloo's threads, still running at the end, now and then abort the process
+
+
+def _tokenizer(folder: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(f"{folder}/model")
+
+
+if __name__ == "__main__":
+    _work(sys.argv[1])
