@@ -35,7 +35,7 @@ from trl import SFTConfig, SFTTrainer
 from packsft import attention, compat
 from packsft.batch import count_scored, loss_inputs, model_inputs
 from packsft.collator import PackingCollator
-from packsft.config import PackedSFTConfig
+from packsft.config import PackedSFTConfig, has_bf16
 from packsft.dataset import PackedDataset, StepDataset, pack_dataset
 from packsft.head import HeadOutput, count_embeddings, install_head
 from packsft.isolation import IsolationVerdict, check_isolation
@@ -75,6 +75,8 @@ class PackedSFTTrainer(SFTTrainer):
         call = inspect.signature(SFTTrainer.__init__).bind(self, *positional, **named)
         call.arguments["args"] = args = _own_arguments(call.arguments)
         _check_arguments(args, call.arguments)
+        if args.bf16 and not has_bf16():
+            logger.warning("bf16=True, but this processor has no bfloat16 products: emulated, they are far slower")
         self._filter_nonfinite = args.logging_nan_inf_filter
         args.logging_nan_inf_filter = False  # it reads the device twice per micro-step; training_step does it there
         self._vocab_size: int | None = None

@@ -90,6 +90,7 @@ def test_packs_to_batches(batches):
         "labels": [[-100, -100, 13, 1, -100, 1]],  # the row's own label of its first token, 7, is gone
         "loss_rows": [1, 2, 4],
         "loss_targets": [13, 1, 1],
+        "num_items": 3,
         "num_tokens": 6,
     }
 

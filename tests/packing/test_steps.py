@@ -1,5 +1,6 @@
 """The passes of an optimizer step, planned from the lengths of its documents."""
 
+import itertools
 import math
 
 import numpy as np
@@ -58,7 +59,7 @@ def test_every_document_is_in_one_pass_that_has_room_for_it(lengths, tokens_per_
     assert len({len(passes) for passes in ranks}) == 1
     assert len(ranks[0]) >= 1
     laid = [documents.tolist() for passes in ranks for documents in passes]
-    assert sorted(sum(laid, [])) == list(range(len(lengths)))
+    assert sorted(itertools.chain(*laid)) == list(range(len(lengths)))
     for documents in laid:
         sizes = [lengths[i] for i in documents]
         tokens = len(sizes) * max(sizes, default=0) if padded else sum(sizes)

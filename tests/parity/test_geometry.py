@@ -43,7 +43,8 @@ def test_weights_after_ten_steps_agree(family, positions, tolerance, geometries)
         assert result.difference < tolerance, result
         assert result.loss_difference < 1e-14, result
     # and the geometries are different ones
-    assert results[0].passes > 7 and min(result.passes for result in results) < 2.5
+    assert results[0].passes > 7
+    assert min(result.passes for result in results) < 2.5
 
 
 def test_a_weight_that_is_off_is_seen_and_rounding_of_a_zero_gradient_is_not():

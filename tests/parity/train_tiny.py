@@ -1,6 +1,6 @@
 """Script for the tests of several ranks: trains a tiny GPT-2, several times, and saves weights and losses.
 
-usage: train_tiny.py OUTPUT_FILE RUNS, with RUNS as JSON: names and the options of each configuration, `dtype` among them.
+usage: train_tiny.py OUTPUT_FILE RUNS, with RUNS as JSON: names, and options of the configuration (and `dtype`).
 """
 
 import json
