@@ -26,8 +26,18 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 EXACT, ROUNDING = 1e-12, 1e-9  # in float64, and for a model that itself rounds to float32
 LEARNING_RATE = 1e-3
@@ -113,6 +123,38 @@ def certify(
     ]
 
 
+def small_models() -> dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+    """Two layers of GPT-2, exact in float64, and of Llama, whose RMSNorm rounds; random weights, 512 positions."""
+    vocabulary = {"<eos>": 0} | {str(i): i for i in range(1, 256)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="<eos>")), eos_token="<eos>", pad_token="<eos>"
+    )
+    no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    ids = {"vocab_size": 256, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    configs = {
+        "GPT-2": GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=512, **no_dropout, **ids),
+        "Llama": LlamaConfig(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=512, **ids,
+        ),
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return {
+        name: (AutoModelForCausalLM.from_config(config, dtype=torch.float64), tokenizer)
+        for name, config in configs.items()
+    }
+
+
+def random_rows(count: int, max_length: int, vocab_size: int) -> Dataset:
+    """Tokens at random, the first third of each row a prompt that is not scored; lengths log-normal, about 220."""
+    generator = np.random.default_rng(0)
+    rows = []
+    for length in np.clip(generator.lognormal(5.2, 0.8, count), 8, max_length).astype(int):
+        ids = generator.integers(1, vocab_size, length).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * (length // 3) + ids[length // 3 :]})
+    return Dataset.from_list(rows)
+
+
 def rounds_to_float32(model: PreTrainedModel) -> bool:
     """Whether the forward of a float64 model casts to a lower precision, as transformers' RMSNorm does."""
 
@@ -169,6 +211,7 @@ def _work(folder: str) -> None:
 
     job = json.loads(Path(folder, "job.json").read_text())
     rows = Dataset.load_from_disk(f"{folder}/rows")
+    tokenizer = AutoTokenizer.from_pretrained(f"{folder}/model")
     runs = []
     for geometry in job["geometries"]:
         micro_batches = geometry["accumulation"] * geometry["processes"]
@@ -180,7 +223,7 @@ def _work(folder: str) -> None:
             learning_rate=LEARNING_RATE, weight_decay=0.01, gradient_checkpointing=False, logging_strategy="no",
         )  # fmt: skip
         model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float64)
-        trainer = Recording(model=model, args=args, train_dataset=rows, processing_class=_tokenizer(folder))
+        trainer = Recording(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
         trainer.losses, trainer.passes = [], []
         trainer.train()
         losses = trainer.accelerator.reduce(torch.stack(trainer.losses), reduction="mean")
@@ -191,12 +234,6 @@ def _work(folder: str) -> None:
     if trainer.is_world_process_zero():
         torch.save(runs, f"{folder}/runs.pt")
     PartialState().destroy_process_group()  # gloo's threads, still running at the end, now and then abort the process
-
-
-def _tokenizer(folder: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(f"{folder}/model")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ KNOWS = {
     "packsft/config.py": "torch trl packsft_kernels",
     "packsft/dataset.py": "numpy torch datasets",
     "packsft/demo.py": "torch transformers datasets rich (trl) (matplotlib)",
-    "packsft/geometry.py": "numpy torch accelerate datasets transformers",
+    "packsft/geometry.py": "numpy torch accelerate datasets tokenizers transformers",
     "packsft/head.py": "torch transformers packsft_kernels",
     "packsft/isolation.py": "torch transformers",
     "packsft/loss.py": "torch",
