@@ -40,6 +40,7 @@ KNOWS = {
     "packsft/packing/balance.py": "numpy",
     "packsft/packing/plan.py": "numpy",
     "packsft/packing/report.py": "numpy",
+    "packsft/packing/segments.py": "numpy",
     "packsft/smollm2.py": "(tokenizers) (transformers)",
     "packsft/stdlib_docstrings.py": "(datasets)",
     "packsft/trainer.py": "torch transformers trl accelerate datasets packsft_kernels",
