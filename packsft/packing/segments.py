@@ -7,7 +7,7 @@ refuses to know which segments meet in a pack (`plan.py`), tokens and data sets:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -39,7 +39,7 @@ class Segments:
     strategy: str
     overlong: str
     packs: IntArray | None = None
-    unscored: IntArray = np.zeros(0, np.uint8)  # noqa: RUF009 (never written to)
+    unscored: IntArray = field(default_factory=lambda: np.zeros(0, np.uint8))
 
     def __len__(self) -> int:
         """The number of segments."""
