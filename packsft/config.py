@@ -10,6 +10,8 @@ import torch
 from packsft_kernels.varlen_attention import BACKENDS
 from trl import SFTConfig
 
+from packsft.packing import OVERLONG, check_max_lost_fraction, resolve_overlong
+
 logger = logging.getLogger("packsft")
 
 
@@ -42,6 +44,13 @@ class PackedSFTConfig(SFTConfig):
         loss_normalization (`str`, *optional*, defaults to `"token"`):
             What the loss of an optimizer step is the mean of: `"token"`, over its scored tokens, or `"example"`, over
             its examples, each the mean of its tokens. Exact over passes, accumulation and devices.
+        overlong (`str`, *optional*):
+            What becomes of an example longer than `max_length`, with and without packing: `"truncate"`, `"split"` into
+            several, `"drop"` or `"error"`. The default is to truncate, and to split under the packing strategies
+            `"bfd_split"` and `"wrapped"`, which cannot do anything else. What is lost is counted and said.
+        max_lost_fraction (`float`, *optional*, defaults to `1.0`):
+            The share of a data set's tokens that may be lost, because they are truncated, dropped, or in examples (or
+            segments of them) in which nothing is scored. More stops the run before training.
         attention_backend (`str`, *optional*, defaults to `"auto"`):
             What computes the attention within documents: `"auto"` for the first that can, or a name:
             `"flash_attn_4"`, `"flash_attn_3"`, `"flash_attn_2"`, `"torch_varlen"`, `"sdpa"`.
@@ -71,6 +80,13 @@ class PackedSFTConfig(SFTConfig):
             "help": "What the loss is the mean of: scored tokens, or examples, each the mean of its tokens.",
             "choices": ["token", "example"],
         },
+    )
+    overlong: str | None = field(
+        default=None,
+        metadata={"help": "What becomes of an example longer than max_length.", "choices": list(OVERLONG)},
+    )
+    max_lost_fraction: float = field(
+        default=1.0, metadata={"help": "The share of a data set's tokens that may be lost; more stops the run."}
     )
     attention_backend: str = field(
         default="auto",
@@ -113,3 +129,5 @@ class PackedSFTConfig(SFTConfig):
             )
         if self.on_unpackable not in ("pad", "error"):
             raise ValueError(f"on_unpackable={self.on_unpackable!r} is unknown, expected 'pad' or 'error'")
+        resolve_overlong(self.packing_strategy if self.packing else "none", self.overlong)  # raises
+        check_max_lost_fraction(self.max_lost_fraction)

@@ -5,6 +5,7 @@ Knows Arrow columns of token ids; knows nothing of text, models or devices.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,10 @@ from datasets import Dataset
 
 from packsft.batch import StepRows
 from packsft.collator import IGNORE_INDEX
-from packsft.packing import PackPlan, plan_packs, plan_step
+from packsft.packing import PackPlan, check_max_lost_fraction, cut_examples, pack_segments, plan_step
+
+
+BLOCK = 1 << 22  # values that are counted at once
 
 
 class TokenRows:
@@ -23,7 +27,7 @@ class TokenRows:
         dataset: has `input_ids`, and `labels` of the same lengths (-100 = not scored).
 
     Raises:
-        ValueError: a row whose labels and input ids differ in length, named by its number.
+        ValueError: a column that is missing, a row in which it is, or one whose labels and input ids differ in length.
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -50,9 +54,12 @@ class TokenRows:
         """Input ids and labels `start:stop` of a row."""
         return self._ids.row(row)[start:stop], self._labels.row(row)[start:stop]
 
-    def count_scored(self, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-        """`[rows]` int64: scored labels in `start + 1 : stop` of each row (nothing predicts the first token)."""
-        return self._labels.count_not(IGNORE_INDEX, starts + 1, stops)
+    def count_scored(self, examples: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        """`[S]` integers: scored labels in `start + 1 : stop` of each segment (nothing predicts its first token).
+
+        The segments `[S]` are not empty, and in the order in which their tokens lie in the rows.
+        """
+        return self._labels.count_not(IGNORE_INDEX, examples, starts, stops)
 
     def check_ids(self, vocab_size: int) -> None:
         """Raises ValueError, naming the row, for an id or a label outside the vocabulary."""
@@ -76,6 +83,8 @@ class _ListColumn:
     """One Arrow list column as (offsets, values) arrays per chunk, the values zero-copy."""
 
     def __init__(self, dataset: Dataset, name: str) -> None:
+        if name not in dataset.column_names:
+            raise ValueError(f"the data set has no column {name!r}, but {', '.join(dataset.column_names)}")
         self._chunks: list[tuple[np.ndarray, np.ndarray]] = []
         for chunk in dataset.data.column(name).chunks:
             if chunk.null_count:
@@ -98,15 +107,19 @@ class _ListColumn:
         local = row - self._first_rows[chunk]
         return values[offsets[local] : offsets[local + 1]]
 
-    def count_not(self, ignored: int, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-        counts = np.zeros(len(starts), dtype=np.int64)
-        for (offsets, values), first in zip(self._chunks, self._first_rows, strict=False):
-            rows = slice(first, first + len(offsets) - 1)
-            begin, end = offsets[:-1] + starts[rows], offsets[:-1] + stops[rows]
-            scored = np.append(values != ignored, False).astype(np.int64)
-            # reduceat gives an empty segment the value at its start, hence the mask
-            bounds = np.stack([np.minimum(begin, len(values)), end], axis=1).ravel()
-            counts[rows] = np.where(end > begin, np.add.reduceat(scored, bounds)[::2], 0) if len(bounds) else 0
+    def count_not(self, ignored: int, rows: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        counts = np.zeros(len(rows), np.int32)
+        of_chunk = np.searchsorted(rows, self._first_rows)
+        for i, (offsets, values) in enumerate(self._chunks):
+            segments = slice(of_chunk[i], of_chunk[i + 1])
+            begin = offsets[rows[segments].astype(np.int64) - self._first_rows[i]]
+            begin, end = begin + starts[segments] + 1, begin + stops[segments]
+            # a running count of one block (and the end of a segment) at a time: a chunk may hold billions
+            cuts = np.flatnonzero(np.diff(begin // BLOCK, prepend=-1, append=-1))
+            for first, last in itertools.pairwise(cuts):
+                block, low = slice(first, last), begin[first]
+                running = np.cumsum(np.append(False, values[low : end[last - 1]] != ignored), dtype=np.int32)
+                counts[segments][block] = running[end[block] - low] - running[begin[block] - low]
         return counts
 
     def first_outside(self, vocab_size: int, ignored: int | None) -> tuple[int, int] | None:
@@ -126,23 +139,22 @@ class _ListColumn:
 class PackedDataset(torch.utils.data.Dataset):
     """A plan over rows. Item i is pack i: `input_ids`, `labels` and `seq_lengths`, gathered when asked for.
 
-    `unscored` [rows] bool marks the examples left out because nothing in them is scored.
+    `scored` `[S]` unsigned integers: the scored tokens of each piece of the plan. With `per_example`, the pieces of an
+    example together weigh 1 in the loss (`loss_weights`, one number per document).
+
+    Attributes:
+        lengths: `[P]` int64, the tokens of each item.
+        items: `[P]` int64 or float64, what each brings to the loss's denominator: scored tokens, or their weights.
     """
 
-    def __init__(self, rows: TokenRows, plan: PackPlan, unscored: np.ndarray, *, keep_end: bool = False) -> None:
+    def __init__(self, rows: TokenRows, plan: PackPlan, scored: np.ndarray, *, per_example: bool = False) -> None:
         self.rows = rows
         self.plan = plan
-        self.unscored_dropped = int(unscored.sum())
-        self.unscored_tokens = int(rows.lengths[unscored].sum())
-        self._keep_end = keep_end
-        self.lengths = np.diff(
-            np.concatenate([[0], np.cumsum(plan.stops.astype(np.int64) - plan.starts)])[plan.offsets]
-        )
-        ex = plan.examples.astype(int)
-        st = np.zeros(len(rows.lengths), int)
-        en = np.zeros(len(rows.lengths), int)
-        en[ex] = plan.stops
-        self.items = rows.count_scored(st, en)[ex]
+        self.lengths = np.add.reduceat(plan.stops.astype(np.int64) - plan.starts, plan.offsets[:-1])
+        self.scored = scored
+        self._weights = 1.0 / np.bincount(plan.examples, scored)[plan.examples] if per_example else None
+        items = scored.astype(np.int64) if self._weights is None else scored * self._weights
+        self.items = np.add.reduceat(items, plan.offsets[:-1])
 
     def most_tokens(self, num_items: int) -> int:
         """Tokens of the longest so many items together."""
@@ -152,16 +164,41 @@ class PackedDataset(torch.utils.data.Dataset):
         return len(self.plan)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        pieces = []
-        for example, start, stop in self.plan.pieces(int(index)):
-            # a truncated example keeps its end where the configuration says so
-            shift = int(self.rows.lengths[example]) - stop if self._keep_end else 0
-            pieces.append(self.rows.tokens(example, start + shift, stop + shift))
-        return {
+        pieces = [self.rows.tokens(*piece) for piece in self.plan.pieces(int(index))]
+        item = {
             "input_ids": np.concatenate([ids for ids, _ in pieces]),
             "labels": np.concatenate([labels for _, labels in pieces]),
             "seq_lengths": [len(ids) for ids, _ in pieces],
         }
+        if self._weights is not None:
+            item["loss_weights"] = self._weights[self.plan.offsets[index] : self.plan.offsets[index + 1]].tolist()
+        return item
+
+
+def describe_losses(plan: PackPlan) -> list[str]:
+    """What a plan leaves out of its data set, one clause for each reason that there is."""
+    of_examples, of_tokens = f"of {plan.examples_in} examples", f"of {plan.tokens_in} tokens are lost"
+    losses = []
+    if plan.examples_empty:
+        losses.append(f"{plan.examples_empty} {of_examples} are empty and left out")
+    unscored = [f"{plan.examples_unscored} {of_examples}"] if plan.examples_unscored else []
+    if plan.segments_unscored:
+        unscored.append(f"{plan.segments_unscored} segments of other examples")
+    if unscored:
+        losses.append(
+            f"{' and '.join(unscored)} have no token to score and are left out, {plan.tokens_unscored} {of_tokens}"
+        )
+    if plan.examples_overlong_dropped:
+        losses.append(
+            f"{plan.examples_overlong_dropped} {of_examples} are longer than max_length={plan.max_length} and left "
+            f"out, {plan.tokens_dropped} {of_tokens}"
+        )
+    if plan.examples_truncated:
+        losses.append(
+            f"{plan.examples_truncated} examples are cut at max_length={plan.max_length}, "
+            f"{plan.tokens_truncated} {of_tokens}"
+        )
+    return losses
 
 
 def pack_dataset(
@@ -170,43 +207,55 @@ def pack_dataset(
     *,
     strategy: str,
     name: str,
+    overlong: str | None = None,
+    max_lost_fraction: float = 1.0,
     vocab_size: int | None = None,
     seed: int | None = None,
     keep_end: bool = False,
+    per_example: bool = False,
 ) -> PackedDataset:
-    """Plan the packs of a tokenised data set and wrap it.
+    """Plan the packs of a tokenised data set and wrap it. Segments in which nothing is scored are left out.
 
     Args:
         dataset: columns `input_ids` and `labels`.
         max_length: tokens a pack holds, and where an example is cut; None only with `strategy="none"`.
         strategy: of `plan_packs`; "none" for one example per item.
         name: what the messages call the data set.
+        overlong: of `plan_packs`: what becomes of an example longer than `max_length`.
+        max_lost_fraction: the share of the data set's tokens, 0 to 1, that may be lost for whatever reason.
         vocab_size: ids and labels must be below it.
         seed: shuffles which examples meet, and the order of the packs.
         keep_end: a truncated example keeps its last tokens rather than its first.
+        per_example: examples weigh the same in the loss, rather than scored tokens.
 
     Raises:
-        ValueError: an empty data set, one without a scored token, or a row that is not well formed.
+        ValueError: an empty data set, one without a scored token, one that loses more than `max_lost_fraction`, a row
+            that is not well formed, or what `cut_examples` refuses.
     """
+    check_max_lost_fraction(max_lost_fraction)
     if len(dataset) == 0:
         raise ValueError(f"the {name} data set is empty")
-    keep_end = keep_end and strategy in ("bfd", "none", "step")  # the others lose nothing
     rows = TokenRows(dataset)
     if vocab_size is not None:
         rows.check_ids(vocab_size)
-    lengths = rows.lengths
-    stops = lengths if max_length is None or strategy in ("bfd_split", "wrapped") else np.minimum(lengths, max_length)
-    shift = lengths - stops if keep_end else np.zeros_like(lengths)
-    unscored = (rows.count_scored(shift, stops + shift) == 0) & (lengths > 0)
-    if not ((lengths > 0) & ~unscored).any():
+    longest = max(int(rows.lengths.max()), 1) if max_length is None else max_length
+    segments = cut_examples(rows.lengths, longest, strategy=strategy, overlong=overlong, keep_end=keep_end)
+    scored = rows.count_scored(segments.examples, segments.starts, segments.stops)
+    plan, order = pack_segments(segments.keep_scored(scored), seed=seed)
+    losses = describe_losses(plan)
+    if not len(plan):
         raise ValueError(
-            f"no example of the {name} data set has a token to score within max_length={max_length}: all its labels "
-            "are -100 there (or its examples hold a single token or none)"
+            f"no example of the {name} data set has a token to score within max_length={max_length} (labels that are "
+            f"not -100, after an example's first token): {'; '.join(losses)}"
         )
-    planned = np.where(unscored, 0, lengths)  # a length of 0 is left out of every plan
-    longest = int(lengths.max()) if max_length is None else max_length
-    plan = plan_packs(planned, longest, strategy=strategy, seed=seed)
-    return PackedDataset(rows, plan, unscored, keep_end=keep_end)
+    if plan.tokens_lost > max_lost_fraction * plan.tokens_in:
+        raise ValueError(
+            f"the {name} data set loses {plan.tokens_lost} of {plan.tokens_in} tokens "
+            f"({plan.tokens_lost / plan.tokens_in:.2%}), more than max_lost_fraction={max_lost_fraction} allows: "
+            f"{'; '.join(losses)}. Raise max_length or max_lost_fraction, or set overlong='split'"
+        )
+    scored = scored[scored > 0][order]
+    return PackedDataset(rows, plan, scored.astype(np.min_scalar_type(int(scored.max()))), per_example=per_example)
 
 
 class StepDataset(torch.utils.data.Dataset):
@@ -216,9 +265,7 @@ class StepDataset(torch.utils.data.Dataset):
     ranks` examples in the sampler's order). All ranks plan it, from the lengths alone, and each gathers its own passes.
     """
 
-    total_dataset_length = (
-        0  # accelerate cuts what was gathered of a last batch to the rest of this: nothing is repeated
-    )
+    total_dataset_length = 0  # accelerate would cut what it gathers of a last batch, as if examples were repeated
 
     def __init__(
         self,

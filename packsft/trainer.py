@@ -36,7 +36,7 @@ from packsft import attention, compat
 from packsft.batch import count_scored, loss_inputs, model_inputs
 from packsft.collator import PackingCollator
 from packsft.config import PackedSFTConfig, has_bf16
-from packsft.dataset import PackedDataset, StepDataset, pack_dataset
+from packsft.dataset import PackedDataset, StepDataset, describe_losses, pack_dataset
 from packsft.head import HeadOutput, count_embeddings, install_head
 from packsft.isolation import IsolationVerdict, check_isolation
 from packsft.loss import items_in_step, ranks_per_batch
@@ -138,7 +138,13 @@ class PackedSFTTrainer(SFTTrainer):
         if isinstance(dataset, PackedDataset):
             return dataset
         _check_tokenizer(processing_class, args)
+        overlong, max_lost_fraction = getattr(args, "overlong", None), getattr(args, "max_lost_fraction", 1.0)
         if isinstance(dataset, IterableDataset):
+            if overlong is not None or max_lost_fraction < 1:
+                raise ValueError(
+                    f"overlong={overlong!r} and max_lost_fraction={max_lost_fraction} do not reach a stream, such as "
+                    f"the {dataset_name} data set, which the parent cuts and cannot count: leave both unset"
+                )
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         # The parent tokenises and labels. It neither cuts nor drops nor shuffles: the plan does, and counts.
         tokenise = copy.copy(args)
@@ -149,21 +155,15 @@ class PackedSFTTrainer(SFTTrainer):
             args.max_length,
             strategy=args.packing_strategy if packing else "none",
             name=dataset_name,
+            overlong=overlong,
+            max_lost_fraction=max_lost_fraction,
             vocab_size=self._vocab_size,
             seed=args.seed if args.shuffle_dataset else None,
             keep_end=args.truncation_mode == "keep_end",
+            per_example=getattr(args, "loss_normalization", "token") == "example",
         )
-        if packed.unscored_dropped:
-            logger.warning(
-                "%s data set: %d of %d examples have no token to score and are left out",
-                dataset_name, packed.unscored_dropped, len(rows),
-            )  # fmt: skip
-        if packed.plan.examples_truncated:
-            logger.warning(
-                "%s data set: %d examples are cut at max_length=%d, %d of %d tokens are lost",
-                dataset_name, packed.plan.examples_truncated, packed.plan.max_length,
-                packed.plan.tokens_truncated, packed.plan.tokens_in,
-            )  # fmt: skip
+        for loss in describe_losses(packed.plan):
+            logger.warning("%s data set: %s", dataset_name, loss)
         return packed
 
     def _get_dataloader(
@@ -209,8 +209,6 @@ class PackedSFTTrainer(SFTTrainer):
             self.train_dataset.plan,
             effective_batch_size=self.get_total_train_batch_size(self.args),
             num_train_epochs=self.args.num_train_epochs,
-            unscored_dropped=self.train_dataset.unscored_dropped,
-            unscored_tokens=self.train_dataset.unscored_tokens,
         )
 
     # ---- the model: attention and head ----

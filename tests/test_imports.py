@@ -42,6 +42,7 @@ KNOWS = {
     "packsft/packing/balance.py": "numpy",
     "packsft/packing/plan.py": "numpy",
     "packsft/packing/report.py": "numpy",
+    "packsft/packing/segments.py": "numpy",
     "packsft/packing/steps.py": "numpy",
     "packsft/passes.py": "torch accelerate",
     "packsft/smollm2.py": "(tokenizers) (transformers)",

@@ -1,8 +1,8 @@
-"""From the lengths of the examples to a plan: which piece of which example lies in which pack.
+"""From segments to a plan: which piece of which example lies in which pack.
 
 A plan is a few flat integer arrays, some bytes per example; it never holds or copies a token. It is the same for the
 same lengths, `max_length`, strategy and seed, in every process, and its `fingerprint` proves it. This file refuses to
-know tokens, tensors, data sets and models: numpy is its only import.
+know tokens, tensors, data sets and models: numpy is its only import. What is cut and left out is `segments.py`'s.
 
 Best fit decreasing puts the longest example left into the fullest pack that still has room. Here it runs over
 histograms (of lengths, and of the space left in packs), so its cost follows the number of distinct lengths and not of
@@ -25,9 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-IntArray = NDArray[np.integer[Any]]
+from .segments import IntArray, Segments, cut_examples, ranges, smallest
 
-STRATEGIES = ("step", "bfd", "bfd_split", "wrapped", "none")
 _ARRAYS = ("offsets", "examples", "starts", "stops")
 _NONE = np.zeros(0, np.int64)
 
@@ -42,9 +41,12 @@ class PackPlan:
 
     - `offsets` `[P + 1]`, `examples` `[S]`, `starts` `[S]`, `stops` `[S]`
     - `max_length`: the most tokens in a pack; `strategy`: one of `STRATEGIES`
-    - `examples_in` = `examples_packed` + `examples_dropped` (those of length 0)
-    - `examples_truncated` lost their tokens past `max_length`; `examples_split` lie in more than one piece
-    - `tokens_in` = `num_tokens` + `tokens_truncated`
+    - `examples_in` = `examples_packed` + `examples_empty` (of length 0) + `examples_unscored` (left out since none of
+      their segments has a scored token) + `examples_overlong_dropped` (longer than `max_length`, and left out)
+    - among those packed, `examples_truncated` lost tokens to `max_length`, `examples_split` lie in more than one piece,
+      and `segments_unscored` of their segments were removed, since they have no scored token
+    - `tokens_in` = `num_tokens` + `tokens_truncated` + `tokens_unscored` (of whole examples, and of segments of others)
+      + `tokens_dropped` (of the overlong examples left out)
     """
 
     offsets: IntArray
@@ -55,20 +57,26 @@ class PackPlan:
     strategy: str
     examples_in: int
     examples_packed: int
+    examples_empty: int
+    examples_unscored: int
+    examples_overlong_dropped: int
     examples_truncated: int
     examples_split: int
-    examples_dropped: int
+    segments_unscored: int
     tokens_in: int
     tokens_truncated: int
+    tokens_unscored: int
+    tokens_dropped: int
 
     def __post_init__(self) -> None:
         for name in _ARRAYS:
-            array = _smallest(getattr(self, name))
+            array = smallest(getattr(self, name))
             array.setflags(write=False)  # else the fingerprint could stop being true
             object.__setattr__(self, name, array)
         assert self.offsets[0] == 0
         assert self.offsets[-1] == len(self.examples) == len(self.starts) == len(self.stops)
-        assert self.examples_in == self.examples_packed + self.examples_dropped
+        left_out = self.examples_empty + self.examples_unscored + self.examples_overlong_dropped
+        assert self.examples_in == self.examples_packed + left_out
 
     def __len__(self) -> int:
         """The number of packs."""
@@ -99,6 +107,11 @@ class PackPlan:
     def num_tokens(self) -> int:
         """Tokens in all packs."""
         return int(self.stops.sum(dtype=np.int64) - self.starts.sum(dtype=np.int64))
+
+    @property
+    def tokens_lost(self) -> int:
+        """`tokens_in - num_tokens`, whatever the reason."""
+        return self.tokens_in - self.num_tokens
 
     @property
     def lower_bound(self) -> int:
@@ -148,16 +161,25 @@ class PackPlan:
 
 
 def plan_packs(
-    lengths: Sequence[int] | IntArray, max_length: int, *, strategy: str = "bfd", seed: int | None = None
+    lengths: Sequence[int] | IntArray,
+    max_length: int,
+    *,
+    strategy: str = "bfd",
+    overlong: str | None = None,
+    seed: int | None = None,
 ) -> PackPlan:
     """Plan packs of at most `max_length` tokens for examples of the given lengths (in tokens, `[examples]` integers).
 
     Strategies
-    - `"bfd"`: best fit decreasing; an example longer than `max_length` is truncated
-    - `"bfd_split"`: the same, but a longer example is split into pieces of `max_length` tokens and a rest
+    - `"bfd"`: best fit decreasing
+    - `"bfd_split"`: the same, with `overlong="split"`
     - `"wrapped"`: the examples end to end in order, cut every `max_length` tokens; each piece is its own document
-    - `"none"`: packing off, one example per pack, truncated
+    - `"none"`: packing off, one example (or segment of a split one) per pack
     - `"step"`: the same; what meets in a pass is planned when the examples of an optimizer step are known (steps.py)
+
+    `overlong` says what becomes of an example longer than `max_length`: `"truncate"` (the default), `"split"` into
+    segments of `max_length` tokens and a rest, `"drop"`, or `"error"`. Examples of length 0 are not packed. All that is
+    lost is counted.
 
     The two best-fit strategies make as many packs as one-by-one best fit decreasing over the whole set, or fewer: where
     that is more than 0.1% above the lower bound, exact fill is tried and the better kept. Their packs come in the order
@@ -167,76 +189,43 @@ def plan_packs(
     With a `seed`, the packs come in a random order, and the best-fit strategies mix lengths within packs: most packs
     begin with examples drawn at random and are then filled up by best fit, for at most 0.3 points of fill (tokens over
     packs times `max_length`). Where that cannot be had, as for sizes near a fraction of `max_length` or very few packs,
-    only examples of equal length change places. Another seed for each epoch lets other examples meet. Examples of
-    length 0 are not packed, and counted as dropped.
+    only examples of equal length change places. Another seed for each epoch lets other examples meet.
 
-    Raises ValueError naming the row or the argument: lengths that are negative, not integers or not one per row;
-    `max_length` None or below 1; an unknown strategy; a negative seed.
+    Raises ValueError naming the row or the argument, as `cut_examples` and `pack_segments` do.
     """
-    max_length = _checked_max_length(max_length)
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy={strategy!r}: choose one of {', '.join(STRATEGIES)}")
+    return pack_segments(cut_examples(lengths, max_length, strategy=strategy, overlong=overlong), seed=seed)[0]
+
+
+def pack_segments(segments: Segments, *, seed: int | None = None) -> tuple[PackPlan, NDArray[np.int64]]:
+    """The plan of `plan_packs` for segments, and `[S]`: which of them each piece of the plan is.
+
+    Raises ValueError for a seed that is no integer of at least 0.
+    """
     if seed is not None and (not isinstance(seed, (int, np.integer)) or seed < 0):
         raise ValueError(f"seed={seed!r}: give None or an integer of at least 0")
     rng = None if seed is None else np.random.default_rng(seed)
-    lengths_in = _checked_lengths(lengths)
-
-    examples = _smallest(np.flatnonzero(lengths_in))
-    kept = lengths_in if len(examples) == len(lengths_in) else lengths_in[examples]
-    num_overlong = int((kept > max_length).sum())
-    num_split = 0
-    starts: IntArray = np.zeros(len(kept), np.uint8)
-    if strategy == "bfd_split":
-        examples, starts, stops = _cut(examples, kept, np.zeros_like(kept), max_length)
-        num_split = num_overlong
-    elif strategy == "wrapped":
-        phases = (np.cumsum(kept) - kept) % max_length
-        num_split = int((phases + kept > max_length).sum())
-        examples, starts, stops = _cut(examples, kept, phases, max_length)
+    if segments.packs is not None:  # "wrapped"
+        begins = np.flatnonzero(np.diff(segments.packs.astype(np.int64), prepend=-1))
+        offsets, order = np.append(begins, len(segments)), np.arange(len(segments))
+    elif segments.strategy in ("none", "step"):
+        offsets, order = np.arange(len(segments) + 1), np.arange(len(segments))
     else:
-        stops = _smallest(np.minimum(kept, max_length))
-
-    if strategy in ("bfd", "bfd_split"):
-        offsets, order = _pack(stops - starts, max_length, rng)
-    elif strategy == "wrapped":
-        ends = np.cumsum(stops - starts)
-        closes_pack = ends % max_length == 0
-        closes_pack[-1:] = True
-        offsets, order = np.concatenate(([0], np.flatnonzero(closes_pack) + 1)), np.arange(len(stops))
-    else:
-        offsets, order = np.arange(len(stops) + 1), np.arange(len(stops))
+        offsets, order = _pack(segments.stops - segments.starts, segments.max_length, rng)
     if rng is not None:
         shuffled = rng.permutation(len(offsets) - 1)
         counts = np.diff(offsets)[shuffled]
-        order = order[_ranges(offsets[shuffled], counts)]
+        order = order[ranges(offsets[shuffled], counts)]
         offsets = np.concatenate(([0], np.cumsum(counts)))
-
-    tokens_in = int(lengths_in.sum())
-    return PackPlan(
+    plan = PackPlan(
         offsets=offsets,
-        examples=examples[order],
-        starts=starts[order],
-        stops=stops[order],
-        max_length=max_length,
-        strategy=strategy,
-        examples_in=len(lengths_in),
-        examples_packed=len(kept),
-        examples_truncated=num_overlong if strategy in ("bfd", "none", "step") else 0,
-        examples_split=num_split,
-        examples_dropped=len(lengths_in) - len(kept),
-        tokens_in=tokens_in,
-        tokens_truncated=tokens_in - int(stops.sum(dtype=np.int64) - starts.sum(dtype=np.int64)),
+        examples=segments.examples[order],
+        starts=segments.starts[order],
+        stops=segments.stops[order],
+        max_length=segments.max_length,
+        strategy=segments.strategy,
+        **segments.account,
     )
-
-
-def _cut(
-    examples: IntArray, lengths: IntArray, phases: IntArray, max_length: int
-) -> tuple[IntArray, IntArray, IntArray]:
-    """Cut examples at every multiple of `max_length`, where example `e` starts `phases[e]` after such a multiple."""
-    num_pieces = (phases + lengths - 1) // max_length + 1
-    cuts = _ranges(np.zeros_like(num_pieces), num_pieces) * max_length - np.repeat(phases, num_pieces)
-    stops = np.minimum(cuts + max_length, np.repeat(lengths, num_pieces))
-    return np.repeat(examples, num_pieces), np.maximum(cuts, 0), stops
+    return plan, order
 
 
 def _pack(
@@ -249,7 +238,7 @@ def _pack(
     """
     if not len(sizes):
         return np.zeros(1, np.int64), np.zeros(0, np.int64)
-    descending = _smallest(sizes.max() - sizes)  # 16 bits or fewer, if they hold it: numpy then sorts by radix
+    descending = smallest(sizes.max() - sizes)  # 16 bits or fewer, if they hold it: numpy then sorts by radix
     order = np.argsort(descending, kind="stable")
     in_order = descending[order]
     firsts = np.concatenate(([0], np.flatnonzero(in_order[1:] != in_order[:-1]) + 1))
@@ -287,7 +276,7 @@ def _mixed(
     small enough: so as many as `num_packs`, the fewest known, allows. `order` holds the pieces by decreasing size, each
     size from its place in `firsts` on.
     """
-    shuffled = rng.permutation(_smallest(np.arange(len(sizes))))
+    shuffled = rng.permutation(smallest(np.arange(len(sizes))))
     ends = np.cumsum(sizes[shuffled], dtype=np.int64)
     befores = ends - sizes[shuffled]
     runs = befores // -(-4 * max_length // 5)
@@ -364,7 +353,7 @@ def _best_fit_decreasing(
     packs = np.concatenate(batches)
     num_taken = np.concatenate((begun_pieces, np.repeat(takes, [len(batch) for batch in batches[1:]]))).astype(np.int64)
     entries = np.argsort(packs, kind="stable")
-    dealt = _ranges((np.cumsum(num_taken) - num_taken)[entries], num_taken[entries])
+    dealt = ranges((np.cumsum(num_taken) - num_taken)[entries], num_taken[entries])
     last_entries = np.cumsum(np.bincount(packs)) - 1
     return np.concatenate(([0], np.cumsum(num_taken[entries])[last_entries])), dealt
 
@@ -431,40 +420,3 @@ def _deal(patterns: list[tuple[list[int], int]], firsts: IntArray) -> tuple[NDAr
         dealt.append(np.stack(columns, axis=1).ravel())
     counts = np.repeat([len(pattern) for pattern, _ in patterns], [times for _, times in patterns])
     return np.concatenate(([0], np.cumsum(counts))), np.concatenate(dealt)
-
-
-def _ranges(starts: IntArray, counts: IntArray) -> NDArray[np.int64]:
-    """`concatenate([arange(s, s + c) for s, c in zip(starts, counts)])`."""
-    return np.arange(counts.sum()) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
-
-
-def _smallest(array: IntArray) -> IntArray:
-    """The same values (0 or more) in the smallest unsigned dtype."""
-    return array.astype(np.min_scalar_type(int(array.max()) if len(array) else 0))
-
-
-def _checked_max_length(max_length: int) -> int:
-    if isinstance(max_length, bool) or not isinstance(max_length, (int, np.integer)) or max_length < 1:
-        raise ValueError(f"max_length={max_length!r}: packing needs an integer of at least 1 token")
-    return int(max_length)
-
-
-def _checked_lengths(lengths: Sequence[int] | IntArray) -> NDArray[np.int64]:
-    """As int64 `[examples]`, or a ValueError that names the first row at fault."""
-    try:
-        array = np.asarray(lengths)
-    except ValueError:  # rows of unequal lengths: the loop below names the first that is no integer
-        array = np.empty(len(lengths), object)
-    if array.ndim != 1:
-        raise ValueError(f"lengths must be 1-D, one integer per row, but have shape {array.shape}")
-    if not len(array):
-        return np.zeros(0, np.int64)
-    if array.dtype.kind in "iu":
-        as_int64 = array.astype(np.int64, copy=False)
-        if as_int64.min() >= 0:  # uint64 past int64 has wrapped around to below 0
-            return as_int64
-    for row, length in enumerate(lengths):
-        if isinstance(length, bool) or not isinstance(length, (int, np.integer)) or not 0 <= length < 2**63:
-            given = length.item() if isinstance(length, np.generic) else length
-            raise ValueError(f"lengths[{row}] is {given!r}: a length must be an integer of at least 0, below 2**63")
-    return np.asarray(list(lengths), np.int64)

@@ -1,6 +1,6 @@
 """What a packing plan does to a data set and to the number of optimizer steps, as data.
 
-Nothing is lost silently: every example and token that goes in is counted as packed, truncated or dropped. This file
+Nothing is lost silently: every example and token that goes in is counted as packed, or as lost and why. This file
 refuses to draw; `rows` gives labels and texts to whoever prints a table, `as_dict` gives plain values for JSON.
 """
 
@@ -19,8 +19,10 @@ class PackingReport:
     """Counts before and after packing; tokens are tokens of the examples, without padding.
 
     - `examples_in` = `examples_packed` + `examples_dropped` (of length 0) + `unscored_dropped` (no scored token)
-    - `examples_truncated`, `examples_split`: among the packed, those that lost their end or lie in several pieces
-    - `tokens_in` = `tokens_kept` + `tokens_lost`, the tokens of unscored examples among the lost
+      + `overlong_dropped` (longer than `max_length`)
+    - `examples_truncated`, `examples_split`: among the packed, those that were cut short or lie in several pieces
+    - `segments_unscored`: segments of the packed that are left out, since they have no scored token
+    - `tokens_in` = `tokens_kept` + `tokens_lost`, for any of these reasons
     - `fill`: tokens / (packs * max_length); `packs_lower_bound`: ceil(tokens / max_length)
     - `examples_per_pack_*`: documents in a pack; 0 without packs
     - `steps_packed`, `steps_unpacked`: optimizer steps, `ceil(samples / effective_batch_size) * num_train_epochs`,
@@ -35,6 +37,8 @@ class PackingReport:
     examples_split: int
     examples_dropped: int
     unscored_dropped: int
+    overlong_dropped: int
+    segments_unscored: int
     tokens_in: int
     tokens_kept: int
     tokens_lost: int
@@ -59,11 +63,14 @@ class PackingReport:
         for label, count in (
             ("dropped, empty", self.examples_dropped),
             ("dropped, no scored token", self.unscored_dropped),
+            (f"dropped, above {self.max_length:,} tokens", self.overlong_dropped),
             (f"truncated at {self.max_length:,} tokens", self.examples_truncated),
             ("split", self.examples_split),
         ):
             if count:
                 rows.append((f"examples {label}", f"{count:,} ({count / self.examples_in:.2%})"))
+        if self.segments_unscored:
+            rows.append(("segments dropped, no scored token", f"{self.segments_unscored:,}"))
         lost = f"{self.tokens_lost:,} ({self.tokens_lost / self.tokens_in:.2%})" if self.tokens_lost else "0"
         rows += [("tokens kept", f"{self.tokens_kept:,}"), ("tokens lost", lost)]
         if self.strategy == "none":
@@ -84,30 +91,17 @@ class PackingReport:
         ]
 
 
-def packing_report(
-    plan: PackPlan,
-    *,
-    effective_batch_size: int,
-    num_train_epochs: float,
-    unscored_dropped: int = 0,
-    unscored_tokens: int = 0,
-) -> PackingReport:
+def packing_report(plan: PackPlan, *, effective_batch_size: int, num_train_epochs: float) -> PackingReport:
     """Report on a plan.
 
-    `effective_batch_size` is per_device_train_batch_size * devices * gradient_accumulation_steps. `unscored_dropped`
-    counts examples left out because nothing in them is scored, of `unscored_tokens` tokens together; they were planned
-    with a length of 0, so that the plan counts them among its dropped ones.
+    `effective_batch_size` is per_device_train_batch_size * devices * gradient_accumulation_steps.
 
-    Raises ValueError for an `effective_batch_size` below 1, `num_train_epochs` of 0 or less, or a count that cannot be.
+    Raises ValueError for an `effective_batch_size` below 1 or `num_train_epochs` of 0 or less.
     """
     if effective_batch_size < 1:
         raise ValueError(f"effective_batch_size={effective_batch_size!r}: must be at least 1")
     if not num_train_epochs > 0:
         raise ValueError(f"num_train_epochs={num_train_epochs!r}: must be above 0")
-    if not 0 <= unscored_dropped <= plan.examples_dropped:
-        raise ValueError(
-            f"unscored_dropped={unscored_dropped!r}: must be within the plan's {plan.examples_dropped} dropped"
-        )
 
     def steps(samples: int) -> int:
         return math.ceil(-(-samples // effective_batch_size) * num_train_epochs)  # epochs may be a fraction
@@ -120,11 +114,13 @@ def packing_report(
         examples_packed=plan.examples_packed,
         examples_truncated=plan.examples_truncated,
         examples_split=plan.examples_split,
-        examples_dropped=plan.examples_dropped - unscored_dropped,
-        unscored_dropped=unscored_dropped,
-        tokens_in=plan.tokens_in + unscored_tokens,
+        examples_dropped=plan.examples_empty,
+        unscored_dropped=plan.examples_unscored,
+        overlong_dropped=plan.examples_overlong_dropped,
+        segments_unscored=plan.segments_unscored,
+        tokens_in=plan.tokens_in,
         tokens_kept=plan.num_tokens,
-        tokens_lost=plan.tokens_truncated + unscored_tokens,
+        tokens_lost=plan.tokens_lost,
         packs=len(plan),
         packs_lower_bound=plan.lower_bound,
         fill=plan.fill,

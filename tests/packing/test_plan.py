@@ -90,9 +90,9 @@ def test_counts_add_up_to_the_input(strategy, lengths, max_length, seed):
     pieces = [piece for pack in packs(plan) for piece in pack]
     num_pieces = np.bincount([example for example, _, _ in pieces], minlength=len(lengths))
     kept = np.bincount([example for example, _, _ in pieces], [stop - start for _, start, stop in pieces], len(lengths))
-    assert plan.examples_in == len(lengths) == plan.examples_packed + plan.examples_dropped
+    assert plan.examples_in == len(lengths) == plan.examples_packed + plan.examples_empty
     assert plan.examples_packed == (num_pieces > 0).sum()
-    assert plan.examples_dropped == lengths.count(0)
+    assert plan.examples_empty == lengths.count(0)
     assert plan.examples_split == (num_pieces > 1).sum()
     assert plan.examples_truncated == (kept < lengths).sum()
     assert plan.tokens_in == sum(lengths) == plan.num_tokens + plan.tokens_truncated
@@ -195,7 +195,7 @@ def test_sizes_near_a_quarter_of_max_length_fill_packs_to_97_percent():
 def test_indices_count_every_row_although_empty_ones_are_dropped():
     plan = plan_packs([0, 2, 0, 3], 3)
     assert [plan[i].tolist() for i in range(len(plan))] == [[3], [1]]
-    assert (plan.examples_in, plan.examples_packed, plan.examples_dropped) == (4, 2, 2)
+    assert (plan.examples_in, plan.examples_packed, plan.examples_empty) == (4, 2, 2)
 
 
 def test_ten_equal_lengths_fill_packs_of_three():

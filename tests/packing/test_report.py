@@ -2,20 +2,23 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from packsft.packing import packing_report, plan_packs
+from packsft.packing import cut_examples, pack_segments, packing_report
 
 
-def report(lengths, max_length=4, strategy="bfd", effective_batch_size=2, num_train_epochs=1, **kwargs):
-    plan = plan_packs(lengths, max_length, strategy=strategy)
-    return packing_report(plan, effective_batch_size=effective_batch_size, num_train_epochs=num_train_epochs, **kwargs)
+def report(lengths, max_length=4, effective_batch_size=2, num_train_epochs=1, unscored=(), **kwargs):
+    """`unscored`: examples in which nothing is scored."""
+    segments = cut_examples(lengths, max_length, **kwargs)
+    plan, _ = pack_segments(segments.keep_scored(~np.isin(segments.examples, unscored)))
+    return packing_report(plan, effective_batch_size=effective_batch_size, num_train_epochs=num_train_epochs)
 
 
 def test_counts_of_the_example_of_trl():
     # packs [0 cut to 4], [2, 3], [1]: 3 packs for 4 examples, 10 of 11 tokens, in steps of 2
     # and two left out: an empty one, and one of 6 tokens in which nothing is scored
-    got = report([5, 2, 3, 1, 0, 0], unscored_dropped=1, unscored_tokens=6).as_dict()
+    got = report([5, 2, 3, 1, 0, 6], unscored=[5]).as_dict()
     assert got == {
         "strategy": "bfd",
         "max_length": 4,
@@ -25,6 +28,8 @@ def test_counts_of_the_example_of_trl():
         "examples_split": 0,
         "examples_dropped": 1,
         "unscored_dropped": 1,
+        "overlong_dropped": 0,
+        "segments_unscored": 0,
         "tokens_in": 17,
         "tokens_kept": 10,
         "tokens_lost": 7,
@@ -68,12 +73,12 @@ def test_as_dict_is_plain_json():
 
 
 def test_rows_show_every_loss():
-    rows = dict(report([5, 2, 3, 0, 0], unscored_dropped=1).rows())
+    rows = dict(report([5, 2, 3, 0, 2], unscored=[4]).rows())
     assert rows["examples"] == "5"
     assert rows["examples truncated at 4 tokens"] == "1 (20.00%)"
     assert rows["examples dropped, empty"] == "1 (20.00%)"
     assert rows["examples dropped, no scored token"] == "1 (20.00%)"
-    assert rows["tokens lost"] == "1 (10.00%)"
+    assert rows["tokens lost"] == "3 (25.00%)"
     assert rows["packs of 4 (bfd)"] == "3 (at least 3 needed)"
     assert rows["examples per pack"] == "1.0 (1 to 1)"
 
@@ -96,7 +101,6 @@ def test_rows_leave_out_what_did_not_happen():
     [
         ({"effective_batch_size": 0}, "effective_batch_size=0: must be at least 1"),
         ({"num_train_epochs": 0}, "num_train_epochs=0: must be above 0"),
-        ({"unscored_dropped": 1}, "unscored_dropped=1: must be within the plan's 0 dropped"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

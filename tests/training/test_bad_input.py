@@ -9,6 +9,8 @@ from tiny import ROWS, tiny_model, tiny_tokenizer, token_rows
 from transformers import DataCollatorWithPadding, LlamaForSequenceClassification
 from trl import SFTConfig
 
+from packsft.dataset import pack_dataset
+
 
 def rows(*extra):
     return Dataset.from_list([*ROWS, *extra])
@@ -38,6 +40,16 @@ def rows(*extra):
             "row 5 of the data set: labels holds -7",
         ),
         ({"eval_dataset": rows({"input_ids": [-1, 4], "labels": [3, 4]})}, "row 5 of the data set: input_ids holds -1"),
+        ({"train_dataset": rows(), "max_length": 4, "overlong": "error"}, "row 0 has 5 tokens, more than max_length=4"),
+        (
+            {"train_dataset": rows(), "max_length": 4, "max_lost_fraction": 0.1},
+            r"the train data set loses 2 of 15 tokens \(13.33%\), more than max_lost_fraction=0.1 allows: 1 of 5 "
+            r"examples have no token to score and are left out, 1 of 15 tokens are lost; 1 examples are cut",
+        ),
+        (
+            {"train_dataset": IterableDataset.from_generator(lambda: iter(ROWS)), "overlong": "drop"},
+            "overlong='drop' and max_lost_fraction=1.0 do not reach a stream",
+        ),
         ({"processing_class": tiny_tokenizer(eos=False)}, "has no eos_token"),
         (
             {"data_collator": DataCollatorWithPadding(tiny_tokenizer())},
@@ -88,6 +100,9 @@ def test_flash_attention_2_without_its_package_is_named(tmp_path):
     [
         ({"attention_backend": "flash"}, "attention_backend='flash' is unknown"),
         ({"on_unpackable": "stop"}, "on_unpackable"),
+        ({"overlong": "cut"}, "overlong='cut' is unknown"),
+        ({"overlong": "drop", "packing_strategy": "bfd_split"}, "overlong='drop' contradicts the strategy 'bfd_split'"),
+        ({"max_lost_fraction": 1.5}, "max_lost_fraction=1.5: must be between 0 and 1"),
     ],
 )
 def test_a_bad_field_of_the_configuration_is_named(options, message, tmp_path):
@@ -112,3 +127,10 @@ def test_the_callers_configuration_is_left_as_it_was(tmp_path):
     before = args.to_dict()
     trainer(tmp_path, args=args, train_dataset=token_rows(4))
     assert args.to_dict() == before
+
+
+@pytest.mark.parametrize("column", ["input_ids", "labels"])
+def test_a_missing_column_is_named(column):
+    dataset = rows().remove_columns(column)
+    with pytest.raises(ValueError, match=f"the data set has no column '{column}'"):
+        pack_dataset(dataset, 8, strategy="bfd", name="train")

@@ -1,10 +1,13 @@
 """Every data set form that TRL takes, packed: the tokens and labels are TRL's own, and each is in a pack once."""
 
+import numpy as np
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from runs import DEFAULTS, losses, trainer
 from tiny import ROWS, VOCAB, tiny_model, tiny_tokenizer
 from trl import SFTConfig, SFTTrainer
+
+from packsft.dataset import pack_dataset
 
 TEXT = Dataset.from_list([{"text": "tell me a joke no"}, {"text": "what is two plus two four"}] * 3)
 PROMPTS = Dataset.from_list(
@@ -151,3 +154,52 @@ def test_a_split_example_loses_no_token_whichever_end_truncation_would_keep(tmp_
     tokens = sorted(token for item in ours.train_dataset for token in item["input_ids"].tolist())
     assert tokens == sorted([3, 4, 5, 6, 7, 8] * 2)
     ours.train()
+
+
+LONG = Dataset.from_list(  # scored: all, the first 3 tokens, the last token
+    [
+        {"input_ids": [3, 4, 5, 6, 7, 8], "labels": [3, 4, 5, 6, 7, 8]},
+        {"input_ids": [9, 10, 11, 12, 13, 14, 15], "labels": [9, 10, 11, -100, -100, -100, -100]},
+        {"input_ids": [16, 17, 18], "labels": [-100, -100, 18]},
+    ]
+)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(
+    ("overlong", "kept", "message"),
+    [
+        ("truncate", [[3, 4, 5, 6], [9, 10, 11, 12], [16, 17, 18]], "2 examples are cut at max_length=4, 5 of 16"),
+        ("split", [[3, 4, 5, 6], [7, 8], [9, 10, 11, 12], [16, 17, 18]], "1 segments of other examples have no token"),
+        ("drop", [[16, 17, 18]], "2 of 3 examples are longer than max_length=4 and left out, 13 of 16 tokens are lost"),
+    ],
+)
+def test_overlong_examples_go_where_they_are_sent(tmp_path, caplog, packing, overlong, kept, message):
+    ours = trainer(
+        tmp_path, train_dataset=LONG, eval_dataset=LONG, max_length=4, packing=packing, overlong=overlong
+    )  # fmt: skip
+    assert [ids for ids, _ in documents(ours.train_dataset)] == kept
+    assert documents(ours.eval_dataset) == documents(ours.train_dataset)
+    assert f"train data set: {message}" in caplog.text
+    expected = [sum(label != -100 for label in labels) for _, labels in documents(ours.train_dataset)]
+    assert sorted(ours.train_dataset.scored.tolist()) == sorted(expected)
+
+
+def test_scored_tokens_are_counted_by_segment_over_chunks_and_blocks(monkeypatch):
+    monkeypatch.setattr("packsft.dataset.BLOCK", 4_000)
+    rng = np.random.default_rng(0)
+    table = [
+        Dataset.from_dict({"input_ids": rows, "labels": rows})
+        for rows in ([[7] * n for n in (3, 0, 300, 1)], [[7] * 5], [[7] * 2_100, [7] * 2_100, [7] * 4])
+    ]  # the second of 2,100 ends past a block of 4,000
+    labels = [np.where(rng.random(n) < 0.5, -100, 7) for part in table for n in map(len, part["labels"])]
+    parts = iter(labels)
+    table = [part.remove_columns("labels").add_column("labels", [next(parts).tolist() for _ in part]) for part in table]
+    packs = pack_dataset(concatenate_datasets(table), 200, strategy="bfd_split", name="train", seed=0)
+    plan = packs.plan
+    expected = [
+        (labels[example][start + 1 : stop] != -100).sum()
+        for example, start, stop in zip(*(a.astype(int) for a in (plan.examples, plan.starts, plan.stops)), strict=True)
+    ]
+    assert packs.scored.tolist() == expected
+    assert packs.scored.dtype == np.uint8
