@@ -6,6 +6,7 @@ Knows Arrow columns of token ids; knows nothing of text, models or devices.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,15 @@ from datasets import Dataset
 
 from packsft.batch import StepRows
 from packsft.collator import IGNORE_INDEX
-from packsft.packing import PackPlan, check_max_lost_fraction, cut_examples, pack_segments, plan_step
-
+from packsft.packing import (
+    PackPlan,
+    Segments,
+    balanced_order,
+    check_max_lost_fraction,
+    cut_examples,
+    pack_segments,
+    plan_step,
+)
 
 BLOCK = 1 << 22  # values that are counted at once
 
@@ -139,22 +147,60 @@ class _ListColumn:
 class PackedDataset(torch.utils.data.Dataset):
     """A plan over rows. Item i is pack i: `input_ids`, `labels` and `seq_lengths`, gathered when asked for.
 
-    `scored` `[S]` unsigned integers: the scored tokens of each piece of the plan. With `per_example`, the pieces of an
-    example together weigh 1 in the loss (`loss_weights`, one number per document).
+    Args:
+        rows: the tokens.
+        segments: which of them may be packed.
+        scored: `[S]` integers, the scored tokens of each segment.
+        seed: of the plan. With one, `set_epoch` packs anew, into as many packs.
+        per_example: the segments of an example together weigh 1 in the loss (`loss_weights`, one number per document).
 
     Attributes:
+        plan: the packs.
+        scored: `[S]` unsigned integers, the scored tokens of each piece of the plan.
         lengths: `[P]` int64, the tokens of each item.
         items: `[P]` int64 or float64, what each brings to the loss's denominator: scored tokens, or their weights.
+        repacks: whether an epoch's packs are other ones.
     """
 
-    def __init__(self, rows: TokenRows, plan: PackPlan, scored: np.ndarray, *, per_example: bool = False) -> None:
+    def __init__(
+        self,
+        rows: TokenRows,
+        segments: Segments,
+        scored: np.ndarray,
+        *,
+        seed: int | None = None,
+        per_example: bool = False,
+    ) -> None:
         self.rows = rows
-        self.plan = plan
-        self.lengths = np.add.reduceat(plan.stops.astype(np.int64) - plan.starts, plan.offsets[:-1])
-        self.scored = scored
-        self._weights = 1.0 / np.bincount(plan.examples, scored)[plan.examples] if per_example else None
-        items = scored.astype(np.int64) if self._weights is None else scored * self._weights
-        self.items = np.add.reduceat(items, plan.offsets[:-1])
+        self._segments, self._segment_scored, self._per_example = segments, scored, per_example
+        self.seed = seed
+        self.repacks = seed is not None and segments.strategy in ("bfd", "bfd_split")
+        self._pack(seed, None)
+        if self.repacks:  # another seed may need a pack more, but none needs more than the plan that mixes nothing
+            fewest = len(pack_segments(segments)[0])
+            if fewest > len(self):
+                self._pack(seed, fewest)
+        self.epoch = 0
+
+    def _pack(self, seed: int | None, num_packs: int | None) -> None:
+        self.plan, order = pack_segments(self._segments, seed=seed, num_packs=num_packs)
+        plan, scored = self.plan, self._segment_scored[order]
+        self.scored = scored.astype(np.min_scalar_type(int(scored.max(initial=0))))
+        self._weights = None
+        items: np.ndarray = self.scored.astype(np.int64)
+        if self._per_example:
+            self._weights = 1.0 / np.bincount(plan.examples, self.scored)[plan.examples]
+            items = items * self._weights
+        if len(plan):
+            self.lengths = np.add.reduceat(plan.stops.astype(np.int64) - plan.starts, plan.offsets[:-1])
+            self.items = np.add.reduceat(items, plan.offsets[:-1])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pack anew for an epoch, the first of which is 0, so that other examples meet; without a seed, nothing."""
+        if self.repacks and epoch != self.epoch:
+            assert self.seed is not None
+            self._pack(self.seed + epoch, len(self))
+            self.epoch = epoch
 
     def most_tokens(self, num_items: int) -> int:
         """Tokens of the longest so many items together."""
@@ -163,7 +209,11 @@ class PackedDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
+        """Item `index`, or (epoch, index): a worker that outlives its epoch hears of the next one in this way."""
+        if isinstance(index, tuple):
+            epoch, index = index
+            self.set_epoch(epoch)
         pieces = [self.rows.tokens(*piece) for piece in self.plan.pieces(int(index))]
         item = {
             "input_ids": np.concatenate([ids for ids, _ in pieces]),
@@ -224,7 +274,7 @@ def pack_dataset(
         overlong: of `plan_packs`: what becomes of an example longer than `max_length`.
         max_lost_fraction: the share of the data set's tokens, 0 to 1, that may be lost for whatever reason.
         vocab_size: ids and labels must be below it.
-        seed: shuffles which examples meet, and the order of the packs.
+        seed: mixes which examples meet, and the order of the packs; with one, every epoch is packed anew.
         keep_end: a truncated example keeps its last tokens rather than its first.
         per_example: examples weigh the same in the loss, rather than scored tokens.
 
@@ -241,7 +291,8 @@ def pack_dataset(
     longest = max(int(rows.lengths.max()), 1) if max_length is None else max_length
     segments = cut_examples(rows.lengths, longest, strategy=strategy, overlong=overlong, keep_end=keep_end)
     scored = rows.count_scored(segments.examples, segments.starts, segments.stops)
-    plan, order = pack_segments(segments.keep_scored(scored), seed=seed)
+    packed = PackedDataset(rows, segments.keep_scored(scored), scored[scored > 0], seed=seed, per_example=per_example)
+    plan = packed.plan
     losses = describe_losses(plan)
     if not len(plan):
         raise ValueError(
@@ -254,8 +305,33 @@ def pack_dataset(
             f"({plan.tokens_lost / plan.tokens_in:.2%}), more than max_lost_fraction={max_lost_fraction} allows: "
             f"{'; '.join(losses)}. Raise max_length or max_lost_fraction, or set overlong='split'"
         )
-    scored = scored[scored > 0][order]
-    return PackedDataset(rows, plan, scored.astype(np.min_scalar_type(int(scored.max()))), per_example=per_example)
+    return packed
+
+
+class PackSampler(torch.utils.data.Sampler):
+    """Every epoch its own packs, in an order in which those that run at once cost attention the same.
+
+    Yields (epoch, pack).
+
+    Args:
+        packs: a data set that packs anew.
+        group_size: the packs that run at once: those of a batch, on all devices.
+    """
+
+    def __init__(self, packs: PackedDataset, group_size: int) -> None:
+        self._packs, self._group_size = packs, group_size
+
+    def __len__(self) -> int:
+        return len(self._packs)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._packs.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch = self._packs.epoch
+        assert self._packs.seed is not None
+        for pack in balanced_order(self._packs.plan, self._group_size, self._packs.seed + epoch):
+            yield epoch, int(pack)
 
 
 class StepDataset(torch.utils.data.Dataset):

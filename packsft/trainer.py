@@ -26,7 +26,7 @@ from datasets import Dataset, IterableDataset
 from packsft_kernels import LossOptions
 from packsft_kernels.version import __version__
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import is_kernels_available
@@ -36,7 +36,7 @@ from packsft import attention, compat
 from packsft.batch import count_scored, loss_inputs, model_inputs
 from packsft.collator import PackingCollator
 from packsft.config import PackedSFTConfig, has_bf16
-from packsft.dataset import PackedDataset, StepDataset, describe_losses, pack_dataset
+from packsft.dataset import PackedDataset, PackSampler, StepDataset, describe_losses, pack_dataset
 from packsft.head import HeadOutput, count_embeddings, install_head
 from packsft.isolation import IsolationVerdict, check_isolation
 from packsft.loss import items_in_step, ranks_per_batch
@@ -150,6 +150,8 @@ class PackedSFTTrainer(SFTTrainer):
         tokenise = copy.copy(args)
         tokenise.max_length, tokenise.shuffle_dataset = None, False
         rows = super()._prepare_dataset(dataset, processing_class, tokenise, False, formatting_func, dataset_name)
+        best_fit = packing and args.packing_strategy in ("bfd", "bfd_split")
+        repacks = best_fit and dataset_name == "train" and args.train_sampling_strategy == "random"
         packed = pack_dataset(
             rows,
             args.max_length,
@@ -158,13 +160,30 @@ class PackedSFTTrainer(SFTTrainer):
             overlong=overlong,
             max_lost_fraction=max_lost_fraction,
             vocab_size=self._vocab_size,
-            seed=args.seed if args.shuffle_dataset else None,
+            seed=self._plan_seed(args) if args.shuffle_dataset or repacks else None,
             keep_end=args.truncation_mode == "keep_end",
             per_example=getattr(args, "loss_normalization", "token") == "example",
         )
         for loss in describe_losses(packed.plan):
             logger.warning("%s data set: %s", dataset_name, loss)
         return packed
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "loss_weights" not in self._signature_columns:
+            self._signature_columns.append("loss_weights")
+
+    @staticmethod
+    def _plan_seed(args: SFTConfig) -> int:
+        return args.seed if args.data_seed is None else args.data_seed
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """Adds to the parent: every epoch its own packs, in an order that balances ranks."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, PackedDataset) and dataset.repacks and self.args.train_sampling_strategy == "random":
+            ranks = self.accelerator.num_processes // ranks_per_batch(self.accelerator)
+            return PackSampler(dataset, self._train_batch_size * ranks)
+        return super()._get_train_sampler(train_dataset)
 
     def _get_dataloader(
         self,

@@ -29,8 +29,9 @@ def packed(tmp_path_factory) -> PackedSFTTrainer:
     """The rows as the trainer takes them: two packs, one optimizer step of two micro-steps, in float64."""
     return trainer(
         tmp_path_factory.mktemp("tour"), model=tiny_model("gpt2", dtype=torch.float64),
-        train_dataset=Dataset.from_list(ROWS), max_length=8, packing_strategy="bfd", per_device_train_batch_size=1,
-        gradient_accumulation_steps=2, num_train_epochs=1,
+        train_dataset=Dataset.from_list(ROWS), max_length=8, packing_strategy="bfd",
+        train_sampling_strategy="sequential", per_device_train_batch_size=1, gradient_accumulation_steps=2,
+        num_train_epochs=1,
     )  # fmt: skip
 
 

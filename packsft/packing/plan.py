@@ -196,10 +196,15 @@ def plan_packs(
     return pack_segments(cut_examples(lengths, max_length, strategy=strategy, overlong=overlong), seed=seed)[0]
 
 
-def pack_segments(segments: Segments, *, seed: int | None = None) -> tuple[PackPlan, NDArray[np.int64]]:
+def pack_segments(
+    segments: Segments, *, seed: int | None = None, num_packs: int | None = None
+) -> tuple[PackPlan, NDArray[np.int64]]:
     """The plan of `plan_packs` for segments, and `[S]`: which of them each piece of the plan is.
 
-    Raises ValueError for a seed that is no integer of at least 0.
+    With `num_packs`, exactly so many packs, those with the most documents split in two: for plans of other seeds that
+    are to be as long as a first one.
+
+    Raises ValueError for a seed that is no integer of at least 0, or a `num_packs` that cannot be.
     """
     if seed is not None and (not isinstance(seed, (int, np.integer)) or seed < 0):
         raise ValueError(f"seed={seed!r}: give None or an integer of at least 0")
@@ -210,7 +215,9 @@ def pack_segments(segments: Segments, *, seed: int | None = None) -> tuple[PackP
     elif segments.strategy in ("none", "step"):
         offsets, order = np.arange(len(segments) + 1), np.arange(len(segments))
     else:
-        offsets, order = _pack(segments.stops - segments.starts, segments.max_length, rng)
+        offsets, order = _pack(segments.stops - segments.starts, segments.max_length, rng, num_packs)
+    if num_packs is not None:
+        offsets = _split_packs(offsets, num_packs)
     if rng is not None:
         shuffled = rng.permutation(len(offsets) - 1)
         counts = np.diff(offsets)[shuffled]
@@ -228,13 +235,23 @@ def pack_segments(segments: Segments, *, seed: int | None = None) -> tuple[PackP
     return plan, order
 
 
+def _split_packs(offsets: NDArray[np.int64], num_packs: int) -> NDArray[np.int64]:
+    counts = np.diff(offsets)
+    num_missing = num_packs - len(counts)
+    largest = np.argsort(-counts, kind="stable")[: max(num_missing, 0)]
+    if num_missing < 0 or len(largest) < num_missing or (counts[largest] < 2).any():
+        raise ValueError(f"num_packs={num_packs}: the plan has {len(counts)} packs, and cannot have so many")
+    return np.sort(np.concatenate((offsets, offsets[largest] + counts[largest] // 2)))
+
+
 def _pack(
-    sizes: IntArray, max_length: int, rng: np.random.Generator | None
+    sizes: IntArray, max_length: int, rng: np.random.Generator | None, most_packs: int | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pack pieces of the given sizes (1 to `max_length`): the packs' offsets `[P + 1]` and the pieces in order `[S]`.
 
     Best fit decreasing, or exact fill where that needs fewer packs. The second is tried only where the first is more
-    than 0.1% above the lower bound, so that the usual case pays nothing for it. With `rng`, mixed if that costs little.
+    than 0.1% above the lower bound, so that the usual case pays nothing for it. With `rng`, mixed if that costs little,
+    or needs no more than `most_packs`.
     """
     if not len(sizes):
         return np.zeros(1, np.int64), np.zeros(0, np.int64)
@@ -255,8 +272,12 @@ def _pack(
         if sum(times for _, times in patterns) < num_packs:
             offsets, dealt = _deal(patterns, firsts)
             num_packs = len(offsets) - 1
-    if rng is not None and (mixed := _mixed(sizes, order, firsts, max_length, num_packs, lower_bound, rng)):
-        return mixed
+    if rng is not None:
+        if most_packs is None:
+            tokens_per_pack = int(sizes.sum(dtype=np.int64)) / num_packs
+            most_packs = int(num_packs * tokens_per_pack / max(tokens_per_pack - 0.003 * max_length, 1e-9))
+        if mixed := _mixed(sizes, order, firsts, max_length, most_packs, lower_bound, rng):
+            return mixed
     return offsets, order[dealt]
 
 
@@ -265,15 +286,15 @@ def _mixed(
     order: IntArray,
     firsts: IntArray,
     max_length: int,
-    num_packs: int,
+    most_packs: int,
     lower_bound: int,
     rng: np.random.Generator,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
-    """Packs begun at random and filled up by best fit decreasing; None where that costs more than 0.3 points of fill.
+    """Packs begun at random and filled up by best fit decreasing; None where that takes more than `most_packs`.
 
     The pieces in a random order are cut into runs of about 0.8 `max_length`, each the beginning of a pack; a piece that
     would not fit is left to the filling. The more packs begin so, the more lengths mix, but what fills the rest must be
-    small enough: so as many as `num_packs`, the fewest known, allows. `order` holds the pieces by decreasing size, each
+    small enough: so as many as `most_packs` allows. `order` holds the pieces by decreasing size, each
     size from its place in `firsts` on.
     """
     shuffled = rng.permutation(smallest(np.arange(len(sizes))))
@@ -283,7 +304,6 @@ def _mixed(
     begins = np.flatnonzero(np.diff(runs, prepend=-1))
     packs = np.repeat(np.arange(len(begins), dtype=np.int32), np.diff(begins, append=len(runs)))
     fits = ends - befores[begins][packs] <= max_length
-    tokens = int(ends[-1])
     del ends, befores  # 160 MB of 10 million
     for share in (1.0, 0.9, 0.7, 0.5):
         begun = fits & (runs < int(share * lower_bound))
@@ -295,7 +315,7 @@ def _mixed(
         held = np.bincount(packs[begun])
         spaces = max_length - np.bincount(packs[begun], sizes[shuffled[begun]]).astype(np.int64)
         offsets, dealt = _best_fit_decreasing(sizes[order[firsts[some]]], counts[some], max_length, spaces, held)
-        if tokens / (len(offsets) - 1) >= tokens / num_packs - 0.003 * max_length:
+        if len(offsets) - 1 <= most_packs:
             return offsets, np.concatenate((shuffled[begun], order[in_order])).astype(np.int64)[dealt]
     return None
 

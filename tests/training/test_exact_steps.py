@@ -280,9 +280,7 @@ def test_examples_count_the_same_where_the_loss_is_their_mean(tmp_path):
 
 
 def test_the_parts_of_a_split_example_weigh_as_much_as_the_whole(tmp_path):
-    rows = Dataset.from_list(
-        [{"input_ids": list(range(3, 13)), "labels": list(range(3, 13))}, {"input_ids": [3, 4, 5]}]
-    )
+    rows = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in (list(range(3, 13)), [3, 4, 5])])
     ours = trainer(
         tmp_path, train_dataset=rows, max_length=4, packing_strategy="bfd_split", loss_normalization="example",
         eval_dataset=rows, per_device_train_batch_size=9,
