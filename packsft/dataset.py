@@ -135,6 +135,9 @@ class PackedDataset(torch.utils.data.Dataset):
         self.unscored_tokens = int(rows.lengths[unscored].sum())
         self._keep_end = keep_end
 
+    def check_ids(self, vocab_size: int) -> None:
+        self.rows.check_ids(vocab_size)
+
     def __len__(self) -> int:
         return len(self.plan)
 

@@ -41,6 +41,7 @@ from packsft.loss import ranks_per_batch, scored_in_step
 from packsft.metrics import MetricSums
 from packsft.notices import PackingNotice
 from packsft.packing import PackingReport, packing_report
+from packsft.stream import PackedStream
 
 STRATEGIES = ("bfd", "bfd_split", "wrapped")
 
@@ -83,7 +84,7 @@ class PackedSFTTrainer(SFTTrainer):
         base_model = self.model.get_base_model() if is_peft_model(self.model) else self.model
         self._vocab_size = count_embeddings(base_model)
         for dataset in self._packed_datasets():
-            dataset.rows.check_ids(self._vocab_size)
+            dataset.check_ids(self._vocab_size)
         self.isolation = self._prepare_attention(base_model)
         self.data_collator = PackingCollator(
             pad_token_id=self._tokenizer.pad_token_id,
@@ -117,17 +118,28 @@ class PackedSFTTrainer(SFTTrainer):
         packing: bool,
         formatting_func: Callable[[dict], str] | None,
         dataset_name: str,
-    ) -> Dataset | IterableDataset | PackedDataset:
-        """Adds to the parent's preparation: packs are planned over the whole data set and gathered when needed."""
-        if isinstance(dataset, PackedDataset):
+    ) -> Dataset | IterableDataset | PackedDataset | PackedStream:
+        """Adds to the parent's preparation: packs are planned over the whole data set and gathered when needed.
+
+        Those of a stream are made as its rows come, through a buffer.
+        """
+        if isinstance(dataset, (PackedDataset, PackedStream)):
             return dataset
         _check_tokenizer(processing_class, args)
-        if isinstance(dataset, IterableDataset):
-            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         # The parent tokenises and labels. It neither cuts nor drops nor shuffles: the plan does, and counts.
         tokenise = copy.copy(args)
         tokenise.max_length, tokenise.shuffle_dataset = None, False
         rows = super()._prepare_dataset(dataset, processing_class, tokenise, False, formatting_func, dataset_name)
+        if isinstance(rows, IterableDataset):
+            strategy = args.packing_strategy if packing else "none"
+            return PackedStream(
+                rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows,
+                args.max_length,
+                strategy="bfd" if strategy == "step" else strategy,  # a stream has no steps to plan
+                name=dataset_name,
+                vocab_size=self._vocab_size,
+                keep_end=args.truncation_mode == "keep_end",
+            )
         packed = pack_dataset(
             rows,
             args.max_length,
@@ -150,9 +162,17 @@ class PackedSFTTrainer(SFTTrainer):
             )  # fmt: skip
         return packed
 
-    def _packed_datasets(self) -> list[PackedDataset]:
+    def _get_dataloader(self, *positional: Any, **named: Any) -> Any:
+        """Adds to the parent: a stream of packs shares itself out over the ranks."""
+        loader = super()._get_dataloader(*positional, **named)
+        compat.share_stream(loader, PackedStream, endless=named.get("is_training", False))
+        return loader
+
+    def _packed_datasets(self) -> list[PackedDataset | PackedStream]:
         evals = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        return [dataset for dataset in (self.train_dataset, *evals) if isinstance(dataset, PackedDataset)]
+        return [
+            dataset for dataset in (self.train_dataset, *evals) if isinstance(dataset, (PackedDataset, PackedStream))
+        ]
 
     @property
     def packing_report(self) -> PackingReport | None:
@@ -370,7 +390,7 @@ def _check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
     )
     for name, dataset in datasets.items():
         if isinstance(dataset, (Dataset, IterableDataset)):
-            _check_dataset(name, dataset, args)
+            _check_dataset(name, dataset)
     if arguments.get("processing_class") is not None:
         _check_tokenizer(arguments["processing_class"], args)
     model = arguments["model"]
@@ -390,16 +410,12 @@ def _check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
         )
 
 
-def _check_dataset(name: str, dataset: Dataset | IterableDataset, args: SFTConfig) -> None:
+def _check_dataset(name: str, dataset: Dataset | IterableDataset) -> None:
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"{name} is empty: it has 0 rows")
     if pictures := {"image", "images"} & first.keys():
         raise ValueError(f"{name} has the column {min(pictures)!r}: packsft trains on text alone")
-    if isinstance(dataset, IterableDataset) and args.packing and args.packing_strategy == "wrapped":
-        raise ValueError(
-            f"{name} is a stream, and packing_strategy='wrapped' forgets where a stream's examples begin: take 'bfd'"
-        )
 
 
 def _check_adapter(model: Any) -> None:

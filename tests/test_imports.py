@@ -27,7 +27,7 @@ KNOWS = {
     "packsft/batch.py": "",
     "packsft/cli.py": "packsft_kernels",
     "packsft/collator.py": "numpy torch trl",
-    "packsft/compat.py": "torch transformers trl packaging (peft)",
+    "packsft/compat.py": "torch transformers trl accelerate packaging (peft)",
     "packsft/config.py": "torch trl packsft_kernels",
     "packsft/dataset.py": "numpy torch datasets",
     "packsft/demo.py": "torch transformers datasets rich (trl) (matplotlib)",
@@ -40,8 +40,10 @@ KNOWS = {
     "packsft/packing/balance.py": "numpy",
     "packsft/packing/plan.py": "numpy",
     "packsft/packing/report.py": "numpy",
+    "packsft/packing/stream.py": "",
     "packsft/smollm2.py": "(tokenizers) (transformers)",
     "packsft/stdlib_docstrings.py": "(datasets)",
+    "packsft/stream.py": "numpy torch datasets",
     "packsft/trainer.py": "torch transformers trl accelerate datasets packsft_kernels",
 }
 KERNELS_MAY_KNOW = {"torch", "triton", "flash_attn", "flash_attn_interface", "packsft_kernels"}
