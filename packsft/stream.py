@@ -103,8 +103,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         mine._resume = None
         mine._start_pass(0)
         mine._place = mine._rank, mine._num_ranks = rank, num_ranks
-        divides = isinstance(self.stream, IterableDataset) and self.stream.num_shards >= num_ranks > 1
-        if endless and divides:
+        if endless and isinstance(self.stream, IterableDataset) and self.stream.num_shards >= num_ranks > 1:
             mine.stream = self.stream.shard(num_ranks, rank, contiguous=False)
             mine._rank, mine._num_ranks, mine._endless = 0, 1, True
         return mine
