@@ -32,7 +32,8 @@ class PackedSFTConfig(SFTConfig):
             Whether to pack several examples into one row of `max_length` tokens. With `False`, each example is an item
             of its own, and the examples of a batch are laid end to end without padding.
         packing_strategy (`str`, *optional*, defaults to `"bfd"`):
-            As in `SFTConfig`: `"bfd"`, `"bfd_split"` or `"wrapped"`, each planned over the whole data set.
+            As in `SFTConfig`: `"bfd"`, `"bfd_split"` or `"wrapped"`, each planned over the whole data set (of a stream,
+            over a buffer of 32 packs).
         attention_backend (`str`, *optional*, defaults to `"auto"`):
             What computes the attention within documents: `"auto"` for the first that can, or a name:
             `"flash_attn_4"`, `"flash_attn_3"`, `"flash_attn_2"`, `"torch_varlen"`, `"sdpa"`.
