@@ -14,7 +14,7 @@ from typing import Any
 
 import transformers
 import trl
-from accelerate.data_loader import BatchSamplerShard
+from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers.utils import is_peft_available
@@ -58,6 +58,19 @@ def own_head_during_init() -> Iterator[None]:
     finally:
         for name, value in originals.items():
             setattr(trl_sft_trainer, name, value)
+
+
+def share_stream(loader: Any, kind: Any, *, endless: bool) -> None:
+    """Have a stream of this kind share itself out over ranks (`kind.share`), in the place of accelerate's wrapper.
+
+    That wrapper deals out items too, but fills the last batch by repeating examples. It stays, as one that passes all
+    on; transformers neutralises the one around its `BatchRebalanceSampler` in the same way. accelerate (1.15) has no
+    seam for a stream that knows its ranks.
+    """
+    wrapper = loader.dataset
+    if isinstance(wrapper, IterableDatasetShard) and isinstance(wrapper.dataset, kind):
+        wrapper.dataset = wrapper.dataset.share(wrapper.process_index, wrapper.num_processes, endless=endless)
+        wrapper.process_index, wrapper.num_processes, wrapper.batch_size, wrapper.split_batches = 0, 1, 1, False
 
 
 def is_tuner_layer(module: nn.Module) -> bool:

@@ -36,7 +36,8 @@ class PackedSFTConfig(SFTConfig):
         packing_strategy (`str`, *optional*, defaults to `"step"`):
             `"step"`: each optimizer step takes the examples that it would take without packing, laid into as few
             passes as hold them: the same number of steps, and the same loss curve. `"bfd"`, `"bfd_split"` and
-            `"wrapped"` as in `SFTConfig`, planned over the whole data set: a pack then takes the place of an example.
+            `"wrapped"` as in `SFTConfig`, planned over the whole data set (of a stream,
+            over a buffer of 32 packs): a pack then takes the place of an example.
         tokens_per_pass (`int` or `str`, *optional*):
             With `"step"`, the most tokens that go through the model at once, on each device; by default `max_length`.
             `"auto"` for the most that fit, measured at the first step. It changes speed and memory, not the training:

@@ -206,6 +206,9 @@ class PackedDataset(torch.utils.data.Dataset):
         """Tokens of the longest so many items together."""
         return int(np.sort(self.lengths)[-num_items:].sum())
 
+    def check_ids(self, vocab_size: int) -> None:
+        self.rows.check_ids(vocab_size)
+
     def __len__(self) -> int:
         return len(self.plan)
 

@@ -44,6 +44,7 @@ from packsft.metrics import MetricSums
 from packsft.notices import PackingNotice
 from packsft.packing import PackingReport, packing_report
 from packsft.passes import PassWalker
+from packsft.stream import PackedStream
 
 STRATEGIES = ("step", "bfd", "bfd_split", "wrapped")
 
@@ -89,7 +90,7 @@ class PackedSFTTrainer(SFTTrainer):
         base_model = self.model.get_base_model() if is_peft_model(self.model) else self.model
         self._vocab_size = count_embeddings(base_model)
         for dataset in self._packed_datasets():
-            dataset.rows.check_ids(self._vocab_size)
+            dataset.check_ids(self._vocab_size)
         self.isolation = self._prepare_attention(base_model)
         self.data_collator = PackingCollator(
             pad_token_id=self._tokenizer.pad_token_id,
@@ -133,23 +134,29 @@ class PackedSFTTrainer(SFTTrainer):
         packing: bool,
         formatting_func: Callable[[dict], str] | None,
         dataset_name: str,
-    ) -> Dataset | IterableDataset | PackedDataset:
-        """Adds to the parent's preparation: packs are planned over the whole data set and gathered when needed."""
-        if isinstance(dataset, PackedDataset):
+    ) -> Dataset | IterableDataset | PackedDataset | PackedStream:
+        """Adds to the parent's preparation: packs are planned over the whole data set and gathered when needed.
+
+        Those of a stream are made as its rows come, through a buffer.
+        """
+        if isinstance(dataset, (PackedDataset, PackedStream)):
             return dataset
         _check_tokenizer(processing_class, args)
         overlong, max_lost_fraction = getattr(args, "overlong", None), getattr(args, "max_lost_fraction", 1.0)
-        if isinstance(dataset, IterableDataset):
-            if overlong is not None or max_lost_fraction < 1:
-                raise ValueError(
-                    f"overlong={overlong!r} and max_lost_fraction={max_lost_fraction} do not reach a stream, such as "
-                    f"the {dataset_name} data set, which the parent cuts and cannot count: leave both unset"
-                )
-            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         # The parent tokenises and labels. It neither cuts nor drops nor shuffles: the plan does, and counts.
         tokenise = copy.copy(args)
         tokenise.max_length, tokenise.shuffle_dataset = None, False
         rows = super()._prepare_dataset(dataset, processing_class, tokenise, False, formatting_func, dataset_name)
+        if isinstance(rows, IterableDataset):
+            strategy = args.packing_strategy if packing else "none"
+            return PackedStream(
+                rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows,
+                args.max_length,
+                strategy="bfd" if strategy == "step" else strategy,  # a stream has no steps to plan
+                name=dataset_name,
+                vocab_size=self._vocab_size,
+                keep_end=args.truncation_mode == "keep_end",
+            )
         best_fit = packing and args.packing_strategy in ("bfd", "bfd_split")
         repacks = best_fit and dataset_name == "train" and args.train_sampling_strategy == "random"
         packed = pack_dataset(
@@ -196,7 +203,9 @@ class PackedSFTTrainer(SFTTrainer):
     ) -> DataLoader:
         """Adds to the parent: under exact-step packing, a batch is that of all ranks, and this rank packs its share."""
         if not (isinstance(dataset, PackedDataset) and dataset.plan.strategy == "step"):
-            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+            loader = super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+            compat.share_stream(loader, PackedStream, endless=is_training)
+            return loader
         num_ranks = self.accelerator.num_processes // ranks_per_batch(self.accelerator)
         batch_size *= 1 if self.args.accelerator_config.split_batches else num_ranks
         steps = StepDataset(
@@ -212,9 +221,11 @@ class PackedSFTTrainer(SFTTrainer):
         loader = super()._get_dataloader(steps, description, batch_size, sampler_fn, is_training, dataloader_key)
         return compat.whole_batches(loader)
 
-    def _packed_datasets(self) -> list[PackedDataset]:
+    def _packed_datasets(self) -> list[PackedDataset | PackedStream]:
         evals = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        return [dataset for dataset in (self.train_dataset, *evals) if isinstance(dataset, PackedDataset)]
+        return [
+            dataset for dataset in (self.train_dataset, *evals) if isinstance(dataset, (PackedDataset, PackedStream))
+        ]
 
     @property
     def _packs_steps(self) -> bool:
@@ -488,7 +499,7 @@ def _check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
     )
     for name, dataset in datasets.items():
         if isinstance(dataset, (Dataset, IterableDataset)):
-            _check_dataset(name, dataset, args)
+            _check_dataset(name, dataset)
     if arguments.get("processing_class") is not None:
         _check_tokenizer(arguments["processing_class"], args)
     model = arguments["model"]
@@ -527,16 +538,12 @@ def _check_exact_steps(args: SFTConfig) -> None:
         )
 
 
-def _check_dataset(name: str, dataset: Dataset | IterableDataset, args: SFTConfig) -> None:
+def _check_dataset(name: str, dataset: Dataset | IterableDataset) -> None:
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"{name} is empty: it has 0 rows")
     if pictures := {"image", "images"} & first.keys():
         raise ValueError(f"{name} has the column {min(pictures)!r}: packsft trains on text alone")
-    if isinstance(dataset, IterableDataset) and args.packing and args.packing_strategy == "wrapped":
-        raise ValueError(
-            f"{name} is a stream, and packing_strategy='wrapped' forgets where a stream's examples begin: take 'bfd'"
-        )
 
 
 def _check_adapter(model: Any) -> None:

@@ -44,9 +44,11 @@ KNOWS = {
     "packsft/packing/report.py": "numpy",
     "packsft/packing/segments.py": "numpy",
     "packsft/packing/steps.py": "numpy",
+    "packsft/packing/stream.py": "",
     "packsft/passes.py": "torch accelerate",
     "packsft/smollm2.py": "(tokenizers) (transformers)",
     "packsft/stdlib_docstrings.py": "(datasets)",
+    "packsft/stream.py": "numpy torch datasets",
     "packsft/trainer.py": "torch transformers trl accelerate datasets packsft_kernels",
 }
 KERNELS_MAY_KNOW = {"torch", "triton", "flash_attn", "flash_attn_interface", "packsft_kernels"}

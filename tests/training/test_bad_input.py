@@ -60,10 +60,6 @@ def rows(*extra):
             "no example of the train",
         ),
         ({"train_dataset": IterableDataset.from_generator(lambda: iter(()))}, "train_dataset is empty"),
-        (
-            {"train_dataset": IterableDataset.from_generator(lambda: iter(ROWS)), "packing_strategy": "wrapped"},
-            "train_dataset is a stream, and packing_strategy='wrapped'",
-        ),
         ({"train_dataset": Dataset.from_list([{"image": "x", "text": "why"}])}, "has the column 'image'"),
         ({"truncation_mode": "keep_middle"}, "truncation_mode='keep_middle' is unknown"),
         (

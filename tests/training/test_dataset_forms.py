@@ -102,7 +102,7 @@ def test_packs_made_by_the_user_are_taken_as_they_are(tmp_path):
     assert len(losses(ours)) == 9
 
 
-def test_a_stream_is_packed_by_the_parent_and_kept_apart_by_us(tmp_path):
+def test_a_stream_is_packed_without_a_plan(tmp_path):
     stream = IterableDataset.from_generator(lambda: iter(ROWS * 4))
     ours = trainer(
         tmp_path, train_dataset=stream, max_length=8, max_steps=2, packing_strategy="bfd", per_device_train_batch_size=1
