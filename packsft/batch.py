@@ -25,7 +25,8 @@ what is common to all ranks.
 | key               | type         | meaning                                                                        |
 |-------------------|--------------|--------------------------------------------------------------------------------|
 | `passes`          | list         | batches as above, as many on every rank                                        |
-| `examples`        | `[B]` int64  | the step's examples on all ranks, by their place in the data set               |
+| `examples`        | `[B]` int64  | the step's examples on all ranks, by their place in the data set; of a stream, |
+|                   | or list      | which has no places, their rows                                                |
 | `num_items`       | int or float | what the step's loss is divided by, on all ranks                               |
 | `tokens_per_pass` | int          | the bound that the passes were planned for                                     |
 """
@@ -47,7 +48,7 @@ class StepRows:
     """An optimizer step before it is collated: the rows of each pass on this rank, and the keys common to all ranks."""
 
     passes: list[list[dict[str, Any]]]
-    examples: np.ndarray
+    examples: np.ndarray | list[dict[str, Any]]
     num_items: int | float
     tokens_per_pass: int
 

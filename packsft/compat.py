@@ -60,17 +60,21 @@ def own_head_during_init() -> Iterator[None]:
             setattr(trl_sft_trainer, name, value)
 
 
-def share_stream(loader: Any, kind: Any, *, endless: bool) -> None:
+def share_stream(loader: Any, kind: Any, *, endless: bool) -> Any:
     """Have a stream of this kind share itself out over ranks (`kind.share`), in the place of accelerate's wrapper.
 
     That wrapper deals out items too, but fills the last batch by repeating examples. It stays, as one that passes all
     on; transformers neutralises the one around its `BatchRebalanceSampler` in the same way. accelerate (1.15) has no
     seam for a stream that knows its ranks.
+
+    Returns what the loader reads: this rank's share, or on one rank the stream itself.
     """
     wrapper = loader.dataset
     if isinstance(wrapper, IterableDatasetShard) and isinstance(wrapper.dataset, kind):
         wrapper.dataset = wrapper.dataset.share(wrapper.process_index, wrapper.num_processes, endless=endless)
         wrapper.process_index, wrapper.num_processes, wrapper.batch_size, wrapper.split_batches = 0, 1, 1, False
+        return wrapper.dataset
+    return wrapper
 
 
 def is_tuner_layer(module: nn.Module) -> bool:

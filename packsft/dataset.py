@@ -206,6 +206,10 @@ class PackedDataset(torch.utils.data.Dataset):
         """Tokens of the longest so many items together."""
         return int(np.sort(self.lengths)[-num_items:].sum())
 
+    @property
+    def strategy(self) -> str:
+        return self.plan.strategy
+
     def check_ids(self, vocab_size: int) -> None:
         self.rows.check_ids(vocab_size)
 
@@ -351,7 +355,6 @@ class StepDataset(torch.utils.data.Dataset):
         examples: PackedDataset,
         batch_size: int,
         tokens_per_pass: int,
-        *,
         rank: int = 0,
         num_ranks: int = 1,
         padded: bool = False,
@@ -359,6 +362,10 @@ class StepDataset(torch.utils.data.Dataset):
         self.examples = examples
         self.tokens_per_pass = tokens_per_pass
         self._batch_size, self._rank, self._num_ranks, self._padded = batch_size, rank, num_ranks, padded
+
+    def longest(self, examples: np.ndarray | None = None) -> int:
+        """Tokens of the longest of these examples, or of all."""
+        return int((self.examples.lengths if examples is None else self.examples.lengths[examples]).max())
 
     def most_tokens_per_rank(self) -> int:
         """An upper bound on the tokens that a step brings to a rank, if they are dealt evenly."""

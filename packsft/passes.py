@@ -8,17 +8,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import release_memory
 from torch import Tensor, nn
 
-from packsft.dataset import StepDataset
+from packsft.batch import StepRows
 from packsft.memory import fit_tokens
 
 logger = logging.getLogger("packsft")
+
+
+class Steps(Protocol):
+    """What plans steps: `StepDataset`, or `StepStream`."""
+
+    tokens_per_pass: int
+
+    def step(self, examples: Any) -> StepRows: ...
+
+    def longest(self, examples: Any = None) -> int: ...
+
+    def most_tokens_per_rank(self) -> int: ...
 
 
 class PassWalker:
@@ -53,7 +65,7 @@ class PassWalker:
         self._tokens_per_pass = max_length if isinstance(tokens_per_pass, str) else tokens_per_pass
         self._accelerator = accelerator
         self._run, self._collate, self._begin, self._undo = run, collate, begin, undo
-        self.steps: StepDataset | None = None
+        self.steps: Steps | None = None
 
     @property
     def tokens_per_pass(self) -> int:
@@ -93,10 +105,10 @@ class PassWalker:
             release_memory()
             self.tokens_per_pass = smaller
 
-    def _smaller(self, step: dict[str, Any], steps: StepDataset, error: torch.OutOfMemoryError) -> int:
+    def _smaller(self, step: dict[str, Any], steps: Steps, error: torch.OutOfMemoryError) -> int:
         """Half the tokens of the fullest pass."""
         most = max(batch["num_tokens"] for batch in step["passes"])
-        longest = int(steps.examples.lengths[step["examples"]].max())
+        longest = steps.longest(step["examples"])
         smaller = max(most // 2, longest)
         if most <= longest:
             raise torch.OutOfMemoryError(
@@ -114,9 +126,9 @@ class PassWalker:
         )  # fmt: skip
         return smaller
 
-    def _measured(self, model: nn.Module, steps: StepDataset) -> int:
+    def _measured(self, model: nn.Module, steps: Steps) -> int:
         """The most tokens that fit on every rank, by a forward and backward at two sizes; no more than a step has."""
-        longest, largest_step = steps.examples.most_tokens(1), steps.most_tokens_per_rank()
+        longest, largest_step = steps.longest(), steps.most_tokens_per_rank()
         device = self._accelerator.device
 
         def run(num_tokens: int) -> None:

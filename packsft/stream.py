@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from datasets import IterableDataset
 
+from packsft.batch import StepRows
 from packsft.collator import IGNORE_INDEX
+from packsft.packing import check_max_lost_fraction, plan_step, resolve_overlong
 from packsft.packing.stream import PackingBuffer, Piece
 
 logger = logging.getLogger("packsft")
@@ -27,15 +29,21 @@ BUFFERED_PACKS = 32  # within 0.7 points of the plan over a whole data set, see 
 # scored tokens, and all ranks come to the same number of passes.
 FILLER = {"input_ids": [0], "labels": [IGNORE_INDEX], "seq_lengths": [1]}
 
-Tokens = tuple[np.ndarray, np.ndarray]
+COUNTS = (
+    "rows", "tokens", "packs", "empty", "unscored", "overlong_dropped", "truncated", "segments", "segments_unscored",
+    "tokens_truncated", "tokens_unscored", "tokens_dropped",
+)  # fmt: skip
+ROWS_BEFORE_JUDGEMENT = 1000  # of a share that is lost
+
+Tokens = tuple[np.ndarray, np.ndarray, float]  # input ids, labels, weight of each scored token
 
 
 class PackedStream(torch.utils.data.IterableDataset):
     """Packs of the rows of a stream: mappings with `input_ids` and `labels` `[T]` int64 and `seq_lengths`.
 
     Rows are mappings with `input_ids` and `labels` of one length (-100 = not scored). At most `buffer_tokens` tokens
-    wait. Examples without a scored token within the cut are left out; what is left out or cut is in `counts`, and said
-    once a pass ends.
+    wait. Segments without a scored token are left out; what is left out or cut is in `counts`, and said once a pass
+    ends.
 
     **Workers.** A `datasets.IterableDataset` divides its shards over the workers of a data loader itself, and each
     packs its own; any other iterable must give the same rows in each, of whose packs each worker takes its share.
@@ -44,19 +52,23 @@ class PackedStream(torch.utils.data.IterableDataset):
     Args:
         stream: the rows.
         max_length: tokens a pack holds, and where an example is cut; None only with `strategy="none"`.
-        strategy: of `PackingBuffer`; "none" for one example per item.
+        strategy: of `PackingBuffer`; "none", or "step", for one example per item.
+        overlong: of `packsft.packing.cut_examples`: what becomes of an example longer than `max_length`.
+        max_lost_fraction: the share of the tokens read, 0 to 1, that may be lost for whatever reason; judged from the
+            1,000th row of a pass on, and at its end.
         buffer_tokens: how many tokens may wait for a pack that they fill; default 32 * `max_length`.
         name: what the messages call the data set.
         vocab_size: ids and labels must be below it; None for no check.
         keep_end: a truncated example keeps its last tokens rather than its first.
+        per_example: the segments of an example together weigh 1 in the loss (`loss_weights`, one number per document).
 
     Attributes:
-        counts: of the current pass, `rows` read, `packs` made (of all ranks, where they read the same rows), examples
-            `truncated`, `unscored` and `empty`, and the `tokens_truncated`. In a worker, its own.
+        counts: of the current pass (`COUNTS`): rows and tokens read, packs made (of all ranks, where they read the same
+            rows), and what was cut or left out, for each reason. In a worker, its own.
 
     Raises:
-        ValueError: while iterating, for a row that is not well formed, with its number in the order of reading, and for
-            a pass in which nothing is scored.
+        ValueError: while iterating, for a row that is not well formed, with its number in the order of reading, for one
+            that is overlong with `overlong="error"`, for a pass in which nothing is scored or too much is lost.
     """
 
     def __init__(
@@ -65,18 +77,23 @@ class PackedStream(torch.utils.data.IterableDataset):
         max_length: int | None,
         *,
         strategy: str = "bfd",
+        overlong: str | None = None,
+        max_lost_fraction: float = 1.0,
         buffer_tokens: int | None = None,
         name: str = "train",
         vocab_size: int | None = None,
         keep_end: bool = False,
+        per_example: bool = False,
     ) -> None:
+        check_max_lost_fraction(max_lost_fraction)
         self.stream = stream
         self.max_length = max_length
         self.strategy = strategy
         self.buffer_tokens = BUFFERED_PACKS * (max_length or 0) if buffer_tokens is None else buffer_tokens
         self.name = name
         self._vocab_size = vocab_size
-        self._keep_end = keep_end and strategy in ("bfd", "none")  # the others lose nothing
+        self._keep_end, self._per_example = keep_end, per_example
+        self._overlong, self._max_lost_fraction = resolve_overlong(strategy, overlong), max_lost_fraction
         self._place = self._rank, self._num_ranks = 0, 1  # the share is (rank, ranks) of the packs of the rows it reads
         self._endless = False
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
@@ -130,6 +147,7 @@ class PackedStream(torch.utils.data.IterableDataset):
             )
         while True:
             yield from self._pass(state)
+            self._judge_losses()
             if self.counts["packs"] == 0:
                 if rows := self.counts["rows"]:
                     raise ValueError(
@@ -137,7 +155,8 @@ class PackedStream(torch.utils.data.IterableDataset):
                         f"max_length={self.max_length}: all its labels are -100 there (or it holds a token or none)"
                     )
                 return
-            self._say_what_is_lost()
+            for loss in self.losses():
+                logger.warning("%s stream: %s", self.name, loss)
             if not self._endless:
                 return
             self._start_pass(self._passes + 1)
@@ -145,9 +164,9 @@ class PackedStream(torch.utils.data.IterableDataset):
 
     def _start_pass(self, passes: int) -> None:
         self._passes = passes  # in this epoch
-        self.counts = dict.fromkeys(("rows", "packs", "truncated", "tokens_truncated", "unscored", "empty"), 0)
+        self.counts = dict.fromkeys(COUNTS, 0)
         self._buffer = PackingBuffer(self.max_length, self.buffer_tokens, self.strategy)
-        self._tokens: dict[int, Tokens] = {}  # of the examples in the buffer, by their number
+        self._tokens: dict[int, Tokens] = {}  # of the segments in the buffer, by their number
         self._reading: Any = None
 
     def _pass(self, state: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
@@ -196,21 +215,87 @@ class PackedStream(torch.utils.data.IterableDataset):
                 self._take(row)
 
     def _take(self, row: Mapping[str, Any]) -> None:
-        number = self.counts["rows"]
-        ids, labels = self._checked(number, row)
+        ids, labels = self._checked(self.counts["rows"], row)
         self.counts["rows"] += 1
-        if self.strategy in ("bfd", "none") and self.max_length is not None and len(ids) > self.max_length:
-            self.counts["truncated"] += 1
-            self.counts["tokens_truncated"] += len(ids) - self.max_length
-            cut = slice(-self.max_length, None) if self._keep_end else slice(self.max_length)
-            ids, labels = ids[cut], labels[cut]
-        if not (labels[1:] != IGNORE_INDEX).any():  # nothing predicts the first token
-            self.counts["unscored" if len(ids) else "empty"] += 1
-            return
-        self._tokens[number] = ids, labels
-        self._buffer.push(number, len(ids))
+        self.counts["tokens"] += len(ids)
+        segments = self._cut(len(ids))
+        scored = [
+            int((labels[segment][1:] != IGNORE_INDEX).sum()) for segment in segments
+        ]  # nothing predicts the first
+        if len(ids) == 0:
+            self.counts["empty"] += 1
+        elif segments and not any(scored):
+            self.counts["unscored"] += 1
+            self.counts["tokens_unscored"] += len(ids)
+        else:
+            for segment, count in zip(segments, scored, strict=True):
+                tokens = ids[segment], labels[segment], 1.0 / max(sum(scored), 1)
+                if count:
+                    self._tokens[self.counts["segments"]] = tokens
+                    self._buffer.push(self.counts["segments"], len(tokens[0]))
+                    self.counts["segments"] += 1
+                else:
+                    self.counts["segments_unscored"] += 1
+                    self.counts["tokens_unscored"] += len(tokens[0])
+            if segments and self._overlong == "truncate" and (cut := len(ids) - len(ids[segments[0]])):
+                self.counts["truncated"] += 1
+                self.counts["tokens_truncated"] += cut
+        if self.counts["rows"] >= ROWS_BEFORE_JUDGEMENT:
+            self._judge_losses()
 
-    def _checked(self, number: int, row: Mapping[str, Any]) -> Tokens:
+    def _cut(self, length: int) -> list[slice]:
+        """The segments of an example; "wrapped" is cut in the buffer, where its packs end."""
+        most = self.max_length
+        if most is None or length <= most or self.strategy == "wrapped":
+            return [slice(0, length)]
+        if self._overlong == "split":
+            return [slice(start, start + most) for start in range(0, length, most)]
+        if self._overlong == "drop":
+            self.counts["overlong_dropped"] += 1
+            self.counts["tokens_dropped"] += length
+            return []
+        if self._overlong == "error":
+            raise ValueError(
+                f"row {self.counts['rows'] - 1} of the {self.name} stream has {length} tokens, more than max_length="
+                f"{most}: raise max_length, or choose an overlong other than 'error'"
+            )
+        return [slice(length - most, length) if self._keep_end else slice(0, most)]
+
+    def losses(self) -> list[str]:
+        """What was left out in this pass so far, one clause for each reason that there is."""
+        counts = self.counts
+        of_rows, of_tokens = f"of {counts['rows']} examples", f"of {counts['tokens']} tokens are lost"
+        said = []
+        if counts["empty"]:
+            said.append(f"{counts['empty']} {of_rows} are empty and left out")
+        if counts["unscored"] or counts["segments_unscored"]:
+            segments = f" and {counts['segments_unscored']} segments of others" if counts["segments_unscored"] else ""
+            said.append(
+                f"{counts['unscored']} {of_rows}{segments} have no token to score and are left out, "
+                f"{counts['tokens_unscored']} {of_tokens}"
+            )
+        if counts["overlong_dropped"]:
+            said.append(
+                f"{counts['overlong_dropped']} {of_rows} are longer than max_length={self.max_length} and left out, "
+                f"{counts['tokens_dropped']} {of_tokens}"
+            )
+        if counts["truncated"]:
+            said.append(
+                f"{counts['truncated']} examples are cut at max_length={self.max_length}, "
+                f"{counts['tokens_truncated']} {of_tokens}"
+            )
+        return said
+
+    def _judge_losses(self) -> None:
+        lost = sum(self.counts[f"tokens_{reason}"] for reason in ("truncated", "unscored", "dropped"))
+        if lost > self._max_lost_fraction * self.counts["tokens"]:
+            raise ValueError(
+                f"the {self.name} stream loses {lost} of its first {self.counts['tokens']} tokens "
+                f"({lost / self.counts['tokens']:.2%}), more than max_lost_fraction={self._max_lost_fraction} allows: "
+                f"{'; '.join(self.losses())}. Raise max_length or max_lost_fraction, or set overlong='split'"
+            )
+
+    def _checked(self, number: int, row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         where = f"row {number} of the {self.name} stream"
         columns = []
         for name in ("input_ids", "labels"):
@@ -239,12 +324,14 @@ class PackedStream(torch.utils.data.IterableDataset):
         return ids, labels
 
     def _gather(self, pieces: list[Piece]) -> dict[str, Any]:
-        tokens = [[column[p.start : p.stop] for column in self._tokens[p.key]] for p in pieces]
-        return {
-            "input_ids": np.concatenate([ids for ids, _ in tokens]),
-            "labels": np.concatenate([labels for _, labels in tokens]),
-            "seq_lengths": [len(ids) for ids, _ in tokens],
+        ids, labels, weights = zip(*(self._tokens[piece.key] for piece in pieces), strict=True)
+        parts = [slice(piece.start, piece.stop) for piece in pieces]
+        pack = {
+            "input_ids": np.concatenate([column[part] for column, part in zip(ids, parts, strict=True)]),
+            "labels": np.concatenate([column[part] for column, part in zip(labels, parts, strict=True)]),
+            "seq_lengths": [piece.length for piece in pieces],
         }
+        return pack | ({"loss_weights": list(weights)} if self._per_example else {})
 
     def _groups(self) -> tuple[int, int]:
         """(this worker's share, of how many) of the groups of one pack per rank that come from the same rows."""
@@ -256,18 +343,6 @@ class PackedStream(torch.utils.data.IterableDataset):
     def _share(self) -> list[int]:
         worker = torch.utils.data.get_worker_info()
         return [*self._place, *((0, 1) if worker is None else (worker.id, worker.num_workers))]
-
-    def _say_what_is_lost(self) -> None:
-        if self.counts["unscored"]:
-            logger.warning(
-                "%s stream: %d of %d examples have no token to score and are left out",
-                self.name, self.counts["unscored"], self.counts["rows"],
-            )  # fmt: skip
-        if self.counts["truncated"]:
-            logger.warning(
-                "%s stream: %d examples are cut at max_length=%d, %d tokens are lost",
-                self.name, self.counts["truncated"], self.max_length, self.counts["tokens_truncated"],
-            )  # fmt: skip
 
     # ---- where it stands ----
 
@@ -287,7 +362,7 @@ class PackedStream(torch.utils.data.IterableDataset):
             "counts": dict(self.counts),
             "stream": None if self._reading is None else self._reading.state_dict(),
             "buffer": self._buffer.state_dict(),
-            "tokens": [[key, ids.tolist(), labels.tolist()] for key, (ids, labels) in self._tokens.items()],
+            "tokens": [[key, ids.tolist(), labels.tolist(), w] for key, (ids, labels, w) in self._tokens.items()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -298,9 +373,66 @@ class PackedStream(torch.utils.data.IterableDataset):
         self.counts = dict(state["counts"])
         self._buffer.load_state_dict(state["buffer"])
         self._tokens = {
-            key: (np.array(ids, np.int64), np.array(labels, np.int64)) for key, ids, labels in state["tokens"]
+            key: (np.array(ids, np.int64), np.array(labels, np.int64), w) for key, ids, labels, w in state["tokens"]
         }
         self._resume = state
+
+
+class StepStream(torch.utils.data.IterableDataset):
+    """Optimizer steps over a stream of single examples: `batch_size` examples on, packed for one rank.
+
+    Every rank reads all rows, plans the step from their lengths and keeps its own passes. A worker makes steps of the
+    examples that it reads. The state is that of the examples.
+
+    Args:
+        examples: a `PackedStream` with the strategy "step".
+        batch_size: the examples of a step, on all ranks.
+        tokens_per_pass: of `plan_step`, as is `padded`.
+    """
+
+    def __init__(self, examples: PackedStream, batch_size: int, tokens_per_pass: int, *, padded: bool = False) -> None:
+        self.examples = examples
+        self.tokens_per_pass = tokens_per_pass
+        self._batch_size, self._padded = batch_size, padded
+        self._rank, self._num_ranks = 0, 1
+
+    def share(self, rank: int, num_ranks: int, *, endless: bool = False) -> StepStream:
+        """This rank's share. It ends with the stream, on all ranks at once, `endless` or not."""
+        mine = copy.copy(self)
+        mine._rank, mine._num_ranks = rank, num_ranks
+        return mine
+
+    def longest(self, examples: list[dict[str, Any]] | None = None) -> int:
+        """Tokens of the longest of these examples, or of the longest that there may be."""
+        if examples is None:
+            return self.examples.max_length or 0
+        return max(len(row["input_ids"]) for row in examples)
+
+    def most_tokens_per_rank(self) -> int:
+        """An upper bound on the tokens that a step brings to a rank, if they are dealt evenly."""
+        return -(-self._batch_size * (self.examples.max_length or 0) // self._num_ranks)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.examples.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.examples.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.examples.load_state_dict(state)
+
+    def __iter__(self) -> Iterator[StepRows]:
+        examples = iter(self.examples)
+        while rows := list(itertools.islice(examples, self._batch_size)):
+            yield self.step(rows)
+
+    def step(self, examples: list[dict[str, Any]]) -> StepRows:
+        """The passes of this rank in the step that takes these examples."""
+        lengths = [len(row["input_ids"]) for row in examples]
+        ranks = plan_step(lengths, self.tokens_per_pass, self._num_ranks, padded=self._padded)
+        passes = [[examples[i] for i in documents] for documents in ranks[self._rank]]
+        items = [row.get("loss_weights", [1])[0] * int((row["labels"][1:] != IGNORE_INDEX).sum()) for row in examples]
+        return StepRows(passes, examples, sum(items), self.tokens_per_pass)
 
 
 def _has_shuffle_buffer(stream: Any) -> bool:

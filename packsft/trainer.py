@@ -44,7 +44,7 @@ from packsft.metrics import MetricSums
 from packsft.notices import PackingNotice
 from packsft.packing import PackingReport, packing_report
 from packsft.passes import PassWalker
-from packsft.stream import PackedStream
+from packsft.stream import PackedStream, StepStream
 
 STRATEGIES = ("step", "bfd", "bfd_split", "wrapped")
 
@@ -142,35 +142,27 @@ class PackedSFTTrainer(SFTTrainer):
         if isinstance(dataset, (PackedDataset, PackedStream)):
             return dataset
         _check_tokenizer(processing_class, args)
-        overlong, max_lost_fraction = getattr(args, "overlong", None), getattr(args, "max_lost_fraction", 1.0)
         # The parent tokenises and labels. It neither cuts nor drops nor shuffles: the plan does, and counts.
         tokenise = copy.copy(args)
         tokenise.max_length, tokenise.shuffle_dataset = None, False
         rows = super()._prepare_dataset(dataset, processing_class, tokenise, False, formatting_func, dataset_name)
+        strategy = args.packing_strategy if packing else "none"
+        options: dict[str, Any] = {
+            "strategy": strategy,
+            "name": dataset_name,
+            "overlong": getattr(args, "overlong", None),
+            "max_lost_fraction": getattr(args, "max_lost_fraction", 1.0),
+            "vocab_size": self._vocab_size,
+            "keep_end": args.truncation_mode == "keep_end",
+            "per_example": getattr(args, "loss_normalization", "token") == "example",
+        }
+        seed = args.seed if args.data_seed is None else args.data_seed
         if isinstance(rows, IterableDataset):
-            strategy = args.packing_strategy if packing else "none"
-            return PackedStream(
-                rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows,
-                args.max_length,
-                strategy="bfd" if strategy == "step" else strategy,  # a stream has no steps to plan
-                name=dataset_name,
-                vocab_size=self._vocab_size,
-                keep_end=args.truncation_mode == "keep_end",
-            )
-        best_fit = packing and args.packing_strategy in ("bfd", "bfd_split")
-        repacks = best_fit and dataset_name == "train" and args.train_sampling_strategy == "random"
-        packed = pack_dataset(
-            rows,
-            args.max_length,
-            strategy=args.packing_strategy if packing else "none",
-            name=dataset_name,
-            overlong=overlong,
-            max_lost_fraction=max_lost_fraction,
-            vocab_size=self._vocab_size,
-            seed=self._plan_seed(args) if args.shuffle_dataset or repacks else None,
-            keep_end=args.truncation_mode == "keep_end",
-            per_example=getattr(args, "loss_normalization", "token") == "example",
-        )
+            return PackedStream(rows.shuffle(seed=seed) if args.shuffle_dataset else rows, args.max_length, **options)
+        # a best-fit plan is made for each epoch, unless its order is asked for
+        sampled = dataset_name == "train" and args.train_sampling_strategy == "random"
+        repacks = strategy in ("bfd", "bfd_split") and sampled
+        packed = pack_dataset(rows, args.max_length, seed=seed if args.shuffle_dataset or repacks else None, **options)
         for loss in describe_losses(packed.plan):
             logger.warning("%s data set: %s", dataset_name, loss)
         return packed
@@ -179,10 +171,6 @@ class PackedSFTTrainer(SFTTrainer):
         super()._set_signature_columns_if_needed()
         if "loss_weights" not in self._signature_columns:
             self._signature_columns.append("loss_weights")
-
-    @staticmethod
-    def _plan_seed(args: SFTConfig) -> int:
-        return args.seed if args.data_seed is None else args.data_seed
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         """Adds to the parent: every epoch its own packs, in an order that balances ranks."""
@@ -202,34 +190,30 @@ class PackedSFTTrainer(SFTTrainer):
         dataloader_key: str | None = None,
     ) -> DataLoader:
         """Adds to the parent: under exact-step packing, a batch is that of all ranks, and this rank packs its share."""
-        if not (isinstance(dataset, PackedDataset) and dataset.plan.strategy == "step"):
-            loader = super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
-            compat.share_stream(loader, PackedStream, endless=is_training)
-            return loader
         num_ranks = self.accelerator.num_processes // ranks_per_batch(self.accelerator)
-        batch_size *= 1 if self.args.accelerator_config.split_batches else num_ranks
-        steps = StepDataset(
-            dataset,
-            batch_size,
-            self._passes.tokens_per_pass,
-            rank=self.accelerator.process_index // ranks_per_batch(self.accelerator),
-            num_ranks=num_ranks,
-            padded=self.data_collator.padded,
-        )
-        if is_training:
-            self._passes.steps = steps
-        loader = super()._get_dataloader(steps, description, batch_size, sampler_fn, is_training, dataloader_key)
-        return compat.whole_batches(loader)
+        step_size = batch_size * (1 if self.args.accelerator_config.split_batches else num_ranks)
+        tokens_per_pass, padded = self._passes.tokens_per_pass, self.data_collator.padded
+        if not _is_exact(dataset):
+            source: Any = dataset
+        elif isinstance(dataset, PackedStream):
+            source, batch_size = StepStream(dataset, step_size, tokens_per_pass, padded=padded), 1
+        else:
+            rank = self.accelerator.process_index // ranks_per_batch(self.accelerator)
+            source, batch_size = StepDataset(dataset, step_size, tokens_per_pass, rank, num_ranks, padded), step_size
+        loader = super()._get_dataloader(source, description, batch_size, sampler_fn, is_training, dataloader_key)
+        if isinstance(source, StepDataset):
+            compat.whole_batches(loader)
+        else:
+            source = compat.share_stream(loader, (PackedStream, StepStream), endless=is_training)
+        if is_training and _is_exact(dataset):
+            self._passes.steps = source
+        return loader
 
     def _packed_datasets(self) -> list[PackedDataset | PackedStream]:
         evals = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         return [
             dataset for dataset in (self.train_dataset, *evals) if isinstance(dataset, (PackedDataset, PackedStream))
         ]
-
-    @property
-    def _packs_steps(self) -> bool:
-        return isinstance(self.train_dataset, PackedDataset) and self.train_dataset.plan.strategy == "step"
 
     @property
     def packing_report(self) -> PackingReport | None:
@@ -299,7 +283,7 @@ class PackedSFTTrainer(SFTTrainer):
 
     def _inner_training_loop(self, batch_size: int, args: SFTConfig, *positional: Any, **named: Any) -> TrainOutput:
         """Adds to the parent: under exact-step packing, its loop sees one batch per optimizer step."""
-        if not self._packs_steps:
+        if not _is_exact(self.train_dataset):
             return super()._inner_training_loop(batch_size, args, *positional, **named)
         with compat.one_batch_per_step(self) as (step_size, step_args):
             return super()._inner_training_loop(step_size, step_args, *positional, **named)
@@ -444,6 +428,11 @@ class PackedSFTTrainer(SFTTrainer):
 
 
 functools.update_wrapper(PackedSFTTrainer.__init__, SFTTrainer.__init__)  # the parent's signature and documentation
+
+
+def _is_exact(dataset: Any) -> bool:
+    """Whether an item of its data loader is an optimizer step."""
+    return isinstance(dataset, (PackedDataset, PackedStream)) and dataset.strategy == "step"
 
 
 def _own_arguments(arguments: dict[str, Any]) -> SFTConfig:

@@ -29,4 +29,7 @@ def documents(pack):
 
 
 def batch_documents(batch):
+    """The documents of a batch, or of the passes of a step."""
+    if "passes" in batch:
+        return [document for part in batch["passes"] for document in batch_documents(part)]
     return documents({"input_ids": batch["input_ids"], "seq_lengths": batch["cu_seq_lens_q"].diff().tolist()})

@@ -31,8 +31,8 @@ class PackingBuffer:
       tokens and a rest. Pieces wait until they exceed `buffer_tokens`. The longest-waiting one then begins a pack, so
       that nothing waits for ever, and those of the others that fill its rest best complete it (a subset sum, long
       pieces preferred: short ones fit later as well). A piece of `max_length` tokens is a pack at once.
-    - `"wrapped"`: the examples end to end, cut every `max_length` tokens; `"none"`: each one a pack, truncated. Neither
-      waits for more than a pack.
+    - `"wrapped"`: the examples end to end, cut every `max_length` tokens; `"none"` and `"step"`: each one a pack,
+      truncated. None of them waits for more than a pack.
 
     Once `pop` has given None, no more than `buffer_tokens` tokens are held; push one example at a time and pop until it
     does. A pack costs as many shifts of a `max_length`-bit integer as pieces wait.
@@ -46,6 +46,7 @@ class PackingBuffer:
     def __init__(self, max_length: int | None, buffer_tokens: int, strategy: str = "bfd") -> None:
         if strategy not in STRATEGIES:
             raise ValueError(f"strategy={strategy!r}: choose one of {', '.join(STRATEGIES)}")
+        strategy = "none" if strategy == "step" else strategy
         if strategy != "none" or max_length is not None:
             if not isinstance(max_length, int) or max_length < 1:
                 raise ValueError(f"max_length={max_length!r}: packing needs an integer of at least 1 token")

@@ -100,7 +100,7 @@ def test_the_buffer_fills_packs_nearly_as_well_as_the_plan_over_everything(name,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((8, 24, "best"), "strategy='best': choose one of bfd"),
+        ((8, 24, "best"), "strategy='best': choose one of step"),
         ((0, 24), "max_length=0"),
         ((None, 24), "max_length=None"),
         ((8, 7), "buffer_tokens=7 is less than a pack of max_length=8"),

@@ -1,6 +1,6 @@
 """Script for the tests of streams over ranks: trains, and saves the examples of each rank's batches.
 
-usage: stream_ranks.py OUTPUT_FOLDER shards batches workers
+usage: stream_ranks.py OUTPUT_FOLDER shards batches workers strategy
 """
 
 import sys
@@ -13,7 +13,7 @@ from streams import batch_documents, stream_of
 output, shards, batches, workers = sys.argv[1], *map(int, sys.argv[2:5])
 ours = trainer(
     tempfile.mkdtemp(), train_dataset=stream_of(41, shards), eval_dataset=stream_of(13, 1), max_length=16,
-    max_steps=batches, per_device_train_batch_size=2, dataloader_num_workers=workers,
+    max_steps=batches, per_device_train_batch_size=2, dataloader_num_workers=workers, packing_strategy=sys.argv[5],
 )  # fmt: skip
 loader = ours.get_train_dataloader()
 found = [batch_documents(batch) for batch, _ in zip(loader, range(batches), strict=False)]

@@ -46,10 +46,6 @@ def rows(*extra):
             r"the train data set loses 2 of 15 tokens \(13.33%\), more than max_lost_fraction=0.1 allows: 1 of 5 "
             r"examples have no token to score and are left out, 1 of 15 tokens are lost; 1 examples are cut",
         ),
-        (
-            {"train_dataset": IterableDataset.from_generator(lambda: iter(ROWS)), "overlong": "drop"},
-            "overlong='drop' and max_lost_fraction=1.0 do not reach a stream",
-        ),
         ({"processing_class": tiny_tokenizer(eos=False)}, "has no eos_token"),
         (
             {"data_collator": DataCollatorWithPadding(tiny_tokenizer())},
