@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+IGNORE_INDEX = -100  # a label that is not scored
 LOSS_KEYS = ("loss_rows", "loss_targets")  # read by the head, unknown to the models
 HOST_KEYS = ("labels", "num_tokens")  # for the trainer; labels would make the model compute a loss of its own
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-IGNORE_INDEX = -100
+from packsft.batch import IGNORE_INDEX
 
 
 @dataclass

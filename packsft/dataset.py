@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from packsft.collator import IGNORE_INDEX
+from packsft.batch import IGNORE_INDEX
 from packsft.packing import PackPlan, plan_packs
 
 

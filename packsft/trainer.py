@@ -162,6 +162,7 @@ class PackedSFTTrainer(SFTTrainer):
             self.train_dataset.plan,
             effective_batch_size=self.get_total_train_batch_size(self.args),
             num_train_epochs=self.args.num_train_epochs,
+            ranks=self.accelerator.num_processes // ranks_per_batch(self.accelerator),
             unscored_dropped=self.train_dataset.unscored_dropped,
             unscored_tokens=self.train_dataset.unscored_tokens,
         )
