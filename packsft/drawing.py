@@ -54,9 +54,10 @@ def draw_plan(lengths: np.ndarray, plan: PackPlan) -> bytes:
 
     figure, (cut, full, rows) = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained")
     positive, max_length = lengths[lengths > 0], plan.max_length
-    edges = np.unique(np.geomspace(1, max(int(positive.max()), max_length) + 1, 60).astype(int))
+    edges = np.geomspace(int(positive.min()), max(int(positive.max()), max_length) + 1, 50).astype(int)
+    edges = np.unique([*edges, max_length + 1])  # no bar on both sides of the cut
     for part, style in ((positive <= max_length, {"color": "steelblue"}), (positive > max_length, {"color": "white"})):
-        cut.hist(positive[part], bins=edges, edgecolor="black", linewidth=0.4, hatch=None, **style)
+        cut.hist(positive[part], bins=edges, edgecolor="black", linewidth=0.4, **style)
     cut.axvline(max_length, color="black", linestyle="--")
     over = np.maximum(positive - max_length, 0)
     cut.set(xscale="log", xlabel="tokens in an example", ylabel="examples")

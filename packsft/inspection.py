@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,11 @@ class Inspection:
         ]
         print_table(console, "Every max_length, if longer examples are cut (bfd)", lines)
         best = self.recommended_max_length
-        console.print(
-            f"No max_length above loses {LOST_AT_MOST:.1%} of the tokens or less."
-            if best is None
-            else f"Recommended: max_length={best}, the smallest above that loses at most {LOST_AT_MOST:.1%} of the tokens."
-        )
+        share = f"{LOST_AT_MOST:.1%} of the tokens"
+        if best is None:
+            console.print(f"Every max_length above loses more than {share}.")
+        else:
+            console.print(f"Recommended: max_length={best}, the smallest above that loses at most {share}.")
 
 
 def inspect_data(
@@ -261,17 +262,20 @@ def _tokenise(
     from packsft.compat import prepare_rows
 
     tokenizer = _load_tokenizer(model)
-    num_processes = min(len(os.sched_getaffinity(0)), len(rows) // ROWS_PER_PROCESS)
-    args = SFTConfig(
-        output_dir="unused",
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        max_length=None,  # the plan cuts, and counts
-        dataset_num_proc=num_processes if num_processes > 1 else None,
-        assistant_only_loss=assistant_only_loss,
-        completion_only_loss=completion_only_loss,
-    )
+    num_processes = min((os.cpu_count() or 1), len(rows) // ROWS_PER_PROCESS)
+    with warnings.catch_warnings():
+        # transformers 5.23 warns of `gradient_checkpointing`, whose new name 5.17 does not know.
+        warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+        args = SFTConfig(
+            output_dir="unused",
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            max_length=None,  # the plan cuts, and counts
+            dataset_num_proc=num_processes if num_processes > 1 else None,
+            assistant_only_loss=assistant_only_loss,
+            completion_only_loss=completion_only_loss,
+        )
     try:
         return prepare_rows(rows, tokenizer, args)
     except Exception as error:  # a chat template may raise anything on the rows it is given

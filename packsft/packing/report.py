@@ -68,6 +68,8 @@ class PackingReport:
     def rows(self) -> list[tuple[str, str]]:
         """Labels and texts for a two-column table; a count that is 0 is left out unless it says something."""
         rows = [("examples", f"{self.examples_in:,}")]
+        if self.examples_packed != self.examples_in:
+            rows.append(("examples kept", f"{self.examples_packed:,}"))
         for label, count in (
             ("dropped, empty", self.examples_dropped),
             ("dropped, no scored token", self.unscored_dropped),
