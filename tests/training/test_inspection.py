@@ -13,7 +13,7 @@ from PIL import Image
 from runs import config, trainer
 from tiny import ROWS, tiny_tokenizer
 
-from packsft import inspection
+from packsft import compat, inspection
 from packsft.cli import main
 from packsft.compat import prepare_rows
 from packsft.drawing import draw_plan
@@ -93,9 +93,16 @@ def test_several_processes_tokenise_as_one(tmp_path, tokenizer_folder, monkeypat
     dataset, _ = FORMS["prompt and completion"]
     dataset.to_json(tmp_path / "rows.jsonl")
     alone = inspect_data(str(tmp_path / "rows.jsonl"), model=tokenizer_folder)
+    seen = []
     monkeypatch.setattr(inspection, "ROWS_PER_PROCESS", 2)
     monkeypatch.setattr(inspection.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(
+        compat,
+        "prepare_rows",
+        lambda rows, *rest: (seen.append(rest[1].dataset_num_proc), prepare_rows(rows, *rest))[1],
+    )
     assert inspect_data(str(tmp_path / "rows.jsonl"), model=tokenizer_folder).report == alone.report
+    assert seen == [2]
 
 
 # ---- sources ----
