@@ -39,6 +39,7 @@ from typing import Any
 
 import numpy as np
 
+IGNORE_INDEX = -100  # a label that is not scored
 LOSS_KEYS = ("loss_rows", "loss_targets", "loss_weights")  # read by the head, unknown to the models
 HOST_KEYS = ("labels", "num_items", "num_tokens")  # for the trainer; labels would make the model compute its own loss
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 
 from packsft_kernels.version import __version__
 
+from packsft.packing.segments import OVERLONG, STRATEGIES
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 for input that cannot be used: `packsft: error:` and the reason, on one line."""
@@ -20,35 +23,83 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 0
+    try:
+        {"demo": _demo, "inspect": _inspect}[options.command](options, sys.argv[1:] if arguments is None else arguments)
+    except (ValueError, OSError) as error:
+        print(f"packsft: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _demo(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     # Several GPUs in one process mean DataParallel, which cuts batches by rows and cannot cut a packed one.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     from packsft import demo  # only now: importing torch and trl takes seconds
 
     # Until the run has succeeded, everything is written here and not into the output folder.
     with tempfile.TemporaryDirectory(prefix="packsft-") as scratch:
-        try:
-            job = demo.prepare(
-                command=shlex.join(["packsft", *(sys.argv[1:] if arguments is None else arguments)]),
-                scratch=Path(scratch),
-                output_dir=options.output_dir,
-                model_name=options.model,
-                data=options.data,
-                max_length=options.max_length,
-                max_tokens=sys.maxsize if options.full else options.max_tokens,
-                compare_tokens=options.compare_tokens,
-                learning_rate=options.learning_rate,
-            )
-        except (ValueError, OSError) as error:
-            print(f"packsft: error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
+        job = demo.prepare(
+            command=shlex.join(["packsft", *arguments]),
+            scratch=Path(scratch),
+            output_dir=options.output_dir,
+            model_name=options.model,
+            data=options.data,
+            max_length=options.max_length,
+            max_tokens=sys.maxsize if options.full else options.max_tokens,
+            compare_tokens=options.compare_tokens,
+            learning_rate=options.learning_rate,
+        )
         demo.run(job)
-    return 0
+
+
+def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> None:
+    import datasets
+    from rich.console import Console
+
+    from packsft import drawing
+    from packsft.inspection import inspect_data
+
+    if options.plot is not None:
+        drawing.check_matplotlib("--plot")
+        if not options.plot.parent.is_dir():
+            raise ValueError(f"--plot {options.plot}: there is no folder {options.plot.parent}")
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs of a bad file it raises as well
+    inspection = inspect_data(
+        options.data,
+        model=options.model,
+        split=options.split,
+        max_length=options.max_length,
+        strategy=options.strategy,
+        overlong=options.overlong,
+        tokens_per_pass=options.tokens_per_pass,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulation,
+        devices=options.devices,
+        num_train_epochs=options.epochs,
+        seed=options.seed,
+        assistant_only_loss=options.assistant_only_loss,
+        completion_only_loss=options.completion_only_loss,
+    )
+    if options.plot is not None:
+        options.plot.write_bytes(drawing.draw_plan(inspection.lengths, inspection.plan))
+    if options.json:
+        print(json.dumps(inspection.as_dict(), indent=2))
+    else:
+        inspection.show(Console())
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="packsft", description="Packed supervised fine-tuning of language models.")
     parser.add_argument("--version", action="version", version=f"packsft {__version__}")
     commands = parser.add_subparsers(dest="command", title="commands")
+    _add_demo(commands)
+    _add_inspect(commands)
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     demo = commands.add_parser(
         "demo",
         help="fine-tune a model on packed sequences and compare with TRL",
@@ -85,7 +136,48 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--learning-rate", type=float, default=1e-4, help="peak learning rate of AdamW (default: %(default)s)"
     )
-    return parser
+
+
+def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="show what packing would do to a data set and to the number of optimizer steps",
+        description="Reads or tokenises a data set as the trainer would, plans the packs and reports: what is cut or "
+        "left out, packs, fill, optimizer steps, and which max_length the data asks for. Nothing is trained.",
+    )
+    inspect.add_argument(
+        "data",
+        help="JSONL, JSON, Parquet, CSV or Arrow file, folder of datasets.save_to_disk, or hub name; with `input_ids`, "
+        "`text`, `prompt` and `completion`, or `messages`",
+    )
+    inspect.add_argument(
+        "--model", help='local folder or hub name whose tokenizer to take, or "smollm2"; not needed with `input_ids`'
+    )
+    inspect.add_argument("--split", default="train", help="split of the data set (default: %(default)s)")
+    inspect.add_argument(
+        "--max-length", type=_at_least(1), default=1024, help="tokens in a pack (default: %(default)s)"
+    )
+    inspect.add_argument("--strategy", choices=STRATEGIES, default="bfd", help="of packing (default: %(default)s)")
+    inspect.add_argument("--overlong", choices=OVERLONG, help="what becomes of examples longer than max_length")
+    inspect.add_argument(
+        "--tokens-per-pass", type=_at_least(1), help="with --strategy step, tokens in a pass (default: max_length)"
+    )
+    for name, default, what in (
+        ("--batch-size", 8, "per_device_train_batch_size"),
+        ("--accumulation", 1, "gradient_accumulation_steps"),
+        ("--devices", 1, "number of devices"),
+    ):
+        inspect.add_argument(name, type=_at_least(1), default=default, help=f"{what} (default: %(default)s)")
+    inspect.add_argument("--epochs", type=float, default=3.0, help="num_train_epochs (default: %(default)s)")
+    inspect.add_argument("--seed", type=_at_least(0), help="plan as with shuffle_dataset=True and this seed")
+    inspect.add_argument("--assistant-only-loss", action="store_true", help="score the assistant's turns alone")
+    inspect.add_argument(
+        "--completion-only-loss",
+        action=argparse.BooleanOptionalAction,
+        help="score completions alone (default: if there are the columns `prompt` and `completion`)",
+    )
+    inspect.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    inspect.add_argument("--plot", type=Path, metavar="FILE.png", help="write a picture of the lengths and the packs")
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:

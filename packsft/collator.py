@@ -10,9 +10,7 @@ import numpy as np
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from packsft.batch import StepRows
-
-IGNORE_INDEX = -100
+from packsft.batch import IGNORE_INDEX, StepRows
 
 Document = tuple[np.ndarray, np.ndarray, float]  # input ids, labels, weight of each scored token
 

@@ -10,13 +10,16 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import transformers
 import trl
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
+from datasets import Dataset
 from packaging.version import Version
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import is_peft_available
 from trl.trainer import sft_trainer as trl_sft_trainer
 
@@ -75,6 +78,33 @@ def share_stream(loader: Any, kind: Any, *, endless: bool) -> Any:
         wrapper.process_index, wrapper.num_processes, wrapper.batch_size, wrapper.split_batches = 0, 1, 1, False
         return wrapper.dataset
     return wrapper
+
+
+def prepare_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: trl.SFTConfig) -> Dataset:
+    """`input_ids` and `labels` as `SFTTrainer` makes them of any of its forms, without a model and without cutting.
+
+    TRL 1.16 has no function for it: its method `_prepare_dataset` reads three attributes, which the constructor derives
+    from the first row as it is done here. A public function for the preparation of data would free us from this.
+
+    Raises ValueError where the constructor does, and for messages without a chat template.
+    """
+    check_versions()
+    sample = next(iter(dataset))
+    conversational = trl_sft_trainer.is_conversational_from_value(sample) or trl_sft_trainer.is_conversational(sample)
+    if conversational and tokenizer.chat_template is None:
+        raise ValueError("the rows hold messages, but the tokenizer has no chat template")
+    if args.assistant_only_loss and not conversational:
+        raise ValueError("assistant_only_loss=True needs conversational rows")
+    template = None
+    if args.assistant_only_loss and not trl_sft_trainer.has_generation_markers(tokenizer.chat_template):
+        template = trl_sft_trainer.get_training_chat_template(tokenizer)
+    completion_only = args.completion_only_loss
+    trainer: Any = SimpleNamespace(
+        _tokenizer=tokenizer,
+        chat_template=template,
+        completion_only_loss={"prompt", "completion"} <= sample.keys() if completion_only is None else completion_only,
+    )
+    return trl.SFTTrainer._prepare_dataset(trainer, dataset, tokenizer, args, False, None, "train")
 
 
 def is_tuner_layer(module: nn.Module) -> bool:

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from packsft.batch import StepRows
-from packsft.collator import IGNORE_INDEX
+from packsft.batch import IGNORE_INDEX, StepRows
 from packsft.packing import (
     PackPlan,
     Segments,

@@ -24,7 +24,6 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -36,6 +35,9 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.utils import logging as transformers_logging
+
+from packsft.drawing import check_matplotlib, draw_packs
+from packsft.tables import markdown, print_table
 
 if TYPE_CHECKING:
     from packsft import PackedSFTTrainer
@@ -191,9 +193,9 @@ def prepare(
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output-dir {output_dir} is a file")
-    for package in ("matplotlib", "gguf") if model_name is None else ("matplotlib",):
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(f'the demo needs the package {package}: pip install "packsft[demo]"')
+    check_matplotlib("the demo")
+    if model_name is None and importlib.util.find_spec("gguf") is None:
+        raise ValueError('the demo needs the package gguf: pip install "packsft[demo]"')
     from packsft import PackedSFTConfig, PackedSFTTrainer, stdlib_docstrings
     from packsft.config import has_bf16
     from packsft.notices import PackingNotice
@@ -302,7 +304,7 @@ def run(job: Job) -> None:
     console.print(f"[bold]packsft demo[/bold]: {job.model_name} on {job.data_name}\n{machine}\n")
     assert trainer.packing_report is not None  # the training set is never a stream here
     plan_table = [("what", "value"), *trainer.packing_report.rows()]
-    _print_table(console, "Packing plan", plan_table)
+    print_table(console, "Packing plan", plan_table)
 
     example = _sample_example(job)
     before = _sample(trainer.model, job.tokenizer, example)
@@ -330,7 +332,7 @@ def run(job: Job) -> None:
         ("training, first and last step", f"{logs[0]['loss']:.4f}", f"{logs[-1]['loss']:.4f}"),
     ]
     summary = f"{logs[-1]['num_tokens']:,.0f} tokens in {seconds:.0f} s: {tokens_per_second:,.0f} tokens/s"
-    _print_table(console, f"Training: {summary}", loss_table)
+    print_table(console, f"Training: {summary}", loss_table)
     prompt = prompt_ids(example, job.tokenizer)
     reference = token_ids(example, job.tokenizer)[len(prompt) :]
     sample = [
@@ -351,15 +353,15 @@ def run(job: Job) -> None:
     report = [
         f"# packsft demo\n\n{job.model_name}, fine-tuned on {job.data_name}.\n\n"
         f"Command: `{job.command}`. Machine: {machine}. Date: {date.today()}.",
-        "## Packing plan\n\n" + _markdown(plan_table),
-        f"## Training\n\n{summary}.\n\n" + _markdown(loss_table) + "\n\n![Losses and packs](training.png)",
+        "## Packing plan\n\n" + markdown(plan_table),
+        f"## Training\n\n{summary}.\n\n" + markdown(loss_table) + "\n\n![Losses and packs](training.png)",
         "## A held-out example\n\n" + "\n\n".join(f"{title}:\n\n````\n{text}\n````" for title, text in sample),
     ]
     if len(job.compare) > 0:
         note, comparison = _compare(job, console)
-        _print_table(console, "The same examples through TRL and packsft", comparison)
+        print_table(console, "The same examples through TRL and packsft", comparison)
         console.print(note)
-        report.append("## The same examples through TRL and packsft\n\n" + _markdown(comparison) + f"\n\n{note}")
+        report.append("## The same examples through TRL and packsft\n\n" + markdown(comparison) + f"\n\n{note}")
     (job.output_dir / "report.md").write_text("\n\n".join(report) + "\n", encoding="utf-8")
     console.print(f"\nWritten: {job.output_dir}/model, {job.output_dir}/training.png, {job.output_dir}/report.md")
 
@@ -550,16 +552,11 @@ def draw(
         padded.barh(row, max(shown[batch : batch + PADDED_BATCH_SIZE]), color="lightgrey", height=0.8)
         padded.barh(row, length, color=colours[row % 20], height=0.8)
     padded.set(title=f"Padded: {PADDED_BATCH_SIZE} examples a batch, grey is padding", ylabel="example")
-    for row, documents in enumerate(packs[:num_rows]):
-        packed.barh(row, max_length, color="lightgrey", height=0.8)
-        starts = [0, *accumulate(documents)]
-        for number, (start, length) in enumerate(zip(starts, documents, strict=False)):
-            packed.barh(row, length, left=start, color=colours[number % 20], height=0.8)
-    packed.set(title="Packed: grey is the space left over", ylabel="pack")
-    for axes in (padded, packed):
-        axes.set(xlabel="tokens", xlim=(0, max_length))
-        axes.invert_yaxis()
-        axes.yaxis.get_major_locator().set_params(integer=True)
+    padded.set(xlabel="tokens", xlim=(0, max_length))
+    padded.invert_yaxis()
+    padded.yaxis.get_major_locator().set_params(integer=True)
+    draw_packs(packed, packs[:num_rows], max_length)
+    packed.set_title("Packed: hatched is the space left over")
     losses.plot([entry["step"] for entry in logs], [entry["loss"] for entry in logs], label="training")
     losses.plot([0, logs[-1]["step"]], [loss_before, loss_after], "o--", label="held-out, before and after")
     losses.set(title="Loss", xlabel="optimizer step", ylabel="loss per scored token")
@@ -567,20 +564,6 @@ def draw(
     losses.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def _print_table(console: Console, title: str, rows: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title, title_justify="left")
-    for number, heading in enumerate(rows[0]):
-        table.add_column(heading, justify="right" if number else "left")
-    for row in rows[1:]:
-        table.add_row(*row)
-    console.print(table)
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
 if __name__ == "__main__":

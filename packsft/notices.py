@@ -75,7 +75,10 @@ class PackingNotice(TrainerCallback):
         lines = [] if report is None else [f"{label}: {text}" for label, text in report.rows() if "steps" not in label]
         steps = f"optimizer steps: {state.max_steps:,}"
         if report is not None and args.max_steps <= 0 and report.steps_unpacked != state.max_steps:
-            steps += f" (unpacked it would be {report.steps_unpacked:,}: a step takes packs, not examples)"
+            steps += (
+                f" (unpacked it would be {report.steps_unpacked:,}: a step takes packs, not examples; "
+                'packing_strategy="step" keeps the unpacked number)'
+            )
         lines += [steps, f"attention: {self._attention()}"]
         lines += never_fires(args, state.max_steps, has_eval_dataset=self._has_eval_dataset)
         logger.warning("packsft\n  " + "\n  ".join(lines))

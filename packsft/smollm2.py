@@ -68,8 +68,22 @@ def load_smollm2(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokeniz
     Raises:
         ValueError: see `fetch_smollm2`, or the `gguf` package is missing.
     """
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    tokenizer = load_smollm2_tokenizer()
+    gguf = fetch_smollm2()
+    # Plain dense weights: else a machine with Hugging Face's `kernels` keeps 4-bit blocks, which cannot be trained, and
+    # everywhere the model goes on calling itself quantised, so that the trainer and `save_pretrained` refuse it.
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
+    )
+    return model, tokenizer
+
+
+def load_smollm2_tokenizer() -> PreTrainedTokenizerBase:
+    """The tokenizer alone; raises as `load_smollm2` does."""
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoTokenizer
     from transformers.utils import is_gguf_available
 
     if not is_gguf_available():
@@ -79,9 +93,4 @@ def load_smollm2(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokeniz
     # The file says `pre = smollm`: every digit by itself, then GPT-2's words. transformers (5.23) builds GPT-2's alone,
     # which divides the white space before a number otherwise than the model was trained with.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
-    # Plain dense weights: else a machine with Hugging Face's `kernels` keeps 4-bit blocks, which cannot be trained, and
-    # everywhere the model goes on calling itself quantised, so that the trainer and `save_pretrained` refuse it.
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
-    )
-    return model, tokenizer
+    return tokenizer

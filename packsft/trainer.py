@@ -223,6 +223,8 @@ class PackedSFTTrainer(SFTTrainer):
             self.train_dataset.plan,
             effective_batch_size=self.get_total_train_batch_size(self.args),
             num_train_epochs=self.args.num_train_epochs,
+            ranks=self.accelerator.num_processes // ranks_per_batch(self.accelerator),
+            tokens_per_pass=self._passes.tokens_per_pass,
         )
 
     # ---- the model: attention and head ----

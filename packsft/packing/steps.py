@@ -55,6 +55,18 @@ def plan_step(
     return _dealt(passes, np.asarray(lengths, np.int64), num_ranks)
 
 
+def simulate_steps(
+    lengths: NDArray[np.int64], effective_batch_size: int, tokens_per_pass: int, num_ranks: int, num_steps: int
+) -> list[list[Passes]]:
+    """For each of the first steps of an epoch in a random order what `plan_step` gives, as indices into `lengths`."""
+    order = np.random.default_rng(0).permutation(len(lengths))[: num_steps * effective_batch_size]
+    steps = [order[first : first + effective_batch_size] for first in range(0, len(order), effective_batch_size)]
+    return [
+        [[step[documents] for documents in share] for share in plan_step(lengths[step], tokens_per_pass, num_ranks)]
+        for step in steps
+    ]
+
+
 def _rows_of_similar_length(lengths: NDArray[np.int64], order: NDArray[np.int64], tokens_per_pass: int) -> Passes:
     """Runs of the documents by decreasing length, each as long as documents * longest allows."""
     passes, at = [], 0

@@ -43,13 +43,19 @@ def test_counts_of_the_example_of_trl():
         "num_train_epochs": 1,
         "steps_packed": 2,
         "steps_unpacked": 2,
+        "steps_exact": 2,
+        "examples_per_step_mean": 2.0,
+        "ranks": 1,
+        "cost_imbalance": None,
+        "cost_imbalance_shuffled": None,
     }
 
 
 def test_steps_are_rounded_up_before_they_are_multiplied_by_epochs():
     # 14,250 examples in batches of 64: ceil(222.7) = 223, twice; as 1,425 packs of ten: ceil(22.3) = 23, twice
     got = report([10] * 14_250, max_length=100, effective_batch_size=64, num_train_epochs=2)
-    assert (got.packs, got.steps_unpacked, got.steps_packed) == (1425, 446, 46)
+    assert (got.packs, got.steps_unpacked, got.steps_exact, got.steps_packed) == (1425, 446, 446, 46)
+    assert got.examples_per_step_mean == 14_250 / 23  # in each of the 23 steps of an epoch, and not 64
 
 
 def test_a_fraction_of_an_epoch_is_rounded_up():
@@ -75,12 +81,14 @@ def test_as_dict_is_plain_json():
 def test_rows_show_every_loss():
     rows = dict(report([5, 2, 3, 0, 2], unscored=[4]).rows())
     assert rows["examples"] == "5"
+    assert rows["examples kept"] == "3"
     assert rows["examples truncated at 4 tokens"] == "1 (20.00%)"
     assert rows["examples dropped, empty"] == "1 (20.00%)"
     assert rows["examples dropped, no scored token"] == "1 (20.00%)"
     assert rows["tokens lost"] == "3 (25.00%)"
     assert rows["packs of 4 (bfd)"] == "3 (at least 3 needed)"
     assert rows["examples per pack"] == "1.0 (1 to 1)"
+    assert rows["examples per optimizer step"] == "1.5 (2 unpacked)"
 
 
 def test_rows_leave_out_what_did_not_happen():
@@ -91,9 +99,25 @@ def test_rows_leave_out_what_did_not_happen():
         "packs of 4 (bfd)",
         "fill",
         "examples per pack",
+        "examples per optimizer step",
         "optimizer steps, packed",
-        "optimizer steps, unpacked",
+        "optimizer steps, unpacked or exact-step",
     ]
+
+
+def test_cost_imbalance_is_that_of_the_busiest_rank_and_gone_in_balanced_order():
+    # 100 packs of one document of 4, cost 16, and 100 of four of 1, cost 4: two ranks get the same or 16 beside 4, half
+    # of the time each, so (1 + 16 / 10) / 2 = 1.3 on average; sorted by cost, always the same
+    got = report([4] * 100 + [1] * 400, ranks=2)
+    assert (got.packs, got.ranks) == (200, 2)
+    assert 1.2 < got.cost_imbalance < 1.4
+    assert got.cost_imbalance_balanced == 1.0
+    label = "attention cost, busiest of 2 devices / mean"
+    assert dict(got.rows())[label] == f"{got.cost_imbalance:.2f} (1.00 in balanced order)"
+
+
+def test_without_a_whole_step_there_is_no_cost_imbalance():
+    assert report([4], ranks=2).cost_imbalance is None
 
 
 @pytest.mark.parametrize(
@@ -101,6 +125,8 @@ def test_rows_leave_out_what_did_not_happen():
     [
         ({"effective_batch_size": 0}, "effective_batch_size=0: must be at least 1"),
         ({"num_train_epochs": 0}, "num_train_epochs=0: must be above 0"),
+        ({"ranks": 3}, "ranks=3: must be at least 1 and divide effective_batch_size=2"),
+        ({"ranks": 0}, "ranks=0: must be at least 1"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

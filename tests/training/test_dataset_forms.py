@@ -3,54 +3,12 @@
 import numpy as np
 import pytest
 from datasets import Dataset, IterableDataset, concatenate_datasets
+from forms import FORMS, TOKENS
 from runs import DEFAULTS, losses, trainer
 from tiny import ROWS, VOCAB, tiny_model, tiny_tokenizer
 from trl import SFTConfig, SFTTrainer
 
 from packsft.dataset import pack_dataset
-
-TEXT = Dataset.from_list([{"text": "tell me a joke no"}, {"text": "what is two plus two four"}] * 3)
-PROMPTS = Dataset.from_list(
-    [
-        {"prompt": "what is the capital of france", "completion": " paris ."},
-        {"prompt": "tell me a joke", "completion": " no"},
-    ]
-    * 3
-)
-CHATS = Dataset.from_list(
-    [
-        {
-            "messages": [
-                {"role": "user", "content": "what is two plus two"},
-                {"role": "assistant", "content": "four"},
-                {"role": "user", "content": "why"},
-                {"role": "assistant", "content": "no"},
-            ]
-        }
-    ]
-    * 4
-)
-CHAT_PROMPTS = Dataset.from_list(
-    [
-        {
-            "prompt": [{"role": "user", "content": "what is two plus two"}],
-            "completion": [{"role": "assistant", "content": "four"}],
-        }
-    ]
-    * 4
-)
-TOKENS = Dataset.from_list(ROWS * 2)
-
-FORMS = {
-    "language modelling": (TEXT, {}),
-    "prompt and completion": (PROMPTS, {}),
-    "prompt and completion, all scored": (PROMPTS, {"completion_only_loss": False}),
-    "messages": (CHATS, {}),
-    "messages, assistant only": (CHATS, {"assistant_only_loss": True}),
-    "conversational prompt and completion": (CHAT_PROMPTS, {}),
-    "tokens and labels": (TOKENS, {}),
-    "a text field of another name": (TEXT.rename_column("text", "body"), {"dataset_text_field": "body"}),
-}
 
 
 def documents(items):

@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import IterableDataset
 from runs import losses, trainer
-from streams import documents, numbered_rows, stream_of
+from streams import batch_documents, documents, numbered_rows, stream_of
 from tiny import ROWS, tiny_model
 from torch.utils.data import DataLoader
 
@@ -300,6 +301,60 @@ def test_a_data_loader_gives_every_example_once(tmp_path, shards, workers, optio
         tmp_path, train_dataset=stream_of(COUNT, shards), max_length=16, max_steps=1,
         per_device_train_batch_size=2, dataloader_num_workers=workers, **options,
     )  # fmt: skip
+    batches = list(ours.get_train_dataloader())
+    if options.get("packing_strategy") == "wrapped":
+        assert sum(batch["num_tokens"] for batch in batches) == sum(map(len, EVERY))
+    else:
+        assert sorted(document for batch in batches for document in batch_documents(batch)) == EVERY
+
+
+def test_a_bad_row_is_named_by_the_trainer(tmp_path):
+    rows = [*numbered_rows(5), {"input_ids": [3, 24], "labels": [3, 4]}]
+    ours = trainer(tmp_path, train_dataset=IterableDataset.from_generator(lambda: iter(rows)), max_steps=1)
+    with pytest.raises(ValueError, match="row 5 of the train stream: input_ids holds 24"):
+        ours.train()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"packing_strategy": "bfd"}, {"packing_strategy": "bfd", "shuffle_dataset": True}, {"packing": False}],
+)
+def test_a_resumed_run_trains_on_the_batches_that_follow(tmp_path, options):
+    def run(folder, resume=None):
+        ours = trainer(
+            folder, model=tiny_model("gpt2", torch.float64), train_dataset=stream_of(COUNT, 3), max_length=16,
+            max_steps=6, save_strategy="steps", save_steps=1, per_device_train_batch_size=1,
+            gradient_accumulation_steps=2, **options,
+        )  # fmt: skip
+        seen = []
+        step = ours.training_step
+        ours.training_step = lambda model, batch, *rest: (
+            seen.append(batch_documents(batch)),
+            step(model, batch, *rest),
+        )[1]
+        ours.train(resume_from_checkpoint=resume)
+        return seen, losses(ours)
+
+    seen, losses_whole = run(tmp_path)
+    per_step = 2 if options else 1  # an exact step is one item of the loader
+    assert len(seen) == 6 * per_step
+    for position in range(1, 6):
+        resumed, losses_resumed = run(tmp_path / str(position), str(tmp_path / f"checkpoint-{position}"))
+        assert resumed == seen[per_step * position :]
+        assert losses_resumed == losses_whole
+
+
+@pytest.mark.parametrize(
+    ("strategy", "shards", "workers"), [("bfd", 1, 0), ("bfd", 4, 0), ("bfd", 4, 2), ("step", 1, 0), ("step", 4, 2)]
+)
+def test_two_ranks_share_a_stream_and_none_waits_for_the_other(tmp_path, strategy, shards, workers):
+    import packsft_kernels
+
+    import packsft
+
+    script = Path(__file__).with_name("stream_ranks.py")
+    roots = [script.parents[1], *(Path(package.__file__).parents[1] for package in (packsft, packsft_kernels))]
+    path = os.pathsep.join([*map(str, roots), os.environ.get("PYTHONPATH", "")])
     # 11 steps of 4 are 41 examples; 17 packs or a few more, 2 a batch and rank: one pass, or two of each rank's own
     batches = 11 if strategy == "step" else {1: 5, 4: 12}[shards]
     done = subprocess.run(

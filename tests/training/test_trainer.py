@@ -22,6 +22,7 @@ def test_the_steps_announced_are_the_steps_made(tmp_path, options, caplog):
     ours.train()
     assert ours.state.global_step == expected == ours.packing_report.steps_packed
     assert f"optimizer steps: {expected} (unpacked it would be {ours.packing_report.steps_unpacked}" in caplog.text
+    assert 'packing_strategy="step" keeps the unpacked number' in caplog.text
 
 
 def test_what_never_fires_is_said(tmp_path):

@@ -1,0 +1,82 @@
+"""Pictures of a packing plan: the lengths and where they are cut, how full the packs are, what lies in some of them.
+
+Knows lengths and matplotlib; refuses to know data sets, tokenizers and files.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from packsft.packing import PackPlan
+
+SHOWN_PACKS = 24
+COLOURS = 20  # of tab20, in which dark and light take turns: neighbours differ in black and white as well
+
+
+def check_matplotlib(what: str) -> None:
+    """Raises ValueError, with the command that installs it, where matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(f'{what} needs the package matplotlib: pip install "packsft[demo]"')
+
+
+def draw_packs(axes: Any, packs: Sequence[Sequence[int]], max_length: int) -> None:
+    """A row per pack, a block per document (their lengths in tokens); hatched is the space left over."""
+    from matplotlib import colormaps
+
+    colours = [colormaps["tab20"](number) for number in range(COLOURS)]
+    for row, documents in enumerate(packs):
+        axes.barh(row, max_length, color="white", edgecolor="grey", hatch="////", height=0.8, linewidth=0.4)
+        starts = [0, *accumulate(documents)]
+        axes.broken_barh(
+            list(zip(starts, documents, strict=False)),
+            (row - 0.4, 0.8),
+            facecolors=[colours[number % COLOURS] for number in range(len(documents))],
+            edgecolor="black",
+            linewidth=0.4,
+        )
+    axes.set(xlabel="tokens", ylabel="pack", xlim=(0, max_length))
+    axes.invert_yaxis()
+    axes.yaxis.get_major_locator().set_params(integer=True)
+
+
+def draw_plan(lengths: np.ndarray, plan: PackPlan) -> bytes:
+    """A PNG of three panels for a plan with packs, over examples of the given lengths (in tokens, `[examples]`)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (cut, full, rows) = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained")
+    positive, max_length = lengths[lengths > 0], plan.max_length
+    edges = np.geomspace(int(positive.min()), max(int(positive.max()), max_length) + 1, 50).astype(int)
+    edges = np.unique([*edges, max_length + 1])  # no bar on both sides of the cut
+    for part, style in ((positive <= max_length, {"color": "steelblue"}), (positive > max_length, {"color": "white"})):
+        cut.hist(positive[part], bins=edges, edgecolor="black", linewidth=0.4, **style)
+    cut.axvline(max_length, color="black", linestyle="--")
+    over = np.maximum(positive - max_length, 0)
+    cut.set(xscale="log", xlabel="tokens in an example", ylabel="examples")
+    cut.set_title(
+        f"{len(positive):,} examples, {(over > 0).mean():.2%} (white) longer than {max_length:,}\n"
+        f"{over.sum() / positive.sum():.2%} of the tokens lie past the line"
+    )
+
+    tokens = np.concatenate(([0], np.cumsum(plan.stops.astype(np.int64) - plan.starts)))[plan.offsets]
+    fill = np.quantile(np.diff(tokens) / max_length, np.linspace(1, 0, 500))
+    full.fill_between(np.linspace(0, 100, 500), 100 * fill, color="steelblue")
+    full.set(xlim=(0, 100), ylim=(0, 100), xlabel="packs, fullest first (%)", ylabel="fill (%)")
+    full.set_title(f"{len(plan):,} packs, {plan.fill:.2%} full\nwhite is the space left over")
+
+    shown = np.unique(np.linspace(0, len(plan) - 1, SHOWN_PACKS).astype(int))
+    draw_packs(rows, [plan.seq_lengths(pack).tolist() for pack in shown], max_length)
+    rows.set_yticks(range(len(shown)), [f"{pack:,}" for pack in shown], fontsize=7)
+    rows.set_title(f"{len(shown)} of the packs, a block per document\nhatched is the space left over")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    plt.close(figure)
+    return picture.getvalue()
