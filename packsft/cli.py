@@ -24,14 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        {"demo": _demo, "inspect": _inspect}[options.command](options, sys.argv[1:] if arguments is None else arguments)
+        run = {"demo": _demo, "inspect": _inspect, "check": _check}[options.command]
+        return run(options, sys.argv[1:] if arguments is None else arguments)
     except (ValueError, OSError) as error:
         print(f"packsft: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
-def _demo(options: argparse.Namespace, arguments: Sequence[str]) -> None:
+def _demo(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     # Several GPUs in one process mean DataParallel, which cuts batches by rows and cannot cut a packed one.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     from packsft import demo  # only now: importing torch and trl takes seconds
@@ -50,9 +50,10 @@ def _demo(options: argparse.Namespace, arguments: Sequence[str]) -> None:
             learning_rate=options.learning_rate,
         )
         demo.run(job)
+    return 0
 
 
-def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> None:
+def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     import datasets
     from rich.console import Console
 
@@ -88,6 +89,26 @@ def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> None:
         print(json.dumps(inspection.as_dict(), indent=2))
     else:
         inspection.show(Console())
+    return 0
+
+
+def _check(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    if not options.geometry:
+        raise ValueError("say what to check: --geometry")
+    from rich.console import Console
+
+    from packsft.geometry import certificate
+    from packsft.tables import print_table
+
+    results = certificate(options.model, num_steps=options.steps)
+    if options.json:
+        print(json.dumps([result.as_dict() for result in results], indent=2))
+    else:
+        print_table(Console(), "Weights after the same steps, from the first geometry's, in float64", [
+            ("model", "tokens per pass", "accumulation", "processes", "passes", "difference", "allowed"),
+            *(result.row() for result in results),
+        ])  # fmt: skip
+    return 0 if all(result.agrees for result in results) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", title="commands")
     _add_demo(commands)
     _add_inspect(commands)
+    _add_check(commands)
     return parser
 
 
@@ -169,7 +191,7 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     ):
         inspect.add_argument(name, type=_at_least(1), default=default, help=f"{what} (default: %(default)s)")
     inspect.add_argument("--epochs", type=float, default=3.0, help="num_train_epochs (default: %(default)s)")
-    inspect.add_argument("--seed", type=_at_least(0), help="plan as with shuffle_dataset=True and this seed")
+    inspect.add_argument("--seed", type=_at_least(0), default=42, help="of the training (default: %(default)s)")
     inspect.add_argument("--assistant-only-loss", action="store_true", help="score the assistant's turns alone")
     inspect.add_argument(
         "--completion-only-loss",
@@ -178,6 +200,19 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     inspect.add_argument("--json", action="store_true", help="print JSON instead of tables")
     inspect.add_argument("--plot", type=Path, metavar="FILE.png", help="write a picture of the lengths and the packs")
+
+
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    check = commands.add_parser(
+        "check",
+        help="prove on a model that packing leaves the training as it is",
+        description="With --geometry: trains the same steps in float64 on the CPU, unpacked and with 512, 1,024 and "
+        "4,096 tokens per pass, accumulation 1 and 8, one process and two. Exit code 1 where the weights differ.",
+    )
+    check.add_argument("--geometry", action="store_true", help="that how a step is cut changes no weight")
+    check.add_argument("--model", help="local folder or hub name (default: two small random models, GPT-2 and Llama)")
+    check.add_argument("--steps", type=_at_least(1), default=10, help="optimizer steps (default: %(default)s)")
+    check.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:

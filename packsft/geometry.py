@@ -46,30 +46,64 @@ _MOVED = 1e-6 * LEARNING_RATE
 
 @dataclass(frozen=True)
 class Geometry:
-    """`tokens_per_pass` tokens at most at once, `accumulation` micro-batches a step, on so many `processes`."""
+    """At most `tokens_per_pass` tokens at once (None: unpacked, each micro-batch a pass), `accumulation` micro-batches a
+    step, on so many `processes`."""
 
-    tokens_per_pass: int
+    tokens_per_pass: int | None
     accumulation: int
     processes: int
 
 
-GEOMETRIES = tuple(
-    Geometry(tokens, accumulation, processes)
-    for processes in (1, 2)
-    for tokens in (512, 1024, 4096)
-    for accumulation in (1, 8)
+GEOMETRIES = (
+    Geometry(None, 8, 1),
+    *(
+        Geometry(tokens, accumulation, processes)
+        for processes in (1, 2)
+        for tokens in (512, 1024, 4096)
+        for accumulation in (1, 8)
+    ),
 )
 
 
 @dataclass(frozen=True)
 class GeometryResult:
     """`passes`: of a step, on each process, on average. `difference`: the largest of any weight from the first
-    geometry's, relative to the largest weight of its tensor; `loss_difference`: of any step's loss, relative to it."""
+    geometry's, relative to the largest weight of its tensor; `loss_difference`: of any step's loss, relative to it.
+    `allowed`: what the difference may be."""
 
+    model: str
     geometry: Geometry
     passes: float
     difference: float
     loss_difference: float
+    allowed: float
+
+    @property
+    def agrees(self) -> bool:
+        return self.difference <= self.allowed
+
+    def row(self) -> tuple[str, ...]:
+        """Texts of a table's line."""
+        sizes = tuple("unpacked" if value is None else f"{value:,}" for value in asdict(self.geometry).values())
+        return (self.model, *sizes, f"{self.passes:.1f}", f"{self.difference:.1e}", f"{self.allowed:.0e}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self) | {"agrees": self.agrees}
+
+
+def certificate(model: str | None, num_steps: int) -> list[GeometryResult]:
+    """`certify` for a model by folder or name, on random tokens, or for the two small ones."""
+    if model is None:
+        models = small_models()
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+        models = {model: (loaded, AutoTokenizer.from_pretrained(model))}
+    results = []
+    for name, (network, tokenizer) in models.items():
+        rows = random_rows(16 * num_steps, 512, network.config.get_text_config().vocab_size)
+        results += certify(network, tokenizer, rows, name=name, max_length=512, num_steps=num_steps)
+    return results
 
 
 def certify(
@@ -77,6 +111,7 @@ def certify(
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
     *,
+    name: str = "",
     max_length: int,
     examples_per_step: int = 16,
     num_steps: int = 10,
@@ -87,6 +122,7 @@ def certify(
     Args:
         model: a causal language model; a float64 copy of it is trained. Dropout would differ and has to be off.
         rows: what `PackedSFTTrainer` takes.
+        name: of the model, in the results.
         examples_per_step: over all processes and micro-batches; a multiple of accumulation * processes.
 
     Raises:
@@ -98,8 +134,9 @@ def certify(
             raise ValueError(
                 f"examples_per_step={examples_per_step}: must be a multiple of accumulation * processes, in {geometry}"
             )
+    allowed = ROUNDING if rounds_to_float32(model.to(torch.float64)) else EXACT
     with tempfile.TemporaryDirectory() as folder:
-        model.to(torch.float64).save_pretrained(f"{folder}/model")
+        model.save_pretrained(f"{folder}/model")
         tokenizer.save_pretrained(f"{folder}/model")
         rows.save_to_disk(f"{folder}/rows")
         options = {"max_length": max_length, "max_steps": num_steps, "examples_per_step": examples_per_step}
@@ -114,10 +151,12 @@ def certify(
     first = found[geometries[0]]
     return [
         GeometryResult(
+            name,
             geometry,
             passes=found[geometry]["passes"],
             difference=max(_difference(found[geometry]["weights"], first["weights"], start).values()),
             loss_difference=float(((found[geometry]["losses"] - first["losses"]) / first["losses"]).abs().max()),
+            allowed=allowed,
         )
         for geometry in geometries
     ]
@@ -168,7 +207,8 @@ def rounds_to_float32(model: PreTrainedModel) -> bool:
             return out
 
     with torch.no_grad(), Casts():
-        model(torch.tensor([[0, 1, 2]], device=model.device))
+        ids = torch.tensor([[0, 1, 2]], device=model.device)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
     return Casts.seen
 
 
@@ -205,8 +245,9 @@ def _work(folder: str) -> None:
 
     class Recording(PackedSFTTrainer):
         def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-            self.losses.append(loss := super().training_step(*args, **kwargs))
-            self.passes.append(self.current_gradient_accumulation_steps)
+            loss, step = super().training_step(*args, **kwargs), self.state.global_step
+            self.losses[step] = self.losses.get(step, 0.0) + loss
+            self.passes[step] = self.current_gradient_accumulation_steps
             return loss
 
     job = json.loads(Path(folder, "job.json").read_text())
@@ -220,16 +261,17 @@ def _work(folder: str) -> None:
             disable_tqdm=True, max_length=job["max_length"], max_steps=job["max_steps"],
             per_device_train_batch_size=job["examples_per_step"] // micro_batches,
             gradient_accumulation_steps=geometry["accumulation"], tokens_per_pass=geometry["tokens_per_pass"],
+            packing=geometry["tokens_per_pass"] is not None,
             learning_rate=LEARNING_RATE, weight_decay=0.01, gradient_checkpointing=False, logging_strategy="no",
         )  # fmt: skip
         model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float64)
         trainer = Recording(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
-        trainer.losses, trainer.passes = [], []
+        trainer.losses, trainer.passes = {}, {}
         trainer.train()
-        losses = trainer.accelerator.reduce(torch.stack(trainer.losses), reduction="mean")
+        losses = trainer.accelerator.reduce(torch.stack(list(trainer.losses.values())), reduction="mean")
         unwrapped = trainer.accelerator.unwrap_model(trainer.model)
         weights = {name: weight.detach() for name, weight in unwrapped.named_parameters()}
-        passes = float(np.mean(trainer.passes))
+        passes = float(np.mean(list(trainer.passes.values())))
         runs.append({"geometry": geometry, "weights": weights, "losses": losses, "passes": passes})
     if trainer.is_world_process_zero():
         torch.save(runs, f"{folder}/runs.pt")

@@ -94,7 +94,7 @@ def inspect_data(
     gradient_accumulation_steps: int = 1,
     devices: int = 1,
     num_train_epochs: float = 3.0,
-    seed: int | None = None,
+    seed: int = 42,
     assistant_only_loss: bool = False,
     completion_only_loss: bool | None = None,
 ) -> Inspection:
@@ -103,7 +103,7 @@ def inspect_data(
     Args:
         data: see `load_rows`.
         model: local folder or hub name of the model whose tokenizer to take, or "smollm2"; only for text.
-        seed: shuffles the packs and which examples meet, as `shuffle_dataset=True` does.
+        seed: says which examples meet in the best-fit strategies, as that of the training does.
 
     Raises:
         ValueError, OSError: whatever the user can put right, named.
@@ -116,7 +116,14 @@ def inspect_data(
         rows = label_rows(rows, completion_only_loss)
     else:
         rows = _tokenise(rows, data, model, assistant_only_loss, completion_only_loss)
-    packed = pack_dataset(rows, max_length, strategy=strategy, overlong=overlong, name=split, seed=seed)
+    packed = pack_dataset(
+        rows,
+        max_length,
+        strategy=strategy,
+        overlong=overlong,
+        name=split,
+        seed=seed if strategy in ("bfd", "bfd_split") else None,
+    )
     compared = compare_max_lengths(packed.rows.lengths, {*CANDIDATES, max_length})
     report = packing_report(
         packed.plan,

@@ -8,11 +8,11 @@ import pytest
 from packsft.packing import cut_examples, pack_segments, packing_report
 
 
-def report(lengths, max_length=4, effective_batch_size=2, num_train_epochs=1, unscored=(), **kwargs):
+def report(lengths, max_length=4, unscored=(), strategy="bfd", overlong=None, **options):
     """`unscored`: examples in which nothing is scored."""
-    segments = cut_examples(lengths, max_length, **kwargs)
+    segments = cut_examples(lengths, max_length, strategy=strategy, overlong=overlong)
     plan, _ = pack_segments(segments.keep_scored(~np.isin(segments.examples, unscored)))
-    return packing_report(plan, effective_batch_size=effective_batch_size, num_train_epochs=num_train_epochs)
+    return packing_report(plan, **{"effective_batch_size": 2, "num_train_epochs": 1} | options)
 
 
 def test_counts_of_the_example_of_trl():
@@ -110,10 +110,33 @@ def test_cost_imbalance_is_that_of_the_busiest_rank_and_gone_in_balanced_order()
     # of the time each, so (1 + 16 / 10) / 2 = 1.3 on average; sorted by cost, always the same
     got = report([4] * 100 + [1] * 400, ranks=2)
     assert (got.packs, got.ranks) == (200, 2)
-    assert 1.2 < got.cost_imbalance < 1.4
-    assert got.cost_imbalance_balanced == 1.0
+    assert 1.2 < got.cost_imbalance_shuffled < 1.4
+    assert got.cost_imbalance == 1.0
     label = "attention cost, busiest of 2 devices / mean"
-    assert dict(got.rows())[label] == f"{got.cost_imbalance:.2f} (1.00 in balanced order)"
+    assert dict(got.rows())[label] == f"1.00 ({got.cost_imbalance_shuffled:.2f} in a random order)"
+
+
+def test_exact_steps_are_the_unpacked_ones_and_their_passes_are_estimated():
+    # 400 examples of 3 and 1 tokens, 8 a step over two ranks: 16 tokens on average, about 4 passes of 4, 2 on each
+    got = report([3, 1] * 200, strategy="step", effective_batch_size=8, ranks=2)
+    assert got.steps_packed == got.steps_unpacked == got.steps_exact == 50
+    assert got.examples_per_step_mean == 8
+    assert got.packs_lower_bound == 200
+    assert 200 <= got.packs < 300
+    assert got.fill == 800 / (4 * got.packs)
+    assert 1 <= got.cost_imbalance < got.cost_imbalance_shuffled
+    rows = dict(got.rows())
+    assert rows["passes of an epoch (step)"] == f"about {got.packs:,} (at least 200 needed)"
+    assert rows["optimizer steps, as unpacked"] == "50"
+    # whole passes are known exactly where every step is the same: 8 x 1 token are one pass of 8
+    assert report([1] * 80, strategy="step", effective_batch_size=8, tokens_per_pass=8).packs == 10
+
+
+def test_the_segments_of_split_examples_are_what_a_step_takes():
+    # 10 tokens are three segments of at most 4, and 3 are one: four samples, two steps
+    assert report([10, 3], strategy="step", overlong="split").steps_exact == 2
+    assert report([10, 3], strategy="bfd_split").steps_unpacked == 2
+    assert report([10, 3], strategy="wrapped").steps_unpacked == 1
 
 
 def test_without_a_whole_step_there_is_no_cost_imbalance():

@@ -1,13 +1,17 @@
 """The weights after ten steps are the same however the steps are cut: tokens at once, micro-batches, processes."""
 
+import json
+
 import pytest
 import torch
 
+from packsft.cli import main
 from packsft.geometry import (
     EXACT,
     GEOMETRIES,
     ROUNDING,
     Geometry,
+    GeometryResult,
     _difference,
     certify,
     random_rows,
@@ -15,7 +19,7 @@ from packsft.geometry import (
     small_models,
 )
 
-SOME = (Geometry(512, 1, 1), Geometry(4096, 8, 1), Geometry(1024, 1, 2))
+SOME = (Geometry(None, 8, 1), Geometry(512, 1, 1), Geometry(4096, 8, 1), Geometry(1024, 1, 2))
 
 
 @pytest.mark.parametrize(
@@ -31,7 +35,7 @@ def test_weights_after_ten_steps_agree(name, tolerance, geometries):
         assert result.difference < tolerance, result
         assert result.loss_difference < (1e-14 if tolerance == EXACT else tolerance), result
     # and the geometries are different ones
-    assert results[0].passes > 7
+    assert results[0].passes == 8
     assert min(result.passes for result in results) < 2.5
 
 
@@ -41,6 +45,18 @@ def test_a_weight_that_is_off_is_seen_and_rounding_of_a_zero_gradient_is_not():
     assert _difference({"w": torch.tensor([1e-3, 0.0, -1e-12]).double()}, first, start)["w"] < 1e-7
     assert _difference({"w": first["w"] + torch.tensor([1e-10, 0, 0])}, first, start)["w"] == pytest.approx(1e-7)
     assert _difference({"w": first["w"] + torch.tensor([0, 1e-6, 0])}, first, start)["w"] == pytest.approx(1e-3)
+
+
+def test_the_command_fails_where_weights_differ(monkeypatch, capsys):
+    results = [GeometryResult("GPT-2", Geometry(None, 8, 1), 8.0, 2e-12, 0.0, EXACT)]
+    monkeypatch.setattr("packsft.geometry.certificate", lambda model, num_steps: results)
+    assert main(["check", "--geometry", "--json"]) == 1
+    (printed,) = json.loads(capsys.readouterr().out)
+    assert (printed["agrees"], printed["geometry"]["tokens_per_pass"]) == (False, None)
+    results[0] = GeometryResult("GPT-2", Geometry(512, 8, 1), 8.0, 5e-13, 0.0, EXACT)
+    assert main(["check", "--geometry"]) == 0
+    assert "5.0e-13" in capsys.readouterr().out
+    assert main(["check"]) == 2
 
 
 def test_a_step_that_does_not_divide_is_named():
