@@ -17,15 +17,16 @@ import numpy as np
 import pyarrow as pa
 from trl import pack_dataset
 
-from packsft.packing import PackPlan, attention_costs, balanced_order, cost_imbalance, plan_packs
+from packsft.packing import PackPlan, attention_costs, balanced_order, cost_imbalance, plan_packs, plan_step
 
 
 def bench_packing(quick: bool) -> list[dict[str, Any]]:
     """Rows of name, num_lengths, max_length, seconds, packs, lower_bound and density (tokens / (packs * max_length)).
 
-    200,000 lengths at 2,048 for everybody, and as many at 8,192 of sizes near a quarter of it for
-    all that only plan; unless `quick`, also 1 and 10 million at 4,096 for ours. Our own plans also say what they leave
-    uneven: `examples_cv`, and `cost_imbalance` of 8 ranks in the plan's order shuffled and in a balanced one.
+    200,000 lengths at 2,048 for everybody, and as many at 8,192 of sizes near a quarter of it for all that only plan;
+    unless `quick`, also 1 and 10 million at 4,096 for ours. Our own plans also say what they leave uneven: `examples_cv`,
+    and `cost_imbalance` of 8 ranks in a random order and in a balanced one. The rows of exact steps are one optimizer
+    step on 8 ranks, on average.
     """
     datasets.disable_progress_bars()
     lengths = log_normal_lengths(200_000, 2048)
@@ -53,6 +54,7 @@ def bench_packing(quick: bool) -> list[dict[str, Any]]:
         _row("first fit decreasing, adversarial", near, 8192, lambda: first_fit_decreasing(near, 8192), repeats=1),
         _row("next fit, adversarial", near, 8192, lambda: next_fit(near, 8192), repeats=1),
     ]
+    rows += [_step_row(lengths, num_examples, 8) for num_examples in (64, 512)]
     for num_lengths in () if quick else (1_000_000, 10_000_000):
         many = log_normal_lengths(num_lengths, 4096)
         for name, seed in (("packsft", None), ("packsft, seeded", 0)):
@@ -94,6 +96,31 @@ def next_fit(lengths: np.ndarray, max_length: int) -> int:
             num_packs, space = num_packs + 1, max_length
         space -= length
     return num_packs
+
+
+def _step_row(lengths: np.ndarray, num_examples: int, num_ranks: int) -> dict[str, Any]:
+    """One optimizer step of examples as a sampler draws them, into passes of 2,048 tokens; the mean of 30."""
+    steps = np.random.default_rng(0).permutation(lengths)[: 30 * num_examples].reshape(30, num_examples)
+    start = time.perf_counter()
+    plans = [plan_step(step, 2048, num_ranks) for step in steps]
+    seconds = (time.perf_counter() - start) / len(steps)
+    packs = float(np.mean([num_ranks * len(ranks[0]) for ranks in plans]))
+    costs = [
+        (step[np.concatenate(passes)] ** 2).sum() for step, ranks in zip(steps, plans, strict=True) for passes in ranks
+    ]
+    shuffled = (steps.reshape(30 * num_ranks, -1) ** 2).sum(axis=1)
+    tokens = float(steps.sum(axis=1).mean())
+    return {
+        "name": f"packsft, exact step on {num_ranks} ranks",
+        "num_lengths": num_examples,
+        "max_length": 2048,
+        "seconds": seconds,
+        "packs": packs,
+        "lower_bound": tokens / 2048,
+        "density": tokens / (packs * 2048),
+        "cost_imbalance": cost_imbalance(shuffled, num_ranks),
+        "cost_imbalance_balanced": cost_imbalance(np.array(costs), num_ranks),
+    }
 
 
 def _balance(plan: PackPlan) -> dict[str, float]:

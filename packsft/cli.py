@@ -84,7 +84,7 @@ def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         completion_only_loss=options.completion_only_loss,
     )
     if options.plot is not None:
-        options.plot.write_bytes(drawing.draw_plan(inspection.lengths, inspection.plan))
+        options.plot.write_bytes(drawing.draw_plan(inspection.lengths, options.max_length, inspection.plan))
     if options.json:
         print(json.dumps(inspection.as_dict(), indent=2))
     else:

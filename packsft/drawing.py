@@ -45,15 +45,16 @@ def draw_packs(axes: Any, packs: Sequence[Sequence[int]], max_length: int) -> No
     axes.yaxis.get_major_locator().set_params(integer=True)
 
 
-def draw_plan(lengths: np.ndarray, plan: PackPlan) -> bytes:
-    """A PNG of three panels for a plan with packs, over examples of the given lengths (in tokens, `[examples]`)."""
+def draw_plan(lengths: np.ndarray, max_length: int, plan: PackPlan) -> bytes:
+    """A PNG of three panels: the lengths of the examples (`[examples]` tokens) and the cut at `max_length`, how full
+    the packs of a plan are, and some of them."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, (cut, full, rows) = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained")
-    positive, max_length = lengths[lengths > 0], plan.max_length
+    positive = lengths[lengths > 0]
     edges = np.geomspace(int(positive.min()), max(int(positive.max()), max_length) + 1, 50).astype(int)
     edges = np.unique([*edges, max_length + 1])  # no bar on both sides of the cut
     for part, style in ((positive <= max_length, {"color": "steelblue"}), (positive > max_length, {"color": "white"})):
@@ -67,13 +68,13 @@ def draw_plan(lengths: np.ndarray, plan: PackPlan) -> bytes:
     )
 
     tokens = np.concatenate(([0], np.cumsum(plan.stops.astype(np.int64) - plan.starts)))[plan.offsets]
-    fill = np.quantile(np.diff(tokens) / max_length, np.linspace(1, 0, 500))
+    fill = np.quantile(np.diff(tokens) / plan.max_length, np.linspace(1, 0, 500))
     full.fill_between(np.linspace(0, 100, 500), 100 * fill, color="steelblue")
     full.set(xlim=(0, 100), ylim=(0, 100), xlabel="packs, fullest first (%)", ylabel="fill (%)")
     full.set_title(f"{len(plan):,} packs, {plan.fill:.2%} full\nwhite is the space left over")
 
     shown = np.unique(np.linspace(0, len(plan) - 1, SHOWN_PACKS).astype(int))
-    draw_packs(rows, [plan.seq_lengths(pack).tolist() for pack in shown], max_length)
+    draw_packs(rows, [plan.seq_lengths(pack).tolist() for pack in shown], plan.max_length)
     rows.set_yticks(range(len(shown)), [f"{pack:,}" for pack in shown], fontsize=7)
     rows.set_title(f"{len(shown)} of the packs, a block per document\nhatched is the space left over")
     picture = io.BytesIO()

@@ -46,7 +46,7 @@ _MOVED = 1e-6 * LEARNING_RATE
 
 @dataclass(frozen=True)
 class Geometry:
-    """At most `tokens_per_pass` tokens at once (None: unpacked, each micro-batch a pass), `accumulation` micro-batches a
+    """At most `tokens_per_pass` tokens at once (None: unpacked, a micro-batch at once), `accumulation` micro-batches a
     step, on so many `processes`."""
 
     tokens_per_pass: int | None

@@ -135,11 +135,12 @@ def inspect_data(
     plan = packed.plan
     if strategy == "step":  # what a picture shows of it
         size = per_device_train_batch_size * gradient_accumulation_steps * devices
-        plan = _as_packs(plan, simulate_steps(packed.lengths, size, tokens_per_pass or max_length, devices, 64))
+        tokens_per_pass = tokens_per_pass or max_length
+        plan = _as_packs(plan, tokens_per_pass, simulate_steps(packed.lengths, size, tokens_per_pass, devices, 64))
     return Inspection(data, report, compared, recommended_max_length(compared), packed.rows.lengths, plan)
 
 
-def _as_packs(plan: PackPlan, steps: list[list[list[np.ndarray]]]) -> PackPlan:
+def _as_packs(plan: PackPlan, tokens_per_pass: int, steps: list[list[list[np.ndarray]]]) -> PackPlan:
     """The passes of some steps as the packs of a plan, in the order of the steps; `plan` has a document per pack."""
     passes = [documents for shares in steps for share in shares for documents in share if len(documents)]
     pieces = np.concatenate(passes)
@@ -149,6 +150,7 @@ def _as_packs(plan: PackPlan, steps: list[list[list[np.ndarray]]]) -> PackPlan:
         examples=plan.examples[pieces],
         starts=plan.starts[pieces],
         stops=plan.stops[pieces],
+        max_length=tokens_per_pass,
     )
 
 

@@ -108,7 +108,9 @@ class PackingReport:
             ),
             (
                 "examples per optimizer step",
-                f"{self.examples_per_step_mean:,.1f} ({self.effective_batch_size:,} unpacked)",
+                f"{self.effective_batch_size:,}"
+                if exact
+                else f"{self.examples_per_step_mean:,.1f} ({self.effective_batch_size:,} unpacked)",
             ),
         ]
         if self.cost_imbalance is not None:

@@ -163,7 +163,7 @@ def test_picture_is_written(tokens, tmp_path):
 
 def test_documents_of_a_pack_differ_in_black_and_white():
     # one pack of two documents that fill it: in its panel, the two blocks must not be one grey
-    picture = Image.open(io.BytesIO(draw_plan(np.array([512, 512]), plan_packs([512, 512], 1024)))).convert("L")
+    picture = Image.open(io.BytesIO(draw_plan(np.array([512, 512]), 1024, plan_packs([512, 512], 1024)))).convert("L")
     panel = np.asarray(picture)[288, 1400:1900]  # a line through the middle of the third panel
     greys = [grey for grey in np.unique(panel) if (panel == grey).sum() > 100]
     assert len(greys) == 2
