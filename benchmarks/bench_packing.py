@@ -24,9 +24,9 @@ def bench_packing(quick: bool) -> list[dict[str, Any]]:
     """Rows of name, num_lengths, max_length, seconds, packs, lower_bound and density (tokens / (packs * max_length)).
 
     200,000 lengths at 2,048 for everybody, and as many at 8,192 of sizes near a quarter of it for all that only plan;
-    unless `quick`, also 1 and 10 million at 4,096 for ours. Our own plans also say what they leave uneven: `examples_cv`,
-    and `cost_imbalance` of 8 ranks in a random order and in a balanced one. The rows of exact steps are one optimizer
-    step on 8 ranks, on average.
+    unless `quick`, also 1 and 10 million at 4,096 for ours. Our own plans also say what they leave uneven:
+    `examples_cv`, and `cost_imbalance` of 8 ranks in a random order and in a balanced one. The rows of exact steps are
+    one optimizer step on 8 ranks, on average.
     """
     datasets.disable_progress_bars()
     lengths = log_normal_lengths(200_000, 2048)

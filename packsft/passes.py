@@ -21,6 +21,9 @@ from packsft.memory import fit_tokens
 logger = logging.getLogger("packsft")
 
 
+MEASURED_TOKENS = 1024  # of the smaller of two passes: below, the head's chunks and kernels' workspaces bend the line
+
+
 class Steps(Protocol):
     """What plans steps: `StepDataset`, or `StepStream`."""
 
@@ -136,12 +139,13 @@ class PassWalker:
             row = {"input_ids": [0] * num_tokens, "seq_lengths": [*lengths, num_tokens - sum(lengths)]}
             self._run(model, self._collate([row]), num_tokens, False)
 
-        if largest_step <= 2 * longest:
-            return largest_step
+        small = max(longest, MEASURED_TOKENS)
+        if largest_step <= 2 * small:
+            return max(largest_step, longest)
         trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         self._begin(1)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            fitting = fit_tokens(run, longest, 2 * longest, device, to_come=2 * trained)  # AdamW keeps two moments
+            fitting = fit_tokens(run, small, 2 * small, device, to_come=2 * trained)  # AdamW keeps two moments
         self._undo()
         model.zero_grad()
         tokens = torch.tensor([min(fitting, largest_step)], device=device)

@@ -209,7 +209,8 @@ def test_a_document_too_long_for_the_memory_is_named(tmp_path, monkeypatch):
         run(tmp_path, max_steps=1, **STEPS)
 
 
-def test_auto_measures_and_trains_the_same(tmp_path, caplog):
+def test_auto_measures_and_trains_the_same(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("packsft.passes.MEASURED_TOKENS", 128)
     rows = token_rows(40, max_length=200)
     settings = {"max_length": 128, "per_device_train_batch_size": 8, "max_steps": 4, "rows": rows}
     unpacked = run(tmp_path, packing=False, **settings)

@@ -1,11 +1,13 @@
 """No tensor's value is read back by the host in a training micro-step: counted over a real run, TRL's beside ours."""
 
+import pytest
 from bench_reads import CPU_ATTENTION, count_reads
 from peers import OURS, TRL_PACKED
 
 
-def test_a_micro_step_reads_nothing_back():
-    counter = count_reads(OURS)
+@pytest.mark.parametrize("strategy", ["bfd", "step"])
+def test_a_micro_step_reads_nothing_back(strategy):
+    counter = count_reads(OURS, strategy)
     assert counter.operators.total() == 0, counter.operators
     # per-document SDPA cuts the row on the host, which no GPU back end does
     assert set(counter.methods) <= {CPU_ATTENTION}
