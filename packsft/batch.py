@@ -25,6 +25,7 @@ what is common to all ranks.
 | key               | type         | meaning                                                                        |
 |-------------------|--------------|--------------------------------------------------------------------------------|
 | `passes`          | list         | batches as above, as many on every rank                                        |
+| `input_ids`       | int64        | those of the passes, joined, for metrics that want them                        |
 | `examples`        | `[B]` int64  | the step's examples on all ranks, by their place in the data set; of a stream, |
 |                   | or list      | which has no places, their rows                                                |
 | `num_items`       | int or float | what the step's loss is divided by, on all ranks                               |

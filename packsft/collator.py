@@ -43,8 +43,10 @@ class PackingCollator(DataCollatorForLanguageModeling):
     def torch_call(self, examples: Sequence[Any]) -> dict[str, Any]:
         if isinstance(examples[0], StepRows):
             (step,) = examples
+            passes = [self._batch(rows) for rows in step.passes]
             return {
-                "passes": [self._batch(rows) for rows in step.passes],
+                "passes": passes,
+                "input_ids": join_passes([batch["input_ids"] for batch in passes], self.pad_token_id, self.padded),
                 "examples": step.examples,
                 "num_items": step.num_items,
                 "tokens_per_pass": step.tokens_per_pass,
@@ -140,6 +142,17 @@ class PackingCollator(DataCollatorForLanguageModeling):
             weights = np.array([weight for *_, weight in documents])
             positions["loss_weights"] = torch.from_numpy(weights[document_of[scored]])
         return positions
+
+
+def join_passes(parts: Sequence[torch.Tensor], value: float, padded: bool) -> torch.Tensor:
+    """What passes have for each token, as one tensor: packed rows end to end, padded ones below each other."""
+    if not padded:
+        return torch.cat(list(parts), dim=1)
+    longest = max(part.shape[1] for part in parts)
+    empty = [(0, 0)] * (parts[0].dim() - 2)
+    widths = [[*(side for pair in empty for side in pair), 0, longest - part.shape[1]] for part in parts]
+    filled = [torch.nn.functional.pad(part, width, value=value) for part, width in zip(parts, widths, strict=True)]
+    return torch.cat(filled, dim=0)
 
 
 def _check_ids(ids: np.ndarray, labels: np.ndarray, vocab_size: int, row: int) -> None:

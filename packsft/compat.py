@@ -129,6 +129,13 @@ def gathered_parameters(weight: Tensor, bias: Tensor | None) -> Iterator[tuple[T
         yield weight, bias
 
 
+_BATCH_FIELDS = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def batch_fields(args: Any) -> dict[str, int]:
+    return {name: getattr(args, name) for name in _BATCH_FIELDS}
+
+
 @contextmanager
 def one_batch_per_step(trainer: Any) -> Iterator[tuple[int, Any]]:
     """For the length of the training loop, a batch is a whole optimizer step: gives its size per device, and arguments.
@@ -145,7 +152,19 @@ def one_batch_per_step(trainer: Any) -> Iterator[tuple[int, Any]]:
     try:
         yield trainer._train_batch_size, trainer.args
     finally:
+        vars(args).update(vars(trainer.args) | batch_fields(args))  # what callbacks have changed stays changed
         trainer.args, trainer._train_batch_size = args, batch_size
+
+
+@contextmanager
+def saved_as_configured(trainer: Any, configured: dict[str, int]) -> Iterator[None]:
+    """For the length of a save within `one_batch_per_step`, the arguments speak of batches as the user did."""
+    now = batch_fields(trainer.args)
+    vars(trainer.args).update(configured)
+    try:
+        yield
+    finally:
+        vars(trainer.args).update(now)
 
 
 def whole_batches(loader: Any) -> Any:

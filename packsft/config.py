@@ -35,13 +35,15 @@ class PackedSFTConfig(SFTConfig):
             of its own, and the examples of a batch are laid end to end without padding.
         packing_strategy (`str`, *optional*, defaults to `"step"`):
             `"step"`: each optimizer step takes the examples that it would take without packing, laid into as few
-            passes as hold them: the same number of steps, and the same loss curve. `"bfd"`, `"bfd_split"` and
+            passes as hold them: the same number of steps, and the same loss curve. Of a stream, steps are taken in
+            its order, by each worker of its own examples. `"bfd"`, `"bfd_split"` and
             `"wrapped"` as in `SFTConfig`, planned over the whole data set (of a stream,
             over a buffer of 32 packs): a pack then takes the place of an example.
         tokens_per_pass (`int` or `str`, *optional*):
             With `"step"`, the most tokens that go through the model at once, on each device; by default `max_length`.
-            `"auto"` for the most that fit, measured at the first step. It changes speed and memory, not the training:
-            a step that runs out of memory in one process is taken again with half as many.
+            `"auto"` for the most that fit, measured at the first step. It changes speed and memory, not the training
+            (but for what draws or averages over a pass: dropout, NEFTune's noise, the router's auxiliary loss): a step
+            that runs out of memory in one process is taken again with half as many.
         loss_normalization (`str`, *optional*, defaults to `"token"`):
             What the loss of an optimizer step is the mean of: `"token"`, over its scored tokens, or `"example"`, over
             its examples, each the mean of its tokens. Exact over passes, accumulation and devices.

@@ -130,6 +130,7 @@ def inspect_data(
         effective_batch_size=per_device_train_batch_size * gradient_accumulation_steps * devices,
         num_train_epochs=num_train_epochs,
         ranks=devices,
+        packs_at_once=per_device_train_batch_size * devices if packed.repacks else None,
         tokens_per_pass=tokens_per_pass,
     )
     plan = packed.plan

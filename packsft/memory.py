@@ -15,24 +15,28 @@ from accelerate.utils import release_memory
 SHARE = 0.9  # of what is free: the allocator's fragments, and documents that lie worse than the measured ones
 
 
+def can_measure(device: torch.device) -> bool:
+    return device.type == "cuda" or (device.type == "cpu" and Path("/proc/self/clear_refs").exists())
+
+
 def fit_tokens(run: Callable[[int], None], small: int, large: int, device: torch.device, to_come: int) -> int:
     """The most tokens `run` can take at once on the device, by `peak = fixed + slope * tokens`.
 
     Args:
         run: a forward and backward of so many tokens; what it leaves allocated (gradients) counts as there already.
-        small: tokens of the first size; it is run once before, so that gradients and workspaces are there.
-        large: tokens of the second size. Where it runs out of memory, the answer is `small`.
+        small: tokens of the first size; run twice, so that gradients and workspaces are there.
+        large: tokens of the second size. Where either runs out of memory, the answer is `small`.
         device: where it runs: CUDA, or the CPU under Linux.
         to_come: bytes that will be allocated later: the state of the optimizer.
     """
-    run(small)
     peaks = []
-    for tokens in (small, large):
+    for tokens in (small, small, large):
         release_memory()
         try:
             peaks.append(_peak_above_start(run, tokens, device))
         except torch.OutOfMemoryError:
             return small
+    del peaks[0]  # it made the gradients
     slope = max((peaks[1] - peaks[0]) / (large - small), 1.0)
     fixed = max(peaks[0] - slope * small, 0.0)
     room = SHARE * _free(device) - to_come - fixed

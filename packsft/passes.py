@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import release_memory
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from packsft.batch import StepRows
@@ -100,24 +101,26 @@ class PassWalker:
             try:
                 losses = [self._run(model, batch, num_items, batch is passes[-1]) for batch in passes]
                 return torch.stack(losses).sum()
-            except torch.OutOfMemoryError as error:
-                smaller = self._smaller(step, self.steps, error)
+            except RuntimeError as error:
+                if not isinstance(error, torch.OutOfMemoryError) and not should_reduce_batch_size(error):
+                    raise
+                smaller = self._smaller(passes, error)
             # only here, where the exception no longer keeps the pass's activations alive
             self._undo()
             model.zero_grad()
             release_memory()
             self.tokens_per_pass = smaller
 
-    def _smaller(self, step: dict[str, Any], steps: Steps, error: torch.OutOfMemoryError) -> int:
-        """Half the tokens of the fullest pass."""
-        most = max(batch["num_tokens"] for batch in step["passes"])
-        longest = steps.longest(step["examples"])
-        smaller = max(most // 2, longest)
-        if most <= longest:
+    def _smaller(self, passes: list[dict[str, Any]], error: RuntimeError) -> int:
+        """Half the tokens of the fullest pass that holds more than one document."""
+        divisible = [batch["input_ids"].numel() for batch in passes if _num_documents(batch) > 1]
+        if not divisible:
+            most = max(batch["input_ids"].numel() for batch in passes)
             raise torch.OutOfMemoryError(
                 f"a document of {most:,} tokens is too much for the device's memory even alone: set "
                 f"gradient_checkpointing=True or a smaller max_length ({error})"
             ) from None
+        most, smaller = max(divisible), max(1, max(divisible) // 2)
         if self._accelerator.num_processes > 1:
             raise torch.OutOfMemoryError(
                 f"a pass of {most:,} tokens is too much for the memory of rank {self._accelerator.process_index}, and "
@@ -139,16 +142,22 @@ class PassWalker:
             row = {"input_ids": [0] * num_tokens, "seq_lengths": [*lengths, num_tokens - sum(lengths)]}
             self._run(model, self._collate([row]), num_tokens, False)
 
-        small = max(longest, MEASURED_TOKENS)
-        if largest_step <= 2 * small:
-            return max(largest_step, longest)
+        small = max(longest, min(MEASURED_TOKENS, largest_step // 2))
+        if largest_step <= small:
+            return small
         trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         self._begin(1)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            fitting = fit_tokens(run, small, 2 * small, device, to_come=2 * trained)  # AdamW keeps two moments
+            fitting = fit_tokens(
+                run, small, min(2 * small, largest_step), device, to_come=2 * trained
+            )  # AdamW keeps two moments
         self._undo()
         model.zero_grad()
         tokens = torch.tensor([min(fitting, largest_step)], device=device)
         fitting = int(self._accelerator.gather(tokens).min())
         logger.warning("tokens_per_pass='auto': passes of at most %d tokens fit on %s", fitting, device)
         return fitting
+
+
+def _num_documents(batch: dict[str, Any]) -> int:
+    return batch["cu_seq_lens_q"].numel() - 1 if "cu_seq_lens_q" in batch else batch["input_ids"].shape[0]

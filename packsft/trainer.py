@@ -33,13 +33,14 @@ from transformers.utils import is_kernels_available
 from trl import SFTConfig, SFTTrainer
 
 from packsft import attention, compat
-from packsft.batch import count_scored, loss_inputs, model_inputs
-from packsft.collator import PackingCollator
+from packsft.batch import IGNORE_INDEX, count_scored, loss_inputs, model_inputs
+from packsft.collator import PackingCollator, join_passes
 from packsft.config import PackedSFTConfig, has_bf16
 from packsft.dataset import PackedDataset, PackSampler, StepDataset, describe_losses, pack_dataset
 from packsft.head import HeadOutput, count_embeddings, install_head
 from packsft.isolation import IsolationVerdict, check_isolation
 from packsft.loss import items_in_step, ranks_per_batch
+from packsft.memory import can_measure
 from packsft.metrics import MetricSums
 from packsft.notices import PackingNotice
 from packsft.packing import PackingReport, packing_report
@@ -81,6 +82,7 @@ class PackedSFTTrainer(SFTTrainer):
         self._filter_nonfinite = args.logging_nan_inf_filter
         args.logging_nan_inf_filter = False  # it reads the device twice per micro-step; training_step does it there
         self._vocab_size: int | None = None
+        self._batch_fields = compat.batch_fields(args)
         with compat.own_head_during_init():
             super().__init__(*call.args[1:], **call.kwargs)
 
@@ -219,11 +221,13 @@ class PackedSFTTrainer(SFTTrainer):
     def packing_report(self) -> PackingReport | None:
         if not isinstance(self.train_dataset, PackedDataset):
             return None
+        ranks = self.accelerator.num_processes // ranks_per_batch(self.accelerator)
         return packing_report(
             self.train_dataset.plan,
             effective_batch_size=self.get_total_train_batch_size(self.args),
             num_train_epochs=self.args.num_train_epochs,
-            ranks=self.accelerator.num_processes // ranks_per_batch(self.accelerator),
+            ranks=ranks,
+            packs_at_once=self._train_batch_size * ranks if self.train_dataset.repacks else None,
             tokens_per_pass=self._passes.tokens_per_pass,
         )
 
@@ -290,6 +294,11 @@ class PackedSFTTrainer(SFTTrainer):
         with compat.one_batch_per_step(self) as (step_size, step_args):
             return super()._inner_training_loop(step_size, step_args, *positional, **named)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Adds to the parent: within the loop of exact steps too, the arguments saved are the user's."""
+        with compat.saved_as_configured(self, self._batch_fields):
+            super()._save(output_dir, state_dict)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, float | Tensor]:
@@ -312,7 +321,7 @@ class PackedSFTTrainer(SFTTrainer):
 
     def _begin_passes(self, num_passes: int) -> None:
         self.current_gradient_accumulation_steps = num_passes
-        self._sums_before = self._sums["train"].copy()
+        self._sums_before, self._passes_began = self._sums["train"].copy(), time.perf_counter()
 
     def _run_pass(self, model: nn.Module, batch: dict[str, Any], num_items: Any, last: bool) -> Tensor:
         with contextlib.nullcontext() if last else compat.no_gradient_sync(self, model):
@@ -320,6 +329,7 @@ class PackedSFTTrainer(SFTTrainer):
 
     def _undo_passes(self) -> None:
         self._sums["train"] = self._sums_before
+        self._sums["train"].skip(time.perf_counter() - self._passes_began)
 
     def compute_loss(
         self,
@@ -352,7 +362,8 @@ class PackedSFTTrainer(SFTTrainer):
         if self.aux_loss_enabled:
             assert output.aux_loss is not None
             passes = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = loss + self.router_aux_loss_coef * output.aux_loss / passes
+            share = 1 / passes if inputs["num_tokens"] else 0.0  # a rank's empty pass routes a token that is none
+            loss = loss + self.router_aux_loss_coef * output.aux_loss * share
         if not return_outputs:
             return loss
         with torch.no_grad(), self._packed_forward():
@@ -389,7 +400,10 @@ class PackedSFTTrainer(SFTTrainer):
         losses, logits, labels = zip(*outputs, strict=True)
         if prediction_loss_only:
             return torch.stack(losses).mean(), None, None
-        return torch.stack(losses).mean(), torch.cat(logits, dim=1), torch.cat(labels, dim=1)
+        if len(outputs) == 1:
+            return outputs[0]
+        padded = self.data_collator.padded
+        return torch.stack(losses).mean(), join_passes(logits, 0.0, padded), join_passes(labels, IGNORE_INDEX, padded)
 
     def evaluation_loop(
         self, dataloader: Any, description: str, *positional: Any, metric_key_prefix: str = "eval", **named: Any
@@ -448,7 +462,7 @@ def _own_arguments(arguments: dict[str, Any]) -> SFTConfig:
         args = SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # `to_dict` hides the token
     args = copy.copy(args)
     args.padding_free = args.padding_free and args.packing  # without packing it is what we do, max_length enforced
-    if args.packing and args.packing_strategy == "step":
+    if _takes_exact_steps(args):
         args.auto_find_batch_size = False  # it would change the training; `tokens_per_pass` is what gives way to memory
     args.gradient_checkpointing_kwargs = copy.copy(args.gradient_checkpointing_kwargs)  # the parent edits it
     args.accelerator_config = copy.copy(args.accelerator_config)
@@ -462,8 +476,9 @@ def _check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
         raise ValueError("packing=True needs max_length, the number of tokens in a pack; got max_length=None")
     if args.packing and args.packing_strategy not in STRATEGIES:
         raise ValueError(f"packing_strategy={args.packing_strategy!r} is unknown, expected one of {STRATEGIES}")
-    if args.packing and args.packing_strategy == "step":
+    if _takes_exact_steps(args):
         _check_exact_steps(args)
+    _warn_of_idle_settings(args)
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs in one process mean DataParallel, which cuts a batch by rows, and a packed one is one "
@@ -510,8 +525,36 @@ def _check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
         )
 
 
+def _skips_preparation(args: SFTConfig) -> bool:
+    return bool((args.dataset_kwargs or {}).get("skip_prepare_dataset"))
+
+
+def _takes_exact_steps(args: SFTConfig) -> bool:
+    return args.packing and args.packing_strategy == "step" and not _skips_preparation(args)
+
+
+def _warn_of_idle_settings(args: SFTConfig) -> None:
+    idle: dict[str, Any] = {} if _takes_exact_steps(args) else {"tokens_per_pass": None}
+    if _skips_preparation(args):  # packs that the user made are taken as they are
+        idle |= {"overlong": None, "max_lost_fraction": 1.0}
+    given = [f"{name}={getattr(args, name)!r}" for name, unset in idle.items() if getattr(args, name, unset) != unset]
+    if given:
+        why = "packs of your own" if _skips_preparation(args) else "a packing_strategy other than 'step'"
+        logger.warning("%s: no effect on %s", " and ".join(given), why)
+
+
 def _check_exact_steps(args: SFTConfig) -> None:
     other = "take packing_strategy='bfd'"
+    if args.dataloader_drop_last:
+        raise ValueError(
+            "dataloader_drop_last=True drops a micro-batch that is not full, and packing_strategy='step' has none: "
+            f"leave it False, or {other}"
+        )
+    if getattr(args, "tokens_per_pass", None) == "auto" and not can_measure(args.device):
+        raise ValueError(
+            f"tokens_per_pass='auto' measures memory on CUDA devices and on the CPU under Linux, not on "
+            f"{args.device.type}: give a number"
+        )
     if args.deepspeed_plugin is not None:
         raise ValueError(
             "packing_strategy='step' does not work under DeepSpeed, which counts the passes of a step itself, and here "

@@ -3,8 +3,8 @@
 Attention costs the square of a document's length, so that packs of equally many tokens can differ several times over,
 and all ranks wait for the one with the costliest pack. This file knows a plan's lengths, not ranks or samplers.
 
-The order helps a loader that keeps it: a sequential sampler, of which `accelerate` hands consecutive batches to
-consecutive ranks. One that shuffles, as the trainer's default does, undoes it; hence the groups come shuffled already.
+The order is for a sampler that keeps it (`packsft.dataset.PackSampler`), of which `accelerate` hands consecutive
+batches to consecutive ranks. The groups come shuffled already.
 """
 
 from __future__ import annotations

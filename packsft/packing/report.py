@@ -131,11 +131,13 @@ def packing_report(
     effective_batch_size: int,
     num_train_epochs: float,
     ranks: int = 1,
+    packs_at_once: int | None = None,
     tokens_per_pass: int | None = None,
 ) -> PackingReport:
     """Report on a plan.
 
-    `effective_batch_size` is per_device_train_batch_size * ranks * gradient_accumulation_steps; `tokens_per_pass`, by
+    `effective_batch_size` is per_device_train_batch_size * ranks * gradient_accumulation_steps; `packs_at_once` is
+    per_device_train_batch_size * ranks where training follows `balanced_order`, else None; `tokens_per_pass`, by
     default the plan's `max_length`, is for the strategy "step" only.
 
     Raises ValueError for an `effective_batch_size` that is below 1 or no multiple of `ranks`, or `num_train_epochs` of
@@ -153,9 +155,10 @@ def packing_report(
 
     # what an unpacked run would take one by one: the segments; those of "wrapped" end where its packs do
     samples = plan.examples_packed if plan.strategy == "wrapped" else len(plan.examples)
-    packs = (_exact_steps if plan.strategy == "step" else _packs)(
-        plan, effective_batch_size, ranks, tokens_per_pass or plan.max_length
-    )
+    if plan.strategy == "step":
+        packs = _exact_steps(plan, effective_batch_size, ranks, tokens_per_pass or plan.max_length)
+    else:
+        packs = _packs(plan, effective_batch_size, ranks, packs_at_once)
     num_packs = packs["packs"]
     return PackingReport(
         strategy=plan.strategy,
@@ -183,14 +186,14 @@ def packing_report(
     )
 
 
-def _packs(plan: PackPlan, effective_batch_size: int, ranks: int, _: int) -> dict[str, Any]:
+def _packs(plan: PackPlan, effective_batch_size: int, ranks: int, packs_at_once: int | None) -> dict[str, Any]:
     """What a plan over the whole data set makes, and the attention cost in the order of its training."""
     imbalance = shuffled = None
     if ranks > 1 and len(plan) >= effective_batch_size:
         costs, accumulation = attention_costs(plan), effective_batch_size // ranks
         shuffled = cost_imbalance(np.random.default_rng(0).permutation(costs), ranks, accumulation)
-        balances = plan.strategy in ("bfd", "bfd_split")
-        imbalance = cost_imbalance(costs[balanced_order(plan, ranks)], ranks, accumulation) if balances else shuffled
+        order = None if packs_at_once is None else balanced_order(plan, packs_at_once)
+        imbalance = shuffled if order is None else cost_imbalance(costs[order], ranks, accumulation)
     per_pack = np.diff(plan.offsets.astype(np.int64)) if len(plan) else np.zeros(1, np.int64)
     return {
         "packs": len(plan),

@@ -108,7 +108,7 @@ def test_rows_leave_out_what_did_not_happen():
 def test_cost_imbalance_is_that_of_the_busiest_rank_and_gone_in_balanced_order():
     # 100 packs of one document of 4, cost 16, and 100 of four of 1, cost 4: two ranks get the same or 16 beside 4, half
     # of the time each, so (1 + 16 / 10) / 2 = 1.3 on average; sorted by cost, always the same
-    got = report([4] * 100 + [1] * 400, ranks=2)
+    got = report([4] * 100 + [1] * 400, ranks=2, packs_at_once=2)
     assert (got.packs, got.ranks) == (200, 2)
     assert 1.2 < got.cost_imbalance_shuffled < 1.4
     assert got.cost_imbalance == 1.0

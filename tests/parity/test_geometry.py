@@ -47,6 +47,14 @@ def test_a_weight_that_is_off_is_seen_and_rounding_of_a_zero_gradient_is_not():
     assert _difference({"w": first["w"] + torch.tensor([0, 1e-6, 0])}, first, start)["w"] == pytest.approx(1e-3)
 
 
+def test_weights_that_are_no_number_do_not_agree():
+    start, first = {"w": torch.zeros(2).double()}, {"w": torch.ones(2).double()}
+    assert not _difference({"w": torch.tensor([1.0, float("nan")]).double()}, first, start)["w"] <= EXACT
+    assert not GeometryResult("GPT-2", SOME[0], 1.0, float("nan"), 0.0, EXACT).agrees
+    assert not GeometryResult("GPT-2", SOME[0], 1.0, 0.0, float("nan"), EXACT).agrees
+    assert _difference(start, start, start)["w"] == 0.0  # a bias that never moves
+
+
 def test_the_command_fails_where_weights_differ(monkeypatch, capsys):
     results = [GeometryResult("GPT-2", Geometry(None, 8, 1), 8.0, 2e-12, 0.0, EXACT)]
     monkeypatch.setattr("packsft.geometry.certificate", lambda model, num_steps: results)

@@ -96,6 +96,7 @@ def test_two_processes_give_the_weights_of_one(how, one, two):
 def test_an_evaluation_of_exact_steps_counts_no_row_twice(one, two):
     # nine rows, which two ranks cannot share evenly
     assert two["step"]["evaluated"] == pytest.approx(one["unpacked"]["evaluated"], rel=1e-9)
+    assert two["step"]["predicted"] == one["unpacked"]["predicted"]
     assert two["step, by example"]["evaluated"] == pytest.approx(one["by example"]["evaluated"], rel=1e-9)
 
 

@@ -39,12 +39,14 @@ def trained(options):
     ours.step_losses = {}
     ours.train()
     evaluated = ours.evaluate()
+    predicted = ours.predict(ours.eval_dataset).label_ids
     logged = [entry for entry in ours.state.log_history if "entropy" in entry][-1]
     return {
         "weights": {name: p.detach() for name, p in ours.accelerator.unwrap_model(ours.model).named_parameters()},
         "losses": losses(ours),
         "step_losses": ours.accelerator.reduce(torch.stack(list(ours.step_losses.values())), reduction="mean"),
         "steps": ours.state.global_step,
+        "predicted": int((predicted != -100).sum()),
         "history": {key: logged[key] for key in ("num_tokens", "entropy", "mean_token_accuracy")},
         "evaluated": {key: evaluated[f"eval_{key}"] for key in ("loss", "entropy", "mean_token_accuracy")},
     }

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from runs import config, losses, trainer
+from runs import config, trainer
 from tiny import tiny_model, tiny_tokenizer, token_rows
 from transformers import TrainerCallback
 
@@ -149,13 +149,75 @@ def test_evaluation_is_packed_in_the_same_way(tmp_path):
 
 
 def test_predictions_of_a_step_are_its_passes_end_to_end(tmp_path):
-    rows = token_rows(3)
+    rows = token_rows(5)
     tokens = sum(len(row["input_ids"]) for row in rows)
     ours = trainer(tmp_path, eval_dataset=rows, tokens_per_pass=12)
-    output = ours.predict(rows)
+    (step,) = ours.get_eval_dataloader()
+    assert len(step["passes"]) > 1
+    output = ours.predict(ours.eval_dataset)
     assert output.predictions.shape == (1, tokens, 24)
-    assert output.label_ids.shape == (1, tokens)
-    assert (output.label_ids != -100).sum() == sum(sum(x != -100 for x in row["labels"][1:]) for row in rows)
+    assert output.label_ids.shape == step["input_ids"].shape == (1, tokens)
+    assert (output.label_ids != -100).sum() == scored(rows)
+    first = torch.from_numpy(output.predictions[0, : len(rows[int(step["examples"][0])]["input_ids"])])
+    assert first.isfinite().all()
+
+
+def scored(rows):
+    return sum(sum(x != -100 for x in row["labels"][1:]) for row in rows)
+
+
+def test_predictions_of_padded_passes_lie_below_each_other(tmp_path):
+    rows = token_rows(21)
+    ours = trainer(tmp_path, model=tiny_model("stablelm"), eval_dataset=rows, tokens_per_pass=24)
+    output = ours.predict(ours.eval_dataset)
+    assert output.predictions.shape == (21, max(len(row["input_ids"]) for row in rows), 24)
+    assert (output.label_ids != -100).sum() == scored(rows)
+
+
+def test_metrics_can_have_the_inputs(tmp_path):
+    rows, seen = token_rows(9), []
+
+    def compute_metrics(prediction):
+        seen.append((prediction.inputs, prediction.label_ids))
+        return {}
+
+    ours = trainer(
+        tmp_path, eval_dataset=rows, tokens_per_pass=12, compute_metrics=compute_metrics, include_for_metrics=["inputs"]
+    )
+    ours.evaluate()
+    ((inputs, labels),) = seen
+    assert (inputs[labels != -100] == labels[labels != -100]).all()
+
+
+def test_a_mixture_of_experts_averages_its_auxiliary_loss_over_the_passes(tmp_path):
+    # all the same rows: whatever the passes, the router sees the same tokens in each
+    rows = Dataset.from_list([{"input_ids": [3, 4, 5, 6, 7], "labels": [3, 4, 5, 6, 7]}] * 8)
+    options = {"per_device_train_batch_size": 8, "max_steps": 2, "router_aux_loss_coef": 0.5}
+    few, many = (
+        run(tmp_path, "mixtral", torch.float32, rows=rows, tokens_per_pass=tokens_per_pass, **options)
+        for tokens_per_pass in (40, 10)
+    )
+    assert_same_losses(many, few, 1e-5)
+
+
+def test_input_tokens_are_counted_over_all_passes(tmp_path):
+    counts = []
+    for options in ({"packing": False}, {"tokens_per_pass": 12}):
+        ours = run(tmp_path, max_steps=3, include_num_input_tokens_seen="all", **STEPS, **options)
+        counts.append(ours.state.num_input_tokens_seen)
+    assert counts[0] == counts[1] > 0
+
+
+def test_checkpoints_and_callbacks_keep_the_arguments_of_the_user(tmp_path):
+    class Clips(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            args.max_grad_norm = 123.0
+
+    ours = run(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, callbacks=[Clips()], **STEPS)
+    saved = torch.load(tmp_path / "checkpoint-1" / "training_args.bin", weights_only=False)
+    for args in (saved, ours.args):
+        assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (2, 3)
+        assert args.max_grad_norm == 123.0
 
 
 def test_a_model_that_cannot_be_packed_takes_the_same_steps_on_rows_of_similar_length(tmp_path):
@@ -203,6 +265,24 @@ def test_a_step_out_of_memory_is_taken_again_with_half_losing_nothing(number, wo
             assert key not in our or our[key] == pytest.approx(their[key], rel=1e-9)
 
 
+def test_out_of_memory_on_one_of_several_ranks_names_what_to_set(tmp_path, monkeypatch):
+    # the rank whose pass of five short documents is too much says so, however long another rank's document
+    ours = trainer(tmp_path)
+    monkeypatch.setattr(type(ours.accelerator), "num_processes", 2)
+    passes = [ours.data_collator([{"input_ids": [3] * 5, "labels": [3] * 5}] * count) for count in (1, 5)]
+    with pytest.raises(torch.OutOfMemoryError, match=r"a pass of 25 tokens .* rank 0.* set tokens_per_pass=12"):
+        ours._passes._smaller(passes, torch.OutOfMemoryError("CUDA out of memory."))
+
+
+def test_other_errors_of_a_pass_are_not_taken_for_memory(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(PackedSFTTrainer, "compute_loss", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        run(tmp_path, max_steps=1, **STEPS)
+
+
 def test_a_document_too_long_for_the_memory_is_named(tmp_path, monkeypatch):
     failing_in_pass(0, monkeypatch, above=1)
     with pytest.raises(torch.OutOfMemoryError, match=r"a document of \d+ tokens is too much .* even alone"):
@@ -230,7 +310,7 @@ def test_the_line_through_two_peaks_is_that_of_the_memory(monkeypatch):
     monkeypatch.setattr(memory, "_free", lambda device: 100_000_000)
     fitting = memory.fit_tokens(ran.append, 1024, 2048, torch.device("cpu"), to_come=10_000_000)
     assert fitting == (0.9 * 100e6 - 10e6 - 1e6) // 2000
-    assert ran == [1024]
+    assert ran == []
 
     def out_of_memory(run, tokens, device):
         if tokens > 1024:
@@ -298,6 +378,7 @@ def test_the_parts_of_a_split_example_weigh_as_much_as_the_whole(tmp_path):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
+        ({"dataloader_drop_last": True}, "dataloader_drop_last=True drops a micro-batch"),
         ({"train_sampling_strategy": "batch_rebalance"}, "train_sampling_strategy='batch_rebalance' deals examples"),
         ({"tokens_per_pass": 0}, "tokens_per_pass=0: expected an integer of at least 1, 'auto' or None"),
         ({"tokens_per_pass": "most"}, "tokens_per_pass='most': expected"),
@@ -308,6 +389,25 @@ def test_the_parts_of_a_split_example_weigh_as_much_as_the_whole(tmp_path):
 def test_bad_settings_are_named(options, named, tmp_path):
     with pytest.raises(ValueError, match=named):
         trainer(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (
+            {"packing_strategy": "bfd", "tokens_per_pass": 64},
+            "tokens_per_pass=64: no effect on a packing_strategy",
+        ),
+        (
+            {"dataset_kwargs": {"skip_prepare_dataset": True}, "overlong": "drop"},
+            "overlong='drop': no effect on packs of your own",
+        ),
+    ],
+    ids=["tokens_per_pass", "overlong"],
+)
+def test_settings_without_an_effect_are_named(options, named, tmp_path, caplog):
+    trainer(tmp_path, **options)
+    assert named in caplog.text
 
 
 def test_deepspeed_is_refused_by_name(tmp_path):
@@ -322,5 +422,6 @@ def test_auto_find_batch_size_leaves_the_step_as_it_is(tmp_path, monkeypatch, ca
     settings = STEPS | {"max_steps": 3, "tokens_per_pass": 24}
     whole = run(tmp_path, **settings)
     failing_in_pass(1, monkeypatch)
-    assert_same_losses(run(tmp_path, auto_find_batch_size=True, **settings), whole, 1e-10)
-    assert losses(whole)
+    ours = run(tmp_path, auto_find_batch_size=True, **settings)
+    assert not ours.args.auto_find_batch_size
+    assert_same_losses(ours, whole, 1e-10)
