@@ -114,13 +114,14 @@ class PassWalker:
     def _smaller(self, passes: list[dict[str, Any]], error: RuntimeError) -> int:
         """Half the tokens of the fullest pass that holds more than one document."""
         divisible = [batch["input_ids"].numel() for batch in passes if _num_documents(batch) > 1]
-        if not divisible:
+        most = max(divisible, default=0)
+        smaller = max(1, most // 2)
+        if not divisible or smaller >= self.tokens_per_pass:  # of one document and its padding, none is smaller
             most = max(batch["input_ids"].numel() for batch in passes)
             raise torch.OutOfMemoryError(
                 f"a document of {most:,} tokens is too much for the device's memory even alone: set "
                 f"gradient_checkpointing=True or a smaller max_length ({error})"
             ) from None
-        most, smaller = max(divisible), max(1, max(divisible) // 2)
         if self._accelerator.num_processes > 1:
             raise torch.OutOfMemoryError(
                 f"a pass of {most:,} tokens is too much for the memory of rank {self._accelerator.process_index}, and "
@@ -135,22 +136,20 @@ class PassWalker:
     def _measured(self, model: nn.Module, steps: Steps) -> int:
         """The most tokens that fit on every rank, by a forward and backward at two sizes; no more than a step has."""
         longest, largest_step = steps.longest(), steps.most_tokens_per_rank()
-        device = self._accelerator.device
+        small = max(longest, min(MEASURED_TOKENS, largest_step // 2))
+        if largest_step <= small:
+            return small
 
         def run(num_tokens: int) -> None:
             lengths = [longest] * (num_tokens // longest)
             row = {"input_ids": [0] * num_tokens, "seq_lengths": [*lengths, num_tokens - sum(lengths)]}
             self._run(model, self._collate([row]), num_tokens, False)
 
-        small = max(longest, min(MEASURED_TOKENS, largest_step // 2))
-        if largest_step <= small:
-            return small
-        trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        device = self._accelerator.device
+        moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         self._begin(1)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            fitting = fit_tokens(
-                run, small, min(2 * small, largest_step), device, to_come=2 * trained
-            )  # AdamW keeps two moments
+            fitting = fit_tokens(run, small, min(2 * small, largest_step), device, to_come=moments)  # those of AdamW
         self._undo()
         model.zero_grad()
         tokens = torch.tensor([min(fitting, largest_step)], device=device)

@@ -283,10 +283,11 @@ def test_other_errors_of_a_pass_are_not_taken_for_memory(tmp_path, monkeypatch):
         run(tmp_path, max_steps=1, **STEPS)
 
 
-def test_a_document_too_long_for_the_memory_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"pad_to_multiple_of": 8}], ids=str)
+def test_a_document_too_long_for_the_memory_is_named(options, tmp_path, monkeypatch):
     failing_in_pass(0, monkeypatch, above=1)
     with pytest.raises(torch.OutOfMemoryError, match=r"a document of \d+ tokens is too much .* even alone"):
-        run(tmp_path, max_steps=1, **STEPS)
+        run(tmp_path, max_steps=1, **STEPS, **options)
 
 
 def test_auto_measures_and_trains_the_same(tmp_path, monkeypatch, caplog):
