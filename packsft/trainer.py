@@ -1,8 +1,8 @@
 """`PackedSFTTrainer`: TRL's `SFTTrainer` on packed sequences. The story of a run, in the order in which it happens.
 
-Each override says what it adds to the parent and hands over: rows to `dataset.py`, packs to `collator.py`, the loss to
-`head.py`, its denominator to `loss.py`, numbers to `metrics.py`, the proof to `isolation.py`. What has to reach inside
-the parent is in `compat.py`.
+Each override says what it adds to the parent and hands over: the call to `arguments.py`, rows to `dataset.py`, packs to
+`collator.py`, the passes of a step to `passes.py`, the loss to `head.py`, its denominator to `loss.py`, numbers to
+`metrics.py`, the proof to `isolation.py`. What has to reach inside the parent is in `compat.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import importlib.util
 import inspect
 import itertools
 import logging
@@ -27,27 +26,24 @@ from packsft_kernels import LossOptions
 from packsft_kernels.version import __version__
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
-from transformers.utils import is_kernels_available
 from trl import SFTConfig, SFTTrainer
 
 from packsft import attention, compat
+from packsft.arguments import check_adapter, check_arguments, check_parallelism, check_tokenizer, own_arguments
 from packsft.batch import IGNORE_INDEX, count_scored, loss_inputs, model_inputs
 from packsft.collator import PackingCollator, join_passes
-from packsft.config import PackedSFTConfig, has_bf16
+from packsft.config import has_bf16
 from packsft.dataset import PackedDataset, PackSampler, StepDataset, describe_losses, pack_dataset
 from packsft.head import HeadOutput, count_embeddings, install_head
 from packsft.isolation import IsolationVerdict, check_isolation
 from packsft.loss import items_in_step, ranks_per_batch
-from packsft.memory import can_measure
 from packsft.metrics import MetricSums
 from packsft.notices import PackingNotice
 from packsft.packing import PackingReport, packing_report
 from packsft.passes import PassWalker
 from packsft.stream import PackedStream, StepStream
-
-STRATEGIES = ("step", "bfd", "bfd_split", "wrapped")
 
 logger = logging.getLogger("packsft")
 
@@ -75,8 +71,8 @@ class PackedSFTTrainer(SFTTrainer):
     def __init__(self, *positional: Any, **named: Any) -> None:
         compat.check_versions()
         call = inspect.signature(SFTTrainer.__init__).bind(self, *positional, **named)
-        call.arguments["args"] = args = _own_arguments(call.arguments)
-        _check_arguments(args, call.arguments)
+        call.arguments["args"] = args = own_arguments(call.arguments)
+        check_arguments(args, call.arguments)
         if args.bf16 and not has_bf16():
             logger.warning("bf16=True, but this processor has no bfloat16 products: emulated, they are far slower")
         self._filter_nonfinite = args.logging_nan_inf_filter
@@ -86,8 +82,8 @@ class PackedSFTTrainer(SFTTrainer):
         with compat.own_head_during_init():
             super().__init__(*call.args[1:], **call.kwargs)
 
-        _check_parallelism(self.accelerator)
-        _check_adapter(self.model)
+        check_parallelism(self.accelerator)
+        check_adapter(self.model)
         self._sums = {"train": MetricSums(), "eval": MetricSums(self._filter_nonfinite)}
         base_model = self.model.get_base_model() if is_peft_model(self.model) else self.model
         self._vocab_size = count_embeddings(base_model)
@@ -143,7 +139,7 @@ class PackedSFTTrainer(SFTTrainer):
         """
         if isinstance(dataset, (PackedDataset, PackedStream)):
             return dataset
-        _check_tokenizer(processing_class, args)
+        check_tokenizer(processing_class, args)
         # The parent tokenises and labels. It neither cuts nor drops nor shuffles: the plan does, and counts.
         tokenise = copy.copy(args)
         tokenise.max_length, tokenise.shuffle_dataset = None, False
@@ -449,158 +445,3 @@ functools.update_wrapper(PackedSFTTrainer.__init__, SFTTrainer.__init__)  # the 
 def _is_exact(dataset: Any) -> bool:
     """Whether an item of its data loader is an optimizer step."""
     return isinstance(dataset, (PackedDataset, PackedStream)) and dataset.strategy == "step"
-
-
-def _own_arguments(arguments: dict[str, Any]) -> SFTConfig:
-    """A copy of the configuration, since the trainer adjusts it and the caller may use it again."""
-    args = arguments.get("args")
-    if args is None:
-        model = arguments["model"]
-        name = model if isinstance(model, str) else (getattr(model.config, "_name_or_path", "") or "model")
-        args = PackedSFTConfig(f"{name.split('/')[-1]}-SFT")
-    if isinstance(args, TrainingArguments) and not isinstance(args, SFTConfig):
-        args = SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # `to_dict` hides the token
-    args = copy.copy(args)
-    args.padding_free = args.padding_free and args.packing  # without packing it is what we do, max_length enforced
-    if _takes_exact_steps(args):
-        args.auto_find_batch_size = False  # it would change the training; `tokens_per_pass` is what gives way to memory
-    args.gradient_checkpointing_kwargs = copy.copy(args.gradient_checkpointing_kwargs)  # the parent edits it
-    args.accelerator_config = copy.copy(args.accelerator_config)
-    args.accelerator_config.non_blocking = args.dataloader_pin_memory and args.device.type == "cuda"
-    return args
-
-
-def _check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
-    """Everything about the call that can be known to be wrong before a row is tokenised."""
-    if args.packing and args.max_length is None:
-        raise ValueError("packing=True needs max_length, the number of tokens in a pack; got max_length=None")
-    if args.packing and args.packing_strategy not in STRATEGIES:
-        raise ValueError(f"packing_strategy={args.packing_strategy!r} is unknown, expected one of {STRATEGIES}")
-    if _takes_exact_steps(args):
-        _check_exact_steps(args)
-    _warn_of_idle_settings(args)
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs in one process mean DataParallel, which cuts a batch by rows, and a packed one is one "
-            "row: start one process per GPU (accelerate launch, torchrun), or show it one (CUDA_VISIBLE_DEVICES=0)"
-        )
-    if args.truncation_mode not in ("keep_start", "keep_end"):
-        raise ValueError(f"truncation_mode={args.truncation_mode!r} is unknown, expected 'keep_start' or 'keep_end'")
-    if args.accelerator_config.dispatch_batches:
-        raise ValueError(
-            "accelerator_config.dispatch_batches=True is not supported: it cuts a batch by rows, and the boundaries of "
-            "packed documents do not split that way; leave it unset"
-        )
-    args.accelerator_config.dispatch_batches = False  # None would mean True for a stream
-    if arguments.get("data_collator") is not None:
-        raise ValueError(
-            f"data_collator={type(arguments['data_collator']).__name__} is not supported: packsft lays out the batch "
-            "itself. Prepare rows instead: `input_ids`, `labels` (-100 = not scored) and, for packs of your own, "
-            "`seq_lengths`"
-        )
-    evals = arguments.get("eval_dataset")
-    datasets = {"train_dataset": arguments.get("train_dataset")}
-    datasets |= (
-        {f"eval_dataset[{k!r}]": v for k, v in evals.items()} if isinstance(evals, dict) else {"eval_dataset": evals}
-    )
-    for name, dataset in datasets.items():
-        if isinstance(dataset, (Dataset, IterableDataset)):
-            _check_dataset(name, dataset)
-    if arguments.get("processing_class") is not None:
-        _check_tokenizer(arguments["processing_class"], args)
-    model = arguments["model"]
-    if isinstance(model, str):
-        requested = (args.model_init_kwargs or {}).get("attn_implementation")
-        if requested == "flash_attention_2" and not (
-            importlib.util.find_spec("flash_attn") is not None or is_kernels_available()
-        ):
-            raise ValueError(
-                "attn_implementation='flash_attention_2' needs the package flash-attn, which is not installed: install "
-                "it, or leave attn_implementation unset and packsft takes PyTorch's own varlen attention"
-            )
-    elif isinstance(model, PreTrainedModel) and model.get_output_embeddings() is None:
-        raise ValueError(
-            f"{type(model).__name__} has no language-model head (get_output_embeddings() is None): packsft trains "
-            "causal language models, load one with AutoModelForCausalLM"
-        )
-
-
-def _skips_preparation(args: SFTConfig) -> bool:
-    return bool((args.dataset_kwargs or {}).get("skip_prepare_dataset"))
-
-
-def _takes_exact_steps(args: SFTConfig) -> bool:
-    return args.packing and args.packing_strategy == "step" and not _skips_preparation(args)
-
-
-def _warn_of_idle_settings(args: SFTConfig) -> None:
-    idle: dict[str, Any] = {} if _takes_exact_steps(args) else {"tokens_per_pass": None}
-    if _skips_preparation(args):  # packs that the user made are taken as they are
-        idle |= {"overlong": None, "max_lost_fraction": 1.0}
-    given = [f"{name}={getattr(args, name)!r}" for name, unset in idle.items() if getattr(args, name, unset) != unset]
-    if given:
-        why = "packs of your own" if _skips_preparation(args) else "a packing_strategy other than 'step'"
-        logger.warning("%s: no effect on %s", " and ".join(given), why)
-
-
-def _check_exact_steps(args: SFTConfig) -> None:
-    other = "take packing_strategy='bfd'"
-    if args.dataloader_drop_last:
-        raise ValueError(
-            "dataloader_drop_last=True drops a micro-batch that is not full, and packing_strategy='step' has none: "
-            f"leave it False, or {other}"
-        )
-    if getattr(args, "tokens_per_pass", None) == "auto" and not can_measure(args.device):
-        raise ValueError(
-            f"tokens_per_pass='auto' measures memory on CUDA devices and on the CPU under Linux, not on "
-            f"{args.device.type}: give a number"
-        )
-    if args.deepspeed_plugin is not None:
-        raise ValueError(
-            "packing_strategy='step' does not work under DeepSpeed, which counts the passes of a step itself, and here "
-            f"their number varies: {other}, FSDP or DDP"
-        )
-    if args.train_sampling_strategy == "batch_rebalance":
-        raise ValueError(
-            "train_sampling_strategy='batch_rebalance' deals examples to ranks, and so does packing_strategy='step', "
-            f"which balances them by tokens and attention: leave it unset, or {other}"
-        )
-    if args.world_size > 1 and not args.average_tokens_across_devices:
-        raise ValueError(
-            "average_tokens_across_devices=False divides by each rank's own tokens, and packing_strategy='step' says "
-            f"itself which rank takes which examples: leave it True, or {other}"
-        )
-
-
-def _check_dataset(name: str, dataset: Dataset | IterableDataset) -> None:
-    first = next(iter(dataset), None)
-    if first is None:
-        raise ValueError(f"{name} is empty: it has 0 rows")
-    if pictures := {"image", "images"} & first.keys():
-        raise ValueError(f"{name} has the column {min(pictures)!r}: packsft trains on text alone")
-
-
-def _check_adapter(model: Any) -> None:
-    if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
-        raise ValueError(
-            f"{type(model.active_peft_config).__name__} puts virtual tokens before every row, which moves the "
-            "boundaries of packed documents: prompt learning is not supported, LoRA and its relatives are"
-        )
-
-
-def _check_parallelism(accelerator: Any) -> None:
-    parallelism = getattr(accelerator, "parallelism_config", None)
-    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-        raise ValueError(
-            "context and sequence parallelism (cp_size, sp_size) shard a row by position, which does not follow the "
-            "boundaries of packed documents: leave them at 1"
-        )
-
-
-def _check_tokenizer(processing_class: Any, args: Any) -> None:
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    if isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.eos_token is None and not args.eos_token:
-        raise ValueError(
-            f"the tokenizer {type(tokenizer).__name__} has no eos_token, so that no example would have an end: set "
-            "tokenizer.eos_token, or eos_token in the configuration"
-        )

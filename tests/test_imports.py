@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 # A name in brackets is imported inside a function, when it is needed. Adding to this table is a decision.
 KNOWS = {
     "packsft/__init__.py": "",
+    "packsft/arguments.py": "transformers trl accelerate datasets",
     "packsft/attention.py": "torch transformers packsft_kernels",
     "packsft/batch.py": "numpy",
     "packsft/cli.py": "packsft_kernels (datasets) (rich)",
