@@ -15,11 +15,12 @@ from datasets import Dataset
 
 from packsft.batch import IGNORE_INDEX, StepRows
 from packsft.packing import (
-    PackPlan,
     Segments,
     balanced_order,
+    check_losses,
     check_max_lost_fraction,
     cut_examples,
+    describe_losses,
     pack_segments,
     plan_step,
 )
@@ -231,32 +232,6 @@ class PackedDataset(torch.utils.data.Dataset):
         return item
 
 
-def describe_losses(plan: PackPlan) -> list[str]:
-    """What a plan leaves out of its data set, one clause for each reason that there is."""
-    of_examples, of_tokens = f"of {plan.examples_in} examples", f"of {plan.tokens_in} tokens are lost"
-    losses = []
-    if plan.examples_empty:
-        losses.append(f"{plan.examples_empty} {of_examples} are empty and left out")
-    unscored = [f"{plan.examples_unscored} {of_examples}"] if plan.examples_unscored else []
-    if plan.segments_unscored:
-        unscored.append(f"{plan.segments_unscored} segments of other examples")
-    if unscored:
-        losses.append(
-            f"{' and '.join(unscored)} have no token to score and are left out, {plan.tokens_unscored} {of_tokens}"
-        )
-    if plan.examples_overlong_dropped:
-        losses.append(
-            f"{plan.examples_overlong_dropped} {of_examples} are longer than max_length={plan.max_length} and left "
-            f"out, {plan.tokens_dropped} {of_tokens}"
-        )
-    if plan.examples_truncated:
-        losses.append(
-            f"{plan.examples_truncated} examples are cut at max_length={plan.max_length}, "
-            f"{plan.tokens_truncated} {of_tokens}"
-        )
-    return losses
-
-
 def pack_dataset(
     dataset: Dataset,
     max_length: int | None,
@@ -299,18 +274,12 @@ def pack_dataset(
     scored = rows.count_scored(segments.examples, segments.starts, segments.stops)
     packed = PackedDataset(rows, segments.keep_scored(scored), scored[scored > 0], seed=seed, per_example=per_example)
     plan = packed.plan
-    losses = describe_losses(plan)
     if not len(plan):
         raise ValueError(
             f"no example of the {name} data set has a token to score within max_length={max_length} (labels that are "
-            f"not -100, after an example's first token): {'; '.join(losses)}"
+            f"not -100, after an example's first token): {'; '.join(describe_losses(vars(plan), max_length))}"
         )
-    if plan.tokens_lost > max_lost_fraction * plan.tokens_in:
-        raise ValueError(
-            f"the {name} data set loses {plan.tokens_lost} of {plan.tokens_in} tokens "
-            f"({plan.tokens_lost / plan.tokens_in:.2%}), more than max_lost_fraction={max_lost_fraction} allows: "
-            f"{'; '.join(losses)}. Raise max_length or max_lost_fraction, or set overlong='split'"
-        )
+    check_losses(vars(plan), max_length, max_lost_fraction, f"{name} data set")
     return packed
 
 

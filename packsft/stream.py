@@ -18,7 +18,7 @@ from datasets import IterableDataset
 
 from packsft.batch import StepRows
 from packsft.collator import IGNORE_INDEX
-from packsft.packing import check_max_lost_fraction, plan_step, resolve_overlong
+from packsft.packing import check_losses, check_max_lost_fraction, describe_losses, plan_step, resolve_overlong
 from packsft.packing.stream import PackingBuffer, Piece
 
 logger = logging.getLogger("packsft")
@@ -30,8 +30,8 @@ BUFFERED_PACKS = 32  # within 0.7 points of the plan over a whole data set, see 
 FILLER = {"input_ids": [0], "labels": [IGNORE_INDEX], "seq_lengths": [1]}
 
 COUNTS = (
-    "rows", "tokens", "packs", "empty", "unscored", "overlong_dropped", "truncated", "segments", "segments_unscored",
-    "tokens_truncated", "tokens_unscored", "tokens_dropped",
+    "examples_in", "tokens_in", "packs", "segments", "examples_empty", "examples_unscored", "examples_overlong_dropped",
+    "examples_truncated", "segments_unscored", "tokens_truncated", "tokens_unscored", "tokens_dropped",
 )  # fmt: skip
 ROWS_BEFORE_JUDGEMENT = 1000  # of a share that is lost
 
@@ -149,13 +149,13 @@ class PackedStream(torch.utils.data.IterableDataset):
             yield from self._pass(state)
             self._judge_losses()
             if self.counts["packs"] == 0:
-                if rows := self.counts["rows"]:
+                if rows := self.counts["examples_in"]:
                     raise ValueError(
                         f"none of the {rows} examples of the {self.name} stream has a token to score within "
                         f"max_length={self.max_length}: all its labels are -100 there (or it holds a token or none)"
                     )
                 return
-            for loss in self.losses():
+            for loss in describe_losses(self.counts, self.max_length):
                 logger.warning("%s stream: %s", self.name, loss)
             if not self._endless:
                 return
@@ -183,7 +183,7 @@ class PackedStream(torch.utils.data.IterableDataset):
             stream.load_state_dict(state["stream"])
             rows = iter(stream)
         else:
-            rows = itertools.islice(iter(stream), self.counts["rows"], None)
+            rows = itertools.islice(iter(stream), self.counts["examples_in"], None)
         self._reading = stream if exact else None
 
         group_share, groups = self._groups()
@@ -215,17 +215,17 @@ class PackedStream(torch.utils.data.IterableDataset):
                 self._take(row)
 
     def _take(self, row: Mapping[str, Any]) -> None:
-        ids, labels = self._checked(self.counts["rows"], row)
-        self.counts["rows"] += 1
-        self.counts["tokens"] += len(ids)
+        ids, labels = self._checked(self.counts["examples_in"], row)
+        self.counts["examples_in"] += 1
+        self.counts["tokens_in"] += len(ids)
         segments = self._cut(len(ids))
         scored = [
             int((labels[segment][1:] != IGNORE_INDEX).sum()) for segment in segments
         ]  # nothing predicts the first
         if len(ids) == 0:
-            self.counts["empty"] += 1
+            self.counts["examples_empty"] += 1
         elif segments and not any(scored):
-            self.counts["unscored"] += 1
+            self.counts["examples_unscored"] += 1
             self.counts["tokens_unscored"] += len(ids)
         else:
             for segment, count in zip(segments, scored, strict=True):
@@ -238,9 +238,9 @@ class PackedStream(torch.utils.data.IterableDataset):
                     self.counts["segments_unscored"] += 1
                     self.counts["tokens_unscored"] += len(tokens[0])
             if segments and self._overlong == "truncate" and (cut := len(ids) - len(ids[segments[0]])):
-                self.counts["truncated"] += 1
+                self.counts["examples_truncated"] += 1
                 self.counts["tokens_truncated"] += cut
-        if self.counts["rows"] >= ROWS_BEFORE_JUDGEMENT:
+        if self.counts["examples_in"] >= ROWS_BEFORE_JUDGEMENT:
             self._judge_losses()
 
     def _cut(self, length: int) -> list[slice]:
@@ -251,49 +251,19 @@ class PackedStream(torch.utils.data.IterableDataset):
         if self._overlong == "split":
             return [slice(start, start + most) for start in range(0, length, most)]
         if self._overlong == "drop":
-            self.counts["overlong_dropped"] += 1
+            self.counts["examples_overlong_dropped"] += 1
             self.counts["tokens_dropped"] += length
             return []
         if self._overlong == "error":
+            row = self.counts["examples_in"] - 1
             raise ValueError(
-                f"row {self.counts['rows'] - 1} of the {self.name} stream has {length} tokens, more than max_length="
-                f"{most}: raise max_length, or choose an overlong other than 'error'"
+                f"row {row} of the {self.name} stream has {length} tokens, more than max_length={most}: raise "
+                "max_length, or choose an overlong other than 'error'"
             )
         return [slice(length - most, length) if self._keep_end else slice(0, most)]
 
-    def losses(self) -> list[str]:
-        """What was left out in this pass so far, one clause for each reason that there is."""
-        counts = self.counts
-        of_rows, of_tokens = f"of {counts['rows']} examples", f"of {counts['tokens']} tokens are lost"
-        said = []
-        if counts["empty"]:
-            said.append(f"{counts['empty']} {of_rows} are empty and left out")
-        if counts["unscored"] or counts["segments_unscored"]:
-            segments = f" and {counts['segments_unscored']} segments of others" if counts["segments_unscored"] else ""
-            said.append(
-                f"{counts['unscored']} {of_rows}{segments} have no token to score and are left out, "
-                f"{counts['tokens_unscored']} {of_tokens}"
-            )
-        if counts["overlong_dropped"]:
-            said.append(
-                f"{counts['overlong_dropped']} {of_rows} are longer than max_length={self.max_length} and left out, "
-                f"{counts['tokens_dropped']} {of_tokens}"
-            )
-        if counts["truncated"]:
-            said.append(
-                f"{counts['truncated']} examples are cut at max_length={self.max_length}, "
-                f"{counts['tokens_truncated']} {of_tokens}"
-            )
-        return said
-
     def _judge_losses(self) -> None:
-        lost = sum(self.counts[f"tokens_{reason}"] for reason in ("truncated", "unscored", "dropped"))
-        if lost > self._max_lost_fraction * self.counts["tokens"]:
-            raise ValueError(
-                f"the {self.name} stream loses {lost} of its first {self.counts['tokens']} tokens "
-                f"({lost / self.counts['tokens']:.2%}), more than max_lost_fraction={self._max_lost_fraction} allows: "
-                f"{'; '.join(self.losses())}. Raise max_length or max_lost_fraction, or set overlong='split'"
-            )
+        check_losses(self.counts, self.max_length, self._max_lost_fraction, f"{self.name} stream so far")
 
     def _checked(self, number: int, row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         where = f"row {number} of the {self.name} stream"

@@ -35,13 +35,13 @@ from packsft.arguments import check_adapter, check_arguments, check_parallelism,
 from packsft.batch import IGNORE_INDEX, count_scored, loss_inputs, model_inputs
 from packsft.collator import PackingCollator, join_passes
 from packsft.config import has_bf16
-from packsft.dataset import PackedDataset, PackSampler, StepDataset, describe_losses, pack_dataset
+from packsft.dataset import PackedDataset, PackSampler, StepDataset, pack_dataset
 from packsft.head import HeadOutput, count_embeddings, install_head
 from packsft.isolation import IsolationVerdict, check_isolation
 from packsft.loss import items_in_step, ranks_per_batch
 from packsft.metrics import MetricSums
 from packsft.notices import PackingNotice
-from packsft.packing import PackingReport, packing_report
+from packsft.packing import PackingReport, describe_losses, packing_report
 from packsft.passes import PassWalker
 from packsft.stream import PackedStream, StepStream
 
@@ -161,7 +161,7 @@ class PackedSFTTrainer(SFTTrainer):
         sampled = dataset_name == "train" and args.train_sampling_strategy == "random"
         repacks = strategy in ("bfd", "bfd_split") and sampled
         packed = pack_dataset(rows, args.max_length, seed=seed if args.shuffle_dataset or repacks else None, **options)
-        for loss in describe_losses(packed.plan):
+        for loss in describe_losses(vars(packed.plan), args.max_length):
             logger.warning("%s data set: %s", dataset_name, loss)
         return packed
 

@@ -43,6 +43,7 @@ KNOWS = {
     "packsft/notices.py": "transformers",
     "packsft/packing/__init__.py": "",
     "packsft/packing/balance.py": "numpy",
+    "packsft/packing/losses.py": "",
     "packsft/packing/max_length.py": "numpy",
     "packsft/packing/plan.py": "numpy",
     "packsft/packing/report.py": "numpy",

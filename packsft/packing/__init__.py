@@ -1,10 +1,11 @@
 """Packing: lengths in, plans out. Knows numpy, not tokens, tensors or models."""
 
 from .balance import attention_costs, balanced_order, cost_imbalance
+from .losses import check_losses, check_max_lost_fraction, describe_losses
 from .max_length import MaxLength, compare_max_lengths, recommended_max_length
 from .plan import PackPlan, pack_segments, plan_packs
 from .report import PackingReport, packing_report
-from .segments import OVERLONG, Segments, check_max_lost_fraction, cut_examples, resolve_overlong
+from .segments import OVERLONG, Segments, cut_examples, resolve_overlong
 from .steps import plan_step, simulate_steps
 
 __all__ = [
@@ -15,10 +16,12 @@ __all__ = [
     "Segments",
     "attention_costs",
     "balanced_order",
+    "check_losses",
     "check_max_lost_fraction",
     "compare_max_lengths",
     "cost_imbalance",
     "cut_examples",
+    "describe_losses",
     "pack_segments",
     "packing_report",
     "plan_packs",

@@ -104,12 +104,6 @@ def resolve_overlong(strategy: str, overlong: str | None) -> str:
     return overlong or ("split" if splits else "truncate")
 
 
-def check_max_lost_fraction(max_lost_fraction: float) -> None:
-    """Raises ValueError for what is not between 0 and 1."""
-    if not 0 <= max_lost_fraction <= 1:
-        raise ValueError(f"max_lost_fraction={max_lost_fraction!r}: must be between 0 and 1, a share of all tokens")
-
-
 def cut_examples(
     lengths: Sequence[int] | IntArray,
     max_length: int,

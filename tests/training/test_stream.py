@@ -172,8 +172,8 @@ def test_what_is_left_out_or_cut_is_counted_and_said(caplog):
     stream = PackedStream(rows, 4, buffer_tokens=8)
     packs = list(stream)
     assert sum(len(pack["input_ids"]) for pack in packs) == 4 + 2 + 3 + 4
-    expected = {"rows": 7, "tokens": 20, "packs": len(packs), "segments": 4, "truncated": 1, "tokens_truncated": 1,
-                "unscored": 2, "tokens_unscored": 6, "empty": 1}  # fmt: skip
+    expected = {"examples_in": 7, "tokens_in": 20, "packs": len(packs), "segments": 4, "examples_truncated": 1,
+                "tokens_truncated": 1, "examples_unscored": 2, "tokens_unscored": 6, "examples_empty": 1}  # fmt: skip
     assert {name: count for name, count in stream.counts.items() if count} == expected
     assert "2 of 7 examples have no token to score" in caplog.text
     assert "1 examples are cut at max_length=4, 1 of 20 tokens are lost" in caplog.text
@@ -191,7 +191,7 @@ LONG = [{"input_ids": list(range(3, 13)), "labels": [-100] * 6 + [9, 10, 11, 12]
     ("overlong", "kept", "lost"),
     [
         (None, [[3, 4, 5, 6, 1], [7, 1]], "1 of 3 examples have no token to score and are left out, 10 of 17"),
-        ("split", [[3, 4, 5, 6, 1], [7, 1], [8, 9, 10, 11, 12]], "1 segments of others have no token to score"),
+        ("split", [[3, 4, 5, 6, 1], [7, 1], [8, 9, 10, 11, 12]], "1 segments of other examples have no token to score"),
         ("drop", [[3, 4, 5, 6, 1], [7, 1]], "1 of 3 examples are longer than max_length=5 and left out, 10 of 17"),
     ],
 )
@@ -206,7 +206,7 @@ def test_overlong_examples_go_where_they_are_sent(overlong, kept, lost, strategy
 def test_an_overlong_example_that_must_not_be_and_too_much_lost_stop_the_stream():
     with pytest.raises(ValueError, match=r"row 0 of the train stream has 10 tokens, more than max_length=5"):
         list(PackedStream(LONG, 5, overlong="error"))
-    with pytest.raises(ValueError, match=r"loses 10 of its first 17 tokens .* more than max_lost_fraction=0.5"):
+    with pytest.raises(ValueError, match=r"stream so far loses 10 of 17 tokens .* more than max_lost_fraction=0.5"):
         list(PackedStream(LONG, 5, max_lost_fraction=0.5))
     with pytest.raises(ValueError, match="overlong='drop' contradicts the strategy 'wrapped'"):
         PackedStream(LONG, 5, strategy="wrapped", overlong="drop")
