@@ -154,8 +154,7 @@ def certify(
         for processes in sorted({geometry.processes for geometry in geometries}):
             job = options | {"geometries": [asdict(g) for g in geometries if g.processes == processes]}
             Path(folder, "job.json").write_text(json.dumps(job))
-            _launch(folder, processes)
-            runs += torch.load(f"{folder}/runs.pt")
+            runs += _launch(folder, processes)
         start = {name: weight.detach() for name, weight in model.named_parameters()}
     found = {Geometry(**run["geometry"]): run for run in runs}
     first = found[geometries[0]]
@@ -181,9 +180,9 @@ def small_models() -> dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]]
     no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     ids = {"vocab_size": 256, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     configs = {
-        "GPT-2": GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=512, **no_dropout, **ids),
+        "GPT-2": GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=512, **no_dropout, **ids),
         "Llama": LlamaConfig(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
             max_position_embeddings=512, **ids,
         ),
     }  # fmt: skip
@@ -233,8 +232,10 @@ def _difference(
     return off
 
 
-def _launch(folder: str, processes: int) -> None:
+def _launch(folder: str, processes: int) -> list[dict[str, Any]]:
     """One process as a child as well: a process group cannot be made in a process that has trained without one."""
+    results = Path(folder, "runs.pt")
+    results.unlink(missing_ok=True)
     ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     threads = max(1, torch.get_num_threads() // processes)
     environment = os.environ | {
@@ -246,8 +247,9 @@ def _launch(folder: str, processes: int) -> None:
     done = subprocess.run(
         [sys.executable, *ranks, "-m", "packsft.geometry", folder], env=environment, capture_output=True, text=True
     )
-    if done.returncode:
+    if not results.exists():  # a process that aborts while gloo is taken down has done its work
         raise RuntimeError(f"the run on {processes} processes failed:\n{done.stderr[-3000:]}")
+    return torch.load(results)
 
 
 def _work(folder: str) -> None:

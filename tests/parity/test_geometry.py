@@ -19,7 +19,7 @@ from packsft.geometry import (
     small_models,
 )
 
-SOME = (Geometry(None, 8, 1), Geometry(512, 1, 1), Geometry(4096, 8, 1), Geometry(1024, 1, 2))
+SOME = (Geometry(None, 8, 1), Geometry(512, 1, 1), Geometry(1024, 8, 1), Geometry(4096, 1, 1))
 
 
 @pytest.mark.parametrize(
