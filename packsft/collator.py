@@ -149,10 +149,9 @@ def join_passes(parts: Sequence[torch.Tensor], value: float, padded: bool) -> to
     if not padded:
         return torch.cat(list(parts), dim=1)
     longest = max(part.shape[1] for part in parts)
-    empty = [(0, 0)] * (parts[0].dim() - 2)
-    widths = [[*(side for pair in empty for side in pair), 0, longest - part.shape[1]] for part in parts]
-    filled = [torch.nn.functional.pad(part, width, value=value) for part, width in zip(parts, widths, strict=True)]
-    return torch.cat(filled, dim=0)
+    others = [0, 0] * (parts[0].dim() - 2)  # `pad` counts dimensions from the last
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(part, [*others, 0, longest - part.shape[1]], value=value) for part in parts], dim=0)
 
 
 def _check_ids(ids: np.ndarray, labels: np.ndarray, vocab_size: int, row: int) -> None:

@@ -133,6 +133,7 @@ _BATCH_FIELDS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 def batch_fields(args: Any) -> dict[str, int]:
+    """What `one_batch_per_step` changes."""
     return {name: getattr(args, name) for name in _BATCH_FIELDS}
 
 

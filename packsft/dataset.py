@@ -331,9 +331,9 @@ class StepDataset(torch.utils.data.Dataset):
         self.tokens_per_pass = tokens_per_pass
         self._batch_size, self._rank, self._num_ranks, self._padded = batch_size, rank, num_ranks, padded
 
-    def longest(self, examples: np.ndarray | None = None) -> int:
-        """Tokens of the longest of these examples, or of all."""
-        return int((self.examples.lengths if examples is None else self.examples.lengths[examples]).max())
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return self.examples.most_tokens(1)
 
     def most_tokens_per_rank(self) -> int:
         """An upper bound on the tokens that a step brings to a rank, if they are dealt evenly."""

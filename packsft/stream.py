@@ -372,15 +372,13 @@ class StepStream(torch.utils.data.IterableDataset):
         mine._rank, mine._num_ranks = rank, num_ranks
         return mine
 
-    def longest(self, examples: list[dict[str, Any]] | None = None) -> int:
-        """Tokens of the longest of these examples, or of the longest that there may be."""
-        if examples is None:
-            return self.examples.max_length or 0
-        return max(len(row["input_ids"]) for row in examples)
+    def longest(self) -> int:
+        """Tokens of the longest example that there may be."""
+        return self.examples.max_length or 0
 
     def most_tokens_per_rank(self) -> int:
         """An upper bound on the tokens that a step brings to a rank, if they are dealt evenly."""
-        return -(-self._batch_size * (self.examples.max_length or 0) // self._num_ranks)
+        return -(-self._batch_size * self.longest() // self._num_ranks)
 
     def set_epoch(self, epoch: int) -> None:
         self.examples.set_epoch(epoch)
