@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import device, figure, interleave, training_dtype
+from measure import Settings, device, figure, interleave, training_dtype
 from packsft_kernels import LossOptions, cross_entropy
 from torch import Tensor
 
@@ -21,11 +21,11 @@ PLAIN = "F.cross_entropy"
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def bench_cross_entropy(quick: bool) -> list[dict[str, Any]]:
+def bench_cross_entropy(settings: Settings) -> list[dict[str, Any]]:
     """8,192 rows of Llama 3's vocabulary on a GPU, 512 of SmolLM2's on a CPU; on a GPU also one of 50,257 columns."""
     on_gpu = device().type == "cuda"
     shapes = [(8192, 128_256), (8192, 50_257)] if on_gpu else [(512, 49_152)]
-    return [row for num_rows, vocab in shapes for row in _one_shape(num_rows, vocab, quick)]
+    return [row for num_rows, vocab in shapes for row in _one_shape(num_rows, vocab, settings.quick)]
 
 
 def _one_shape(num_rows: int, vocab: int, quick: bool) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from floors import head_gemms
-from measure import device, extra_memory, figure, interleave, training_dtype
+from measure import Settings, device, extra_memory, figure, interleave, training_dtype
 from peers import OURS, Head, Peer, heads
 from shapes import SMOLLM2_HEAD, HeadShape
 from torch import Tensor
@@ -21,7 +21,7 @@ SLOW_ON_CPU = "F.linear_cross_entropy, chunked"  # tens of seconds
 SPEEDUPS = {"TRL ChunkedLogProbFunction": 6.0, "full logits": 2.0}
 
 
-def bench_head(quick: bool) -> list[dict[str, Any]]:
+def bench_head(settings: Settings) -> list[dict[str, Any]]:
     """Time, error and extra memory of every head at SmolLM2's shape, forward and backward."""
     hidden, weight, labels = _inputs(SMOLLM2_HEAD, training_dtype())
     rows = (labels != -100).nonzero().flatten()
@@ -41,7 +41,7 @@ def bench_head(quick: bool) -> list[dict[str, Any]]:
 
     candidates = {GEMMS: head_gemms(hidden.detach()[rows], weight)}
     candidates |= {peer.name: _timed(peer.run, hidden, weight, labels) for peer in peers if peer.run is not None}
-    times = interleave(candidates, 1 if quick else 7, warmup=0 if quick else 1)  # the check above ran each once
+    times = interleave(candidates, 1 if settings.quick else 7, warmup=0 if settings.quick else 1)  # the check above ran each once
     ours, gemms = times[OURS].median, times[GEMMS].median
     flops = 3 * 2 * len(rows) * weight.numel()
     table = [
@@ -76,7 +76,7 @@ def bench_head(quick: bool) -> list[dict[str, Any]]:
             note=_verdict(errors[OURS], errors[PLAIN]),
         )
     )
-    if quick:
+    if settings.quick:
         return [*table, *figures, figure("extra memory", note="not run with --quick")]
     return [*table, *figures, *_memory(peers, hidden, weight, labels), _memory_growth()]
 

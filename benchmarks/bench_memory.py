@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 from allocations import FakeAllocations
-from measure import figure
+from measure import Settings, figure
 from packsft_kernels import launch
 from peers import OURS, Head, heads
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -30,9 +30,9 @@ GIB = 2**30
 NOTE = "bfloat16, forward and backward, both gradients included, weight and hidden states not"
 
 
-def bench_memory(quick: bool) -> list[dict[str, Any]]:
+def bench_memory(settings: Settings) -> list[dict[str, Any]]:
     """Peak memory of every head for every model, length and share of scored tokens; --quick takes one model."""
-    models, lengths = (("Llama-3.2-1B",), LENGTHS[:1]) if quick else (tuple(MODELS), LENGTHS)
+    models, lengths = (("Llama-3.2-1B",), LENGTHS[:1]) if settings.quick else (tuple(MODELS), LENGTHS)
     return [row for model in models for length in lengths for scored in SHARES for row in _heads(model, length, scored)]
 
 

@@ -15,12 +15,17 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+from measure import Figure, Settings, figure
 from trl import pack_dataset
 
 from packsft.packing import PackPlan, attention_costs, balanced_order, cost_imbalance, plan_packs, plan_step
 
 
-def bench_packing(quick: bool) -> list[dict[str, Any]]:
+def bench_packing(settings: Settings) -> list[Figure]:
+    return figures_of(plans(settings.quick))
+
+
+def plans(quick: bool) -> list[dict[str, Any]]:
     """Rows of name, num_lengths, max_length, seconds, packs, lower_bound and density (tokens / (packs * max_length)).
 
     200,000 lengths at 2,048 for everybody, and as many at 8,192 of sizes near a quarter of it for all that only plan;
@@ -61,6 +66,33 @@ def bench_packing(quick: bool) -> list[dict[str, Any]]:
             plan = partial(plan_packs, many, 4096, seed=seed)
             rows.append(_row(name, many, 4096, lambda plan=plan: len(plan()), repeats=3))
     return rows
+
+
+def figures_of(rows: list[Figure]) -> list[Figure]:
+    """The planner's own rows (name, num_lengths, max_length, seconds, packs, density) as figures."""
+    reference = {row["name"]: row for row in rows if row["num_lengths"] == 200_000}
+    ours, whole = reference["packsft"], reference["TRL, whole set"]
+    table = []
+    for row in rows:
+        targets: dict[str, Any] = {}
+        if row is ours:
+            targets = {"at_most": 0.2}
+        elif row["num_lengths"] == 200_000 and row["max_length"] == ours["max_length"]:
+            targets = {"ratio": row["seconds"] / ours["seconds"], "ratio_of": "time / packsft"}
+        name = f"{row['name']}, {row['num_lengths']:,} lengths at {row['max_length']:,}"
+        note = f"{round(row['packs']):,} packs, {100 * row['density']:.2f}% full"
+        table.append(figure(name, row["seconds"], "s", note=note, **targets))
+    for row in rows:
+        if "cost_imbalance" in row:
+            whole_set = "examples_cv" in row  # a step of few examples can be no more even than its longest one
+            spread = f"; examples per pack vary by {100 * row['examples_cv']:.0f}%" if whole_set else ""
+            note = f"{row['cost_imbalance']:.2f} in a random order{spread}"
+            what = row["name"] if whole_set else f"{row['name']} of {row['num_lengths']} examples"
+            name = f"attention cost, highest of 8 ranks / mean, {what}"
+            targets = {"at_most": 1.1} if whole_set else {}
+            table.append(figure(name, row["cost_imbalance_balanced"], "", note=note, **targets))
+    fewer = {"ratio": ours["packs"] / whole["packs"], "ratio_of": "packs / TRL over the whole set", "at_most": 1.0}
+    return [*table, figure("packs of packsft", ours["packs"], "packs", **fewer)]
 
 
 def log_normal_lengths(num_lengths: int, max_length: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from measure import device, figure, training_dtype
+from measure import Settings, device, figure, training_dtype
 from peers import OURS, TRL_PACKED, build_trainer
 from shapes import instruction_data, packed_row, smollm2, split_row, tiny_gpt2, tiny_llama, tiny_tokenizer
 from torch import Tensor
@@ -39,7 +39,7 @@ LLAMA_LIMIT = 1e-9  # rotary embeddings stay in float32
 LOGITS_LIMIT = 1e-5
 
 
-def bench_parity(quick: bool) -> list[dict[str, Any]]:
+def bench_parity(settings: Settings) -> list[dict[str, Any]]:
     """The whole table; --quick keeps of SmolLM2 the float64 and float32 figures, over shorter documents."""
     tiny = [packed_row(TINY_LENGTHS, 64, seed=seed) for seed in range(4)]
     # Eight documents for every step, so that they can be split into 1, 2 and 8 micro-batches
@@ -51,10 +51,10 @@ def bench_parity(quick: bool) -> list[dict[str, Any]]:
         table += ten_steps(name, model, tokenizer, steps, limit, learning_rate=1e-3)
 
     model, tokenizer = smollm2(training_dtype())
-    lengths = (3, 9, 23, 41) if quick else (3, 24, 51, 84, 103)
-    rows = text_rows(tokenizer, lengths, 1 if quick else 6)
-    table += one_step("SmolLM2", model, tokenizer, rows, LLAMA_LIMIT, quick=quick)
-    if quick:
+    lengths = (3, 9, 23, 41) if settings.quick else (3, 24, 51, 84, 103)
+    rows = text_rows(tokenizer, lengths, 1 if settings.quick else 6)
+    table += one_step("SmolLM2", model, tokenizer, rows, LLAMA_LIMIT, quick=settings.quick)
+    if settings.quick:
         note = "not run with --quick: takes minutes"
         table.append(figure("SmolLM2, bfloat16, TRL, and the weights after ten optimizer steps", note=note))
     else:

@@ -18,7 +18,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
-from measure import figure
+from measure import Settings, figure
 from packsft_kernels import LossOptions, aot, launch
 from packsft_kernels.cross_entropy_kernel import _cross_entropy_kernel, kernel_call
 from packsft_kernels.cross_entropy_rows import empty_outputs
@@ -168,10 +168,10 @@ def check_all(chosen: Iterable[Case]) -> list[tuple[Case, aot.MachineCode, list[
         return list(pool.map(check, chosen, chunksize=4))
 
 
-def bench_static(quick: bool) -> list[dict[str, Any]]:
+def bench_static(settings: Settings) -> list[dict[str, Any]]:
     """One figure for each launch and dtype, worst of architectures and outputs; --quick: long rows on two."""
     some = (case for case in cases(every=False) if case.vocab == VOCABULARIES[-1] and case.capability in (80, 90))
-    return table_of(check_all(some if quick else cases(every=True)))
+    return table_of(check_all(some if settings.quick else cases(every=True)))
 
 
 def table_of(checked: list[tuple[Case, aot.MachineCode, list[str]]]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import device, extra_memory, figure, interleave, training_dtype
+from measure import Settings, device, extra_memory, figure, interleave, training_dtype
 from shapes import PACK_LENGTHS, SMOLLM2_ATTENTION
 from torch import Tensor
 
@@ -21,14 +21,14 @@ PADDED = "SDPA, padded rows"
 ONE_CALL = "one SDPA call on the batch"
 
 
-def bench_attention(quick: bool) -> list[dict[str, Any]]:
+def bench_attention(settings: Settings) -> list[dict[str, Any]]:
     """Forward and backward at SmolLM2's shape over one pack of 1,024 tokens; equality in float32."""
     bounds = torch.tensor([0, *PACK_LENGTHS], device=device()).cumsum(0).to(torch.int32)
     candidates = {OURS: _packed, BLOCK_MASK: _block_mask, PADDED: _padded}
     qkv = _inputs(training_dtype())
     output_grad = torch.randn_like(qkv[0])
     steps = {name: _step(attend, qkv, bounds, output_grad) for name, attend in candidates.items()}
-    times = interleave(steps, 5 if quick else 30, warmup=2)
+    times = interleave(steps, 5 if settings.quick else 30, warmup=2)
     ours = times[OURS].median
     table = [figure(OURS, ours, "s", spread=times[OURS].spread)]
     for name in (BLOCK_MASK, PADDED):
@@ -49,7 +49,7 @@ def bench_attention(quick: bool) -> list[dict[str, Any]]:
             figure(f"extra memory, {name}", value, "MiB", ratio=value / memory[OURS], ratio_of="memory / packsft")
         )
 
-    table += _equal_lengths(qkv, output_grad, quick)
+    table += _equal_lengths(qkv, output_grad, settings.quick)
 
     q, k, v = _inputs(torch.float32)
     together = _packed(q, k, v, bounds)

@@ -13,8 +13,9 @@ import os
 import platform
 import resource
 import statistics
+import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,32 @@ from packsft_kernels.version import __version__
 from packsft.config import has_bf16
 
 
+Figure = dict[str, Any]
+PEER_PACKAGES = ("flash-attn", "liger-kernel", "cut-cross-entropy", "quack-kernels", "peft")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured, and on what.
+
+    Args:
+        quick: one repeat of the least that says something.
+        data: a JSONL file of real text, for the suites that train; None for the standard library's docstrings.
+        dry_run: the work planned for a GPU on tiny shapes, wherever it runs, to see that it runs.
+    """
+
+    quick: bool = False
+    data: str | None = None
+    dry_run: bool = False
+
+
 def figure(
     name: str,
     value: float | None = None,
     unit: str = "",
     *,
+    rate: float | None = None,
+    rate_unit: str = "",
     ratio: float | None = None,
     ratio_of: str = "",
     at_most: float | None = None,
@@ -38,29 +60,45 @@ def figure(
     spread: float | None = None,
     parity: bool = False,
     note: str = "",
-) -> dict[str, Any]:
+    headline: str = "",
+    chart: str = "",
+    series: str = "",
+    x: float | None = None,
+    x_name: str = "",
+    limit: bool = False,
+    curve: Sequence[tuple[float, float]] | None = None,
+) -> Figure:
     """One line of a report.
 
     Args:
         name: what was measured.
         value: the median, in `unit`; None where it could not be measured, `note` saying why.
         unit: "s", "tokens/s", "MiB", ...
+        rate, rate_unit: what was achieved in that time, for instance 163 "GFLOP/s".
         ratio: what is compared with the target; without it `value` itself is.
         ratio_of: the two sides of `ratio`, for instance "time / bare GEMMs".
         at_most, at_least: the target, if there is one.
         spread: half the distance from the fastest to the slowest repeat, as a share of the median.
         parity: an assertion about correctness, so that a miss is a failure of the whole run.
         note: anything else, in words.
+        headline: the row of the README's table that this figure is, in words; empty for the others.
+        chart: the title of the picture it is drawn in (`plots.py`), beside all others of that title.
+        series: its name there, where `name` says more than that.
+        x, x_name: its place on a horizontal axis, and what that axis is; without x it is a bar.
+        limit: drawn as the limit of the picture.
+        curve: a line of its own, such as (tokens seen, loss).
     """
     assert at_most is None or at_least is None, "a figure has one target"
-    row = {"name": name, "value": value, "unit": unit, "ratio": ratio, "ratio_of": ratio_of, "spread": spread}
+    row: Figure = {"name": name, "value": value, "unit": unit, "ratio": ratio, "ratio_of": ratio_of, "spread": spread}
     row |= {"target": "", "passed": None, "parity": parity, "note": note}
     compared = value if ratio is None else ratio
     if at_most is not None:
         row |= {"target": f"<= {at_most:.4g}", "passed": compared is not None and compared <= at_most}
     if at_least is not None:
         row |= {"target": f">= {at_least:.4g}", "passed": compared is not None and compared >= at_least}
-    return row
+    drawn = {"chart": chart, "series": series, "x": x, "x_name": x_name, "limit": limit, "curve": curve}
+    seldom = {"rate": rate, "rate_unit": rate_unit, "headline": headline, **drawn}
+    return row | {key: value for key, value in seldom.items() if value not in (None, "", False)}
 
 
 @dataclass(frozen=True)
@@ -97,6 +135,8 @@ def synchronize() -> None:
 def interleave(candidates: Mapping[str, Callable[[], object]], repeats: int, *, warmup: int = 1) -> dict[str, Timing]:
     """Time every candidate `repeats` times in the order A B C A B C, so that a slow minute of the machine hits all.
 
+    On a GPU between two CUDA events, with nothing of the candidate's in the L2 cache (as Triton's `do_bench` does).
+
     Args:
         candidates: what to run, by name; what they return is thrown away. One with an attribute `prepare` has that
             called before each run, outside of the clock.
@@ -108,13 +148,27 @@ def interleave(candidates: Mapping[str, Callable[[], object]], repeats: int, *, 
         for name, run in candidates.items():
             getattr(run, "prepare", lambda: None)()
             gc.collect()
-            synchronize()
-            start = time.perf_counter()
-            run()
-            synchronize()
+            taken = _seconds_on_gpu(run) if torch.cuda.is_available() else _seconds(run)
             if repeat >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _seconds_on_gpu(run: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    synchronize()
+    torch.empty(256 * 2**20, dtype=torch.int8, device="cuda").zero_()  # more than any L2 cache holds
+    start.record()
+    run()
+    end.record()
+    synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def extra_memory(run: Callable[[], object]) -> float:
@@ -166,14 +220,32 @@ def device_name() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
+def clocks() -> str:
+    """What the processors run at, in MHz, as far as the system says so."""
+    if torch.cuda.is_available():
+        query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm,clocks.mem,power.limit", "--format=csv,noheader"]
+        try:
+            answer = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.strip().splitlines()
+        except (OSError, subprocess.TimeoutExpired):
+            answer = []
+        return f"SM, its maximum, memory, power limit: {answer[0]}" if answer else "unknown"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    found = [float(line.split(":", 1)[1]) for line in lines if line.startswith("cpu MHz")]
+    return f"{min(found):.0f} to {max(found):.0f} MHz" if found else "unknown"
+
+
 def environment(command: str) -> dict[str, Any]:
     """What a reader needs to judge the figures: machine, versions, date, command."""
     versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "trl", "triton", "datasets"):
+    for package in ("torch", "transformers", "trl", "triton", "datasets", *PEER_PACKAGES):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+            if package not in PEER_PACKAGES:
+                versions[package] = "not installed"
     versions["packsft"] = __version__
     load = [round(value, 2) for value in os.getloadavg()]
     return {
@@ -181,6 +253,7 @@ def environment(command: str) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "dtype": str(training_dtype()).removeprefix("torch."),
+        "clocks": clocks(),
         "load_average": load,  # of other work, at the start: a busy machine makes every time a guess
         "versions": versions,
         "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),

@@ -1,0 +1,186 @@
+"""A run's figures as tables: on the screen, in Markdown, and in the README and docs/benchmarks.md.
+
+The README and docs/benchmarks.md hold blocks between two comments, which name a run in `results/` and what of it is
+shown; `write_docs` writes every block anew and leaves the text around them alone. Knows figures; knows nothing of how
+they were measured, and needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+DOCUMENTS = tuple(Path(__file__).parents[1] / name for name in ("README.md", "docs/benchmarks.md"))
+BLOCK = re.compile(r"(<!-- (\w+) of ([\w-]+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+COLUMNS = ("measured", "value", "spread", "achieved", "ratio", "target", "", "note")
+
+Report = dict[str, Any]
+Row = dict[str, Any]
+
+
+def read(path: Path) -> Report:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write(report: Report, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def results_file(environment: Row) -> Path:
+    """Where `--save` keeps a run: one a day and device, the last one."""
+    device = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
+    return RESULTS / f"{environment['date'][:10]}-{device}" / "results.json"
+
+
+def broken(name: str, error: Exception) -> Row:
+    return {"name": name, "note": f"FAILED: {type(error).__name__}: {error}"}
+
+
+def print_all(screen: Any, report: Report) -> None:
+    print_environment(screen, report["environment"])
+    for name, suite in report["suites"].items():
+        print_suite(screen, name, suite)
+
+
+def print_environment(screen: Any, environment: Row) -> None:
+    screen.print(environment_line(environment), highlight=False)
+    if environment["load_average"][0] > environment["cores"] / 2:
+        screen.print(f"Other work is running (load average {environment['load_average'][0]}): times are a rough guide.")
+
+
+def environment_line(environment: Row) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    return (
+        f"{environment['device']}, {environment['cores']} cores, {environment['threads']} threads, "
+        f"{environment.get('clocks', 'clocks unknown')}, {environment.get('dtype', 'bfloat16')}; {versions}; "
+        f"{environment['date']}; `{environment['command']}`"
+    )
+
+
+def print_suite(screen: Any, name: str, suite: Row) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=f"{name}: {suite.get('about', '')} ({suite['seconds']:.0f} s)", title_justify="left")
+    shown = [cells(row) for row in suite["figures"]]
+    used = [i for i, column in enumerate(COLUMNS) if i == 0 or any(row[i] for row in shown)]
+    for i in used:
+        table.add_column(COLUMNS[i], justify="right" if COLUMNS[i] in ("value", "spread") else "left", overflow="fold")
+    for row in shown:
+        table.add_row(*(escape(row[i]) for i in used))
+    screen.print(table)
+
+
+def cells(row: Row) -> list[str]:
+    """The columns of a figure as text; anything a figure does not have is empty."""
+    spread = row.get("spread")
+    return [
+        row["name"],
+        quantity(row.get("value"), row.get("unit", "")),
+        "" if spread is None else f"±{100 * spread:.0f}%",
+        quantity(row.get("rate"), row.get("rate_unit", "")),
+        ratio(row),
+        row.get("target", ""),
+        {True: "pass", False: "MISS", None: ""}[row.get("passed")],
+        row.get("note", ""),
+    ]
+
+
+def ratio(row: Row) -> str:
+    return "" if row.get("ratio") is None else f"{row['ratio']:.3g}x {row['ratio_of']}"
+
+
+def quantity(value: float | None, unit: str) -> str:
+    if value is None:
+        return ""
+    number = f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
+    return f"{number} {unit}".strip()
+
+
+def measured(row: Row) -> str:
+    """What is compared with the target, in words."""
+    return ratio(row) or quantity(row.get("value"), row.get("unit", ""))
+
+
+def rows_of(report: Report) -> list[Row]:
+    return [row for suite in report["suites"].values() for row in suite["figures"]]
+
+
+def verdict(screen: Any, report: Report) -> int:
+    """One line of summary and one for each miss; the exit code."""
+    judged = [row for row in rows_of(report) if row.get("passed") is not None]
+    missed = [row for row in judged if not row["passed"]]
+    wrong = [row["name"] for row in missed if row.get("parity")]
+    stopped = [name for name, suite in report["suites"].items() if suite.get("broken")]
+    screen.print(f"{len(judged) - len(missed)} of {len(judged)} targets met.", highlight=False)
+    for row in missed:
+        screen.print(f"MISS: {row['name']}: {measured(row)}, target {row['target']}", markup=False, highlight=False)
+    if stopped:
+        screen.print(f"Could not run to the end: {', '.join(stopped)}")
+    if wrong or "parity" in stopped:
+        screen.print(f"Parity fails: {', '.join(wrong) or 'the suite could not run'}", markup=False)
+        return 1
+    return 2 if stopped else 0
+
+
+def markdown(report: Report) -> str:
+    """Every suite as a table with all of its figures, under the machine they were measured on."""
+    parts = [measured_on(report)]
+    for name, suite in report["suites"].items():
+        shown = [cells(row) for row in suite["figures"]]
+        used = [i for i, column in enumerate(COLUMNS) if i == 0 or any(row[i] for row in shown)]
+        table = [[COLUMNS[i] for i in used], ["---"] * len(used), *([row[i] for i in used] for row in shown)]
+        lines = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in table)
+        parts.append(f"### {name}: {suite.get('about', '')}\n\n{lines}")
+    return "\n\n".join(parts) + "\n"
+
+
+def headline(report: Report) -> str:
+    """The few rows of the README: what was asked, what was measured, the target and whether it was met."""
+    lines = ["| | measured | target | |", "|---|---|---|---|"]
+    for row in rows_of(report):
+        if row.get("headline"):
+            *_, target, passed, _ = cells(row)
+            lines.append(f"| {row['headline']} | **{measured(row)}** | {target} | {passed} |")
+    judged = [row for row in rows_of(report) if row.get("passed") is not None]
+    met = sum(row["passed"] for row in judged)
+    return "\n".join([*lines, "", f"{met} of {len(judged)} targets met. {measured_on(report)}"])
+
+
+def measured_on(report: Report) -> str:
+    return f"{'Quick run' if report['quick'] else 'Measured'}: {environment_line(report['environment'])}."
+
+
+SHOWN = {"headline": headline, "figures": markdown}
+
+
+def documented(text: str) -> str:
+    """The text with every block of figures written anew from the run that it names.
+
+    Raises:
+        ValueError: a block names something else than a part of `SHOWN` of a run in `results/`.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        begin, part, run, end = match.groups()
+        path = RESULTS / run / "results.json"
+        if part not in SHOWN or not path.exists():
+            raise ValueError(f"{begin.strip()}: has to be one of {', '.join(SHOWN)}, of a run in {RESULTS}")
+        return f"{begin}{SHOWN[part](read(path)).strip()}{end}"
+
+    return BLOCK.sub(block, text)
+
+
+def write_docs() -> list[Path]:
+    """Write the blocks of `DOCUMENTS` anew; the files that were changed."""
+    changed = []
+    for path in DOCUMENTS:
+        old = path.read_text(encoding="utf-8")
+        if (new := documented(old)) != old:
+            path.write_text(new, encoding="utf-8")
+            changed.append(path)
+    return changed
