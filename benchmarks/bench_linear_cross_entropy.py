@@ -41,7 +41,9 @@ def bench_head(settings: Settings) -> list[dict[str, Any]]:
 
     candidates = {GEMMS: head_gemms(hidden.detach()[rows], weight)}
     candidates |= {peer.name: _timed(peer.run, hidden, weight, labels) for peer in peers if peer.run is not None}
-    times = interleave(candidates, 1 if settings.quick else 7, warmup=0 if settings.quick else 1)  # the check above ran each once
+    times = interleave(
+        candidates, 1 if settings.quick else 7, warmup=0 if settings.quick else 1
+    )  # the check above ran each once
     ours, gemms = times[OURS].median, times[GEMMS].median
     flops = 3 * 2 * len(rows) * weight.numel()
     table = [

@@ -24,9 +24,9 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from measure import Settings, device, figure, training_dtype
-from peers import OURS, TRL_PACKED, build_trainer
 from shapes import instruction_data, packed_row, smollm2, split_row, tiny_gpt2, tiny_llama, tiny_tokenizer
 from torch import Tensor
+from trainers import OURS, TRL_PACKED, build_trainer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 Row = dict[str, Any]

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from measure import Settings, figure
-from peers import OURS, TRL_PACKED, build_trainer
 from shapes import tiny_llama, tiny_tokenizer
+from trainers import OURS, TRL_PACKED, build_trainer
 from transformers import TrainerCallback
 
 READING_OPERATORS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::_unique2")

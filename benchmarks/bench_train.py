@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from measure import Figure, Settings, Timing, figure, peak_rss, reset_peak_rss, synchronize, training_dtype
-from peers import OURS, TRAINERS, TRL_PACKED, TRL_PADDED, build_trainer
 from shapes import instruction_data, smollm2
+from trainers import OURS, TRAINERS, TRL_PACKED, TRL_PADDED, build_trainer
 
 SPEEDUPS = {TRL_PACKED: 1.7, TRL_PADDED: 3.5}
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from floors import model_gemms
 from measure import Figure, Settings, figure, interleave, synchronize, training_dtype
-from peers import OURS, build_trainer
 from shapes import instruction_data, smollm2
+from trainers import OURS, build_trainer
 
 # Tensor operations that multiply matrices, by the names the profiler gives them
 GEMM_OPERATORS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::addmm_", "aten::matmul", "aten::linear")
@@ -23,7 +23,12 @@ def bench_step(settings: Settings) -> list[Figure]:
     model, tokenizer = smollm2(training_dtype())
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(
-            OURS, model, tokenizer, instruction_data(settings.data, 64), folder, max_length=512 if settings.quick else 1024
+            OURS,
+            model,
+            tokenizer,
+            instruction_data(settings.data, 64),
+            folder,
+            max_length=512 if settings.quick else 1024,
         )
         batch = typical_pack(list(trainer.get_train_dataloader()))
         step, num_tokens, num_scored = training_step(trainer, batch)

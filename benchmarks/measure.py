@@ -26,7 +26,6 @@ from packsft_kernels.version import __version__
 
 from packsft.config import has_bf16
 
-
 Figure = dict[str, Any]
 PEER_PACKAGES = ("flash-attn", "liger-kernel", "cut-cross-entropy", "quack-kernels", "peft")
 

@@ -3,7 +3,6 @@
 - Heads: `(hidden_TM, weight_VM, labels_T) -> loss`, the mean over the scored tokens, differentiable in both tensors.
   `labels_T[t]` is what position t predicts, -100 where nothing is scored.
 - Attention: `(documents) -> outputs`.
-- Trainers: `build_trainer(name, ...)`.
 
 A competitor that cannot run is listed with the reason. Knows the peers' own interfaces; knows no clock.
 """
@@ -16,15 +15,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import training_dtype
 from torch import Tensor
 
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 OURS = "packsft"
-TRL_PACKED = "TRL, packing=True"
-TRL_PADDED = "TRL, padded, batch 8"
-TRAINERS = (OURS, TRL_PACKED, TRL_PADDED)
 
 
 @dataclass(frozen=True)
@@ -108,44 +103,3 @@ def _trl_head(rows_N: Tensor, softcap: float | None) -> Peer:
         return -(log_probs if compact else log_probs.masked_fill(labels_T == -100, 0)).sum() / len(rows_N)
 
     return Peer(name, run)
-
-
-def build_trainer(name: str, model: Any, tokenizer: Any, dataset: Any, output_dir: str, **arguments: Any) -> Any:
-    """One of `TRAINERS`, ready for `train()`, with the same settings for all.
-
-    Args:
-        dataset: prompt/completion examples.
-        arguments: of `SFTConfig`, over the defaults here.
-    """
-    from trl import SFTConfig, SFTTrainer
-
-    from packsft import PackedSFTTrainer
-
-    packed = name != TRL_PADDED
-    defaults: dict[str, Any] = {
-        "output_dir": output_dir,
-        "packing": packed,
-        "max_length": 1024,
-        "per_device_train_batch_size": 1 if packed else 8,
-        "gradient_checkpointing": False,  # TRL's default is True
-        "num_train_epochs": 1,
-        "learning_rate": 1e-5,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "bf16": training_dtype() == torch.bfloat16,
-        "use_cpu": not torch.cuda.is_available(),
-        "dataloader_pin_memory": torch.cuda.is_available(),
-    }
-    trainer_class = PackedSFTTrainer if name == OURS else SFTTrainer
-    trainer = trainer_class(
-        model=model,
-        args=SFTConfig(**(defaults | arguments)),
-        train_dataset=dataset,
-        processing_class=tokenizer,
-    )
-    from transformers.trainer_callback import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)  # a line of metrics per step would bury the tables
-    return trainer
