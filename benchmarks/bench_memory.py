@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 from allocations import FakeAllocations
-from measure import Settings, figure
+from measure import Figure, Settings, figure
 from packsft_kernels import launch
 from peers import OURS, Head, heads
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -30,59 +30,64 @@ GIB = 2**30
 NOTE = "bfloat16, forward and backward, both gradients included, weight and hidden states not"
 
 
-def bench_memory(settings: Settings) -> list[dict[str, Any]]:
+def bench_memory(settings: Settings) -> list[Figure]:
     """Peak memory of every head for every model, length and share of scored tokens; --quick takes one model."""
     models, lengths = (("Llama-3.2-1B",), LENGTHS[:1]) if settings.quick else (tuple(MODELS), LENGTHS)
-    return [row for model in models for length in lengths for scored in SHARES for row in _heads(model, length, scored)]
+    absent: dict[str, str] = {}
+    table = [
+        row
+        for model in models
+        for length in lengths
+        for scored in SHARES
+        for row in _heads(model, length, scored, absent)
+    ]
+    return table + [figure(name, note=f"cannot run: {reason}") for name, reason in absent.items()]
 
 
-def _heads(model: str, length: int, scored: str) -> list[dict[str, Any]]:
+def _heads(model: str, length: int, scored: str, absent: dict[str, str]) -> list[Figure]:
+    """A row for every head that runs on fake tensors; the others, and the reason, go into `absent`."""
     width, vocab, softcap = MODELS[model]
     count = round(length * SHARES[scored])
     name = f"{model}, {length:,} tokens, {scored} scored"
-    table: list[dict[str, Any]] = []
-    ours = 0
+    table: list[Figure] = []
+    peaks: dict[str, int] = {}
     with FakeTensorMode(), _kernels_that_only_launch():
         rows = torch.empty(count, dtype=torch.int64)
         for peer in heads(rows, softcap):
+            if reason := peer.missing or ("compiled code is not traced on fake tensors" * ("compile" in peer.name)):
+                absent[f"{peer.name}, {model}" if "softcap" in reason else peer.name] = reason
+                continue
+            assert peer.run is not None
             try:
-                if peer.run is None:
-                    raise NotImplementedError(peer.missing)
-                peak, temporary = _peaks(peer.run, length, width, vocab)
+                peaks[peer.name], temporary = _peaks(peer.run, length, width, vocab)
             except Exception as error:  # a peer that cannot be traced is no reason to lose the others
                 if peer.name == OURS:
                     raise
-                table.append(figure(f"{name}: {peer.name}", note=f"cannot run: {error}".splitlines()[0]))
+                absent[peer.name] = f"{type(error).__name__}: {error}".splitlines()[0]
                 continue
+            drawn: dict[str, Any] = {"chart": f"Peak memory of the head of {model}, {scored} tokens scored"}
+            drawn |= {"series": peer.name, "x": float(length), "x_name": "tokens T"}
+            compared: dict[str, Any] = {"note": NOTE}
             if peer.name != OURS:
+                compared = {"ratio": peaks[peer.name] / peaks[OURS], "ratio_of": "memory / packsft"}
+                compared["at_least"] = 1.0 if peer.name.startswith("TRL") else None
+                compared["note"] = "adds up dW in bfloat16" if peer.name.endswith("chunked") else ""
+            table.append(figure(f"{name}: {peer.name}", peaks[peer.name] / GIB, "GiB", **compared, **drawn))
+            if peer.name == OURS:
+                # dX and dW as they are stored, in float32, until the upstream factor is known
+                limit = launch.CHUNK_BYTES + 4 * (count + vocab) * width
                 table.append(
                     figure(
-                        f"{name}: {peer.name}",
-                        peak / GIB,
+                        f"{name}: {OURS}, temporary",
+                        temporary / GIB,
                         "GiB",
-                        ratio=peak / ours,
-                        ratio_of="memory / packsft",
-                        at_least=1.0 if peer.name.startswith("TRL") else None,
-                        note="adds up dW in bfloat16" if peer.name.endswith("chunked") else "",
+                        ratio=temporary / limit,
+                        ratio_of="memory / (chunk budget + dX + dW)",
+                        at_most=1.0,
+                        note=f"what is not handed back, against {launch.CHUNK_BYTES / GIB:g} GiB for a chunk of "
+                        "logits, dX of the scored rows and dW in float32",
                     )
                 )
-                continue
-            ours = peak
-            table.append(figure(f"{name}: {OURS}", peak / GIB, "GiB", note=NOTE))
-            # dX and dW as they are stored, in float32, until the upstream factor is known
-            limit = launch.CHUNK_BYTES + 4 * (count + vocab) * width
-            table.append(
-                figure(
-                    f"{name}: {OURS}, temporary",
-                    temporary / GIB,
-                    "GiB",
-                    ratio=temporary / limit,
-                    ratio_of="memory / (chunk budget + dX + dW)",
-                    at_most=1.0,
-                    note=f"what is not handed back, against {launch.CHUNK_BYTES / GIB:g} GiB for a chunk of logits, "
-                    "dX of the scored rows and dW in float32",
-                )
-            )
     return table
 
 

@@ -23,7 +23,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from measure import Settings, device, figure, training_dtype
+from measure import Figure, Settings, device, figure, training_dtype
 from shapes import instruction_data, packed_row, smollm2, split_row, tiny_gpt2, tiny_llama, tiny_tokenizer
 from torch import Tensor
 from trainers import OURS, TRL_PACKED, build_trainer
@@ -39,7 +39,7 @@ LLAMA_LIMIT = 1e-9  # rotary embeddings stay in float32
 LOGITS_LIMIT = 1e-5
 
 
-def bench_parity(settings: Settings) -> list[dict[str, Any]]:
+def bench_parity(settings: Settings) -> list[Figure]:
     """The whole table; --quick keeps of SmolLM2 the float64 and float32 figures, over shorter documents."""
     tiny = [packed_row(TINY_LENGTHS, 64, seed=seed) for seed in range(4)]
     # Eight documents for every step, so that they can be split into 1, 2 and 8 micro-batches
@@ -65,7 +65,7 @@ def bench_parity(settings: Settings) -> list[dict[str, Any]]:
 
 def one_step(
     name: str, model: Any, tokenizer: Any, rows: Sequence[Row], limit: float, *, quick: bool = False
-) -> list[dict[str, Any]]:
+) -> list[Figure]:
     """Loss of every row and the gradients of the first, packed, against the documents alone, in three dtypes."""
     exact_model = copy.deepcopy(model).to(device(), torch.float64)
     with exact_rms_norm():
@@ -154,7 +154,7 @@ def has_rms_norm(model: Any) -> bool:
 
 def ten_steps(
     name: str, model: Any, tokenizer: Any, rows: Sequence[Row], limit: float, *, learning_rate: float
-) -> list[dict[str, Any]]:
+) -> list[Figure]:
     """Float64 weights after one AdamW step per row, for several splits of its documents into packs and micro-batches.
 
     A split is a list of micro-batches, each a list of packs.
@@ -283,7 +283,7 @@ def padded_batch(model: Any, row: Row, pad: int, *, backward: bool = True) -> fl
     return float(loss.detach())
 
 
-def logits_figure(name: str, trainer: Any, model: Any, row: Row) -> dict[str, Any]:
+def logits_figure(name: str, trainer: Any, model: Any, row: Row) -> Figure:
     """Float32 logits of a whole pack against every document alone."""
     inputs = trainer._prepare_inputs(trainer.data_collator([dict(row)]))
     with torch.no_grad():

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from measure import Settings, figure
+from measure import Figure, Settings, figure
 from shapes import tiny_llama, tiny_tokenizer
 from trainers import OURS, TRL_PACKED, build_trainer
 from transformers import TrainerCallback
@@ -93,7 +93,7 @@ def count_reads(name: str, packing_strategy: str = "bfd") -> ReadCounter:
     return counter
 
 
-def bench_reads(settings: Settings) -> list[dict[str, Any]]:
+def bench_reads(settings: Settings) -> list[Figure]:
     """Reads per micro-step; --quick changes nothing, it takes seconds."""
     table = []
     for trainer, strategy in ((OURS, "bfd"), (OURS, "step"), (TRL_PACKED, "bfd")):

@@ -15,10 +15,9 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
 from multiprocessing import get_context
-from typing import Any
 
 import torch
-from measure import Settings, figure
+from measure import Figure, Settings, figure
 from packsft_kernels import LossOptions, aot, launch
 from packsft_kernels.cross_entropy_kernel import _cross_entropy_kernel, kernel_call
 from packsft_kernels.cross_entropy_rows import empty_outputs
@@ -168,13 +167,13 @@ def check_all(chosen: Iterable[Case]) -> list[tuple[Case, aot.MachineCode, list[
         return list(pool.map(check, chosen, chunksize=4))
 
 
-def bench_static(settings: Settings) -> list[dict[str, Any]]:
+def bench_static(settings: Settings) -> list[Figure]:
     """One figure for each launch and dtype, worst of architectures and outputs; --quick: long rows on two."""
     some = (case for case in cases(every=False) if case.vocab == VOCABULARIES[-1] and case.capability in (80, 90))
     return table_of(check_all(some if settings.quick else cases(every=True)))
 
 
-def table_of(checked: list[tuple[Case, aot.MachineCode, list[str]]]) -> list[dict[str, Any]]:
+def table_of(checked: list[tuple[Case, aot.MachineCode, list[str]]]) -> list[Figure]:
     import triton
 
     table = []

@@ -5,7 +5,7 @@ Knows shapes and GEMMs; knows nothing of losses, attention or trainers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,26 @@ def linear_gemms(layers: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
             grad.t() @ x
 
     return run
+
+
+def attention_gemms(
+    lengths: Sequence[int], heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Callable[[], None], float]:
+    """As many floating-point operations as causal attention over these documents, in seven plain products, and how
+    many: two products of the forward, and five of the backward, which computes the scores anew (FlashAttention-2,
+    arXiv:2307.08691). Each is `[heads, T, head_dim] x [heads, head_dim, m]`, with m half the mean length that a token
+    sees, so that no short document makes a small product: T m = sum of squared lengths / 2.
+    """
+    T = sum(lengths)
+    m = max(round(sum(length**2 for length in lengths) / (2 * T)), 1)
+    left_HTK = torch.randn(heads, T, head_dim, device=device).to(dtype)
+    right_HKm = torch.randn(heads, head_dim, m, device=device).to(dtype)
+
+    def run() -> None:
+        for _ in range(7):
+            left_HTK @ right_HKm
+
+    return run, 7 * 2.0 * heads * T * head_dim * m
 
 
 def model_gemms(model: nn.Module, num_tokens: int, num_scored: int) -> tuple[Callable[[], None], float]:

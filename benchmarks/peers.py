@@ -1,25 +1,37 @@
-"""Every competitor under one signature, so that a benchmark is a loop over names.
+"""Every competitor of the kernels under one signature, so that a benchmark is a loop over names.
 
 - Heads: `(hidden_TM, weight_VM, labels_T) -> loss`, the mean over the scored tokens, differentiable in both tensors.
   `labels_T[t]` is what position t predicts, -100 where nothing is scored.
-- Attention: `(documents) -> outputs`.
+- Losses: `(logits_NV, targets_N) -> loss`, the mean over the rows.
+- Attention: `(q_THK, k_TGK, v_TGK) -> out_THK` for the documents of one pack, causal.
 
 A competitor that cannot run is listed with the reason. Knows the peers' own interfaces; knows no clock.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measure import device
 from torch import Tensor
 
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 OURS = "packsft"
+PLAIN_HEAD = "full logits, scored rows only"
+PLAIN_LOSS = "F.cross_entropy"
+PLAIN_ATTENTION = "SDPA, one document at a time"
+BLOCK_MASK = "SDPA, [T, T] block mask"
 
 
 @dataclass(frozen=True)
@@ -36,46 +48,111 @@ def heads(rows_N: Tensor, softcap: float | None = None) -> list[Peer]:
 
     (packsft's collator knows them on the host; the others that score only those are given them, for a fair comparison.)
     """
-    peers = [
-        Peer(OURS, lambda hidden, weight, labels: _ours(hidden, weight, labels, rows_N, softcap)),
-        Peer("full logits", lambda hidden, weight, labels: _full_logits(hidden, weight, labels, softcap)),
-        Peer(
-            "full logits, scored rows only",
-            lambda hidden, weight, labels: _full_logits(hidden[rows_N], weight, labels[rows_N], softcap),
-        ),
+
+    def full(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return _full_logits(hidden, weight, labels, softcap)
+
+    def ours(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        from packsft_kernels import LossOptions, linear_cross_entropy
+
+        options = LossOptions(softcap=softcap, entropy=True, correct=True)
+        return linear_cross_entropy(hidden, weight, labels[rows_N], rows=rows_N, options=options).loss
+
+    def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return full(hidden[rows_N], weight, labels[rows_N])
+
+    compiled = torch.compile(plain, dynamic=False)
+    return [
+        Peer(OURS, ours),
+        Peer("full logits", full),
+        Peer(PLAIN_HEAD, plain),
+        Peer(f"{PLAIN_HEAD}, torch.compile", compiled),
+        *_torch_heads(softcap),
+        _trl_head(rows_N, softcap),
+        _liger("Liger fused linear cross-entropy", "liger_fused_linear_cross_entropy", softcap=softcap),
+        _cut_cross_entropy(softcap),
+        _quack_head(rows_N, softcap),
     ]
-    names = ("F.linear_cross_entropy", "F.linear_cross_entropy, chunked")
-    if not hasattr(F, "linear_cross_entropy"):
-        peers += [Peer(name, None, f"not in torch {torch.__version__}") for name in names]
-    elif softcap is not None:
-        peers += [Peer(name, None, "it has no softcap") for name in names]
-    else:
-        options = torch.nn.LinearCrossEntropyOptions()
-        peers += [
-            Peer(names[0], F.linear_cross_entropy),
-            Peer(
-                names[1],
-                lambda hidden, weight, labels: F.linear_cross_entropy(hidden, weight, labels, options=options),
-            ),
-        ]
-    return [*peers, _trl_head(rows_N, softcap)]
 
 
-def _ours(
-    hidden_TM: Tensor, weight_VM: Tensor, labels_T: Tensor, rows_N: Tensor, softcap: float | None = None
-) -> Tensor:
-    from packsft_kernels import LossOptions, linear_cross_entropy
+def losses() -> list[Peer]:
+    """Every way to get the loss and the gradient of logits that exist."""
+    from packsft_kernels import LossOptions, cross_entropy
 
-    options = LossOptions(softcap=softcap, entropy=True, correct=True)
-    return linear_cross_entropy(hidden_TM, weight_VM, labels_T[rows_N], rows=rows_N, options=options).loss
+    def ours(inplace: bool, metrics: bool) -> Loss:
+        options = LossOptions(entropy=metrics, correct=metrics)
+        return lambda logits, targets: cross_entropy(logits, targets=targets, inplace=inplace, options=options).loss
+
+    return [
+        Peer(OURS, ours(inplace=True, metrics=False)),
+        Peer(f"{OURS}, entropy and accuracy", ours(inplace=True, metrics=True)),
+        Peer(f"{OURS}, inplace=False", ours(inplace=False, metrics=False)),
+        Peer(PLAIN_LOSS, F.cross_entropy),
+        Peer(f"{PLAIN_LOSS}, torch.compile", torch.compile(F.cross_entropy, dynamic=False)),
+        _liger("Liger cross-entropy", "liger_cross_entropy"),
+        _quack("QuACK cross-entropy", "quack.cross_entropy", "cross_entropy"),
+    ]
 
 
-def _full_logits(hidden_TM: Tensor, weight_VM: Tensor, labels_T: Tensor, softcap: float | None = None) -> Tensor:
+def attentions(bounds: Tensor, dtype: torch.dtype, head_dim: int) -> list[Peer]:
+    """Every way to attend within documents. `bounds` `[D + 1]` int32; masks are built here, once, as once a forward."""
+    from packsft_kernels.options import AttentionSpec
+    from packsft_kernels.varlen_attention import BACKENDS, choose_backend, varlen_attention, why_not
+
+    edges, longest = bounds.tolist(), int(bounds.diff().max())
+    spec = AttentionSpec(bounds.device.type, dtype, head_dim)
+
+    def backend(name: str) -> Attention:
+        return lambda q, k, v: varlen_attention(q, k, v, bounds, longest, backend=name)
+
+    def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat([sdpa(q[a:b], k[a:b], v[a:b], is_causal=True) for a, b in pairwise(edges)])
+
+    def padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        lengths = bounds.diff().tolist()
+        rows = [torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2) for x in (q, k, v)]
+        output = F.scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=True).transpose(1, 2)
+        return torch.cat([row[:length] for row, length in zip(output, lengths, strict=True)])
+
+    taken = choose_backend(spec)
+    others = [name for name in BACKENDS if name != taken]
+    return [
+        Peer(OURS, backend("auto")),
+        *(Peer(name, None if why_not(name, spec) else backend(name), why_not(name, spec) or "") for name in others),
+        Peer(PLAIN_ATTENTION, alone),
+        Peer(BLOCK_MASK, _block_mask(bounds)),
+        _flex_attention(bounds),
+        Peer("SDPA, padded rows, with padding and unpadding", padded),
+    ]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
+    """`F.scaled_dot_product_attention` of one sequence, `[T, heads, K]` in and out."""
+    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **arguments)[0].transpose(0, 1)
+
+
+def _full_logits(hidden_TM: Tensor, weight_VM: Tensor, labels_T: Tensor, softcap: float | None) -> Tensor:
     """As transformers computes the loss: the logits in float32 (or wider)."""
     logits_TV = hidden_TM @ weight_VM.t()
     if softcap is not None:
         logits_TV = torch.tanh(logits_TV / softcap) * softcap
     return F.cross_entropy(logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32)), labels_T)
+
+
+def _torch_heads(softcap: float | None) -> list[Peer]:
+    whole, chunked = "F.linear_cross_entropy", "F.linear_cross_entropy, chunked"
+    if not hasattr(F, "linear_cross_entropy"):
+        return [Peer(name, None, f"not in torch {torch.__version__}") for name in (whole, chunked)]
+    if softcap is not None:
+        return [Peer(name, None, "it has no softcap") for name in (whole, chunked)]
+    options = torch.nn.LinearCrossEntropyOptions()
+    return [
+        Peer(whole, F.linear_cross_entropy),
+        Peer(
+            chunked, lambda hidden, weight, labels: F.linear_cross_entropy(hidden, weight, labels, options=options)
+        ),
+    ]  # fmt: skip
 
 
 def _trl_head(rows_N: Tensor, softcap: float | None) -> Peer:
@@ -103,3 +180,100 @@ def _trl_head(rows_N: Tensor, softcap: float | None) -> Peer:
         return -(log_probs if compact else log_probs.masked_fill(labels_T == -100, 0)).sum() / len(rows_N)
 
     return Peer(name, run)
+
+
+def _liger(name: str, function: str, **options: Any) -> Peer:
+    if missing := _missing("liger-kernel"):
+        return Peer(name, None, missing)
+    from liger_kernel.transformers import functional
+
+    run = getattr(functional, function)
+    return Peer(f"{name} {_version('liger-kernel')}", lambda *inputs: run(*inputs, **options))
+
+
+def _cut_cross_entropy(softcap: float | None) -> Peer:
+    """Its kernel on a GPU; elsewhere what it has for elsewhere."""
+    name = "cut-cross-entropy"
+    if (version := _version(name)) is None:
+        return Peer(name, None, "not installed")
+    impl = "cce" if device().type == "cuda" else "torch_compile"
+
+    def run(hidden_TM: Tensor, weight_VM: Tensor, labels_T: Tensor) -> Tensor:
+        from cut_cross_entropy import linear_cross_entropy
+
+        return linear_cross_entropy(hidden_TM, weight_VM, labels_T, softcap=softcap, impl=impl)
+
+    return Peer(f"{name} {version}, {impl}", run)
+
+
+def _quack_head(rows_N: Tensor, softcap: float | None) -> Peer:
+    name = "QuACK linear cross-entropy"
+    if softcap is not None:
+        return Peer(name, None, "it has no softcap")
+    peer = _quack(name, "quack.linear_cross_entropy", "chunked_linear_cross_entropy")
+    if peer.run is None:
+        return peer
+    chunked = peer.run
+    return Peer(peer.name, lambda hidden, weight, labels: chunked(hidden[rows_N], weight, labels[rows_N]))
+
+
+def _quack(name: str, module: str, function: str) -> Peer:
+    if missing := _missing("quack-kernels"):
+        return Peer(name, None, missing)
+    if torch.cuda.get_device_capability() < (9, 0):
+        return Peer(name, None, "needs a Hopper GPU or newer")
+    try:
+        run = getattr(importlib.import_module(module), function)
+    except Exception as error:  # it imports a compiler, which fails in ways of its own
+        return Peer(name, None, f"{type(error).__name__}: {error}")
+    return Peer(f"{name} {_version('quack-kernels')}", run)
+
+
+def _block_mask(bounds: Tensor) -> Attention:
+    """One call over the whole pack under a `[T, T]` mask, as transformers builds it for SDPA."""
+    position = torch.arange(int(bounds[-1]), device=bounds.device)
+    document = torch.bucketize(position, bounds, right=True)
+    mask = (document[:, None] == document) & (position[:, None] >= position)
+    return lambda q, k, v: sdpa(q, k, v, attn_mask=mask)
+
+
+def _flex_attention(bounds: Tensor) -> Peer:
+    name = "FlexAttention, document mask"
+    if bounds.device.type != "cuda":
+        return Peer(name, None, "has no backward on the CPU")
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    length = int(bounds[-1])
+    document = torch.bucketize(torch.arange(length, device=bounds.device), bounds, right=True)
+
+    def same_document(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (document[query] == document[key]) & (query >= key)
+
+    mask = create_block_mask(same_document, None, None, length, length, device=bounds.device.type)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
+        return _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+
+    return Peer(name, run)
+
+
+@cache
+def _compiled_flex_attention() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def _missing(package: str) -> str:
+    """Why a package of GPU kernels cannot run here; empty if it can."""
+    if _version(package) is None:
+        return "not installed"
+    return "" if device().type == "cuda" else "its kernels need a GPU"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

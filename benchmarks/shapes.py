@@ -38,6 +38,12 @@ class AttentionShape:
 # SmolLM2-135M; a pack of instruction data in which the completions, 58% of the tokens, are scored
 SMOLLM2_HEAD = HeadShape(T=893, N=520, M=576, V=49_152)
 SMOLLM2_ATTENTION = AttentionShape(H=9, G=3, K=64)
+# On a GPU: packs of 8,192 tokens
+GPU_HEADS = {
+    "Llama-3.2-1B": HeadShape(T=8192, N=8192, M=2048, V=128_256),
+    "Llama-3.1-8B": HeadShape(T=8192, N=4096, M=4096, V=128_256),
+}
+LLAMA_1B_ATTENTION = AttentionShape(H=32, G=8, K=64)
 # Documents of one pack of 1,024 tokens: log-normal lengths as instruction data have (mu 4.7, sigma 0.82), sorted
 PACK_LENGTHS = (24, 38, 51, 66, 84, 103, 131, 172, 355)
 assert sum(PACK_LENGTHS) == 1024
@@ -79,6 +85,16 @@ def tiny_llama(dtype: torch.dtype) -> Any:
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **TINY
     )
     torch.manual_seed(0)
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def small_llama(dtype: torch.dtype) -> Any:
+    """Four layers of width 256 over the vocabulary of `tiny_tokenizer`, random weights: attention is what costs."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "max_position_embeddings": 65_536}
+    torch.manual_seed(0)
+    config = LlamaConfig(num_attention_heads=8, num_key_value_heads=4, **sizes, **TINY)
     return LlamaForCausalLM(config).to(dtype)
 
 
