@@ -1,4 +1,4 @@
-"""Packed training against the same documents alone: losses, gradients, logits, weights, with the thresholds beside.
+"""The same training: each kernel against float64, then packed training against the same documents alone.
 
 The truth is plain PyTorch in float64: each document by itself through the model's own forward, full logits. In
 float64 packing must change nothing; in float32 and bfloat16 the error against that truth may be at most twice that
@@ -23,7 +23,9 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from contest import Verdict, allowed_errors, relative_errors
 from measure import Figure, Settings, device, figure, training_dtype
+from peers import PLAIN_ATTENTION, PLAIN_HEAD, PLAIN_LOSS, attentions, heads, losses
 from shapes import instruction_data, packed_row, smollm2, split_row, tiny_gpt2, tiny_llama, tiny_tokenizer
 from torch import Tensor
 from trainers import OURS, TRL_PACKED, build_trainer
@@ -34,6 +36,7 @@ Gradients = dict[str, Tensor]
 
 # One-token and two-token documents take other code paths than long ones; no length divides another.
 TINY_LENGTHS = (1, 2, 7, 23, 31)
+KERNEL_LIMIT = 1e-13  # in float64
 GPT2_LIMIT = 1e-12
 LLAMA_LIMIT = 1e-9  # rotary embeddings stay in float32
 LOGITS_LIMIT = 1e-5
@@ -44,7 +47,7 @@ def bench_parity(settings: Settings) -> list[Figure]:
     tiny = [packed_row(TINY_LENGTHS, 64, seed=seed) for seed in range(4)]
     # Eight documents for every step, so that they can be split into 1, 2 and 8 micro-batches
     steps = [packed_row((3, 9, 5, 14, 2, 8, 11, 6), 64, seed=100 + step) for step in range(10)]
-    table = []
+    table = components()
     for name, build, limit in (("tiny GPT-2", tiny_gpt2, GPT2_LIMIT), ("tiny Llama", tiny_llama, LLAMA_LIMIT)):
         model, tokenizer = build(torch.float32), tiny_tokenizer()
         table += one_step(name, model, tokenizer, tiny, limit)
@@ -60,6 +63,49 @@ def bench_parity(settings: Settings) -> list[Figure]:
     else:
         steps = text_rows(tokenizer, (3, 9, 5, 14, 2, 8, 11, 6), 10)
         table += ten_steps("SmolLM2", model, tokenizer, steps, LLAMA_LIMIT, learning_rate=5e-5)
+    return table
+
+
+def components() -> list[Figure]:
+    """The largest error of every output of every kernel in every dtype, beside plain PyTorch's in the same dtype."""
+    torch.manual_seed(0)
+    bounds = torch.tensor([0, *TINY_LENGTHS], device=device()).cumsum(0).to(torch.int32)
+    T = int(bounds[-1])
+    labels = torch.randint(1000, (T,), device=device()).masked_fill(torch.arange(T, device=device()) % 3 == 0, -100)
+    scored = (labels != -100).nonzero().flatten()
+    hidden, weight = torch.randn(T, 64, device=device()), torch.randn(1000, 64, device=device()) / 8
+    logits = 3 * torch.randn(T, 1000, device=device())
+    qkv = [torch.randn(T, heads, 64, device=device()) for heads in (4, 2, 2)]
+    table = []
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        for kernel, peers, plain, given, targets in (
+            ("cross_entropy", losses(), PLAIN_LOSS, [logits], [labels]),
+            ("linear_cross_entropy", heads(scored), PLAIN_HEAD, [hidden, weight], [labels]),
+            ("varlen_attention", attentions(bounds, dtype, 64), PLAIN_ATTENTION, qkv, []),
+        ):
+            runs = {peer.name: peer.run for peer in peers}
+
+            def outputs(
+                name: str, wanted: torch.dtype, runs: Any = runs, given: Any = given, targets: Any = targets
+            ) -> Any:
+                leaves = [tensor.to(dtype).to(wanted, copy=True).requires_grad_() for tensor in given]  # noqa: B023
+                result = runs[name](*(leaf.view_as(leaf) for leaf in leaves), *targets)
+                weights = torch.linspace(-1, 1, result.numel(), dtype=result.dtype, device=device()).view_as(result)
+                grads = torch.autograd.grad((result * weights).sum() if result.dim() else result, leaves)
+                return {"output": result.detach(), **{f"gradient {i}": grad for i, grad in enumerate(grads, 1)}}
+
+            truth = outputs(plain, torch.float64)
+            ours, theirs = (relative_errors(outputs(name, dtype), truth) for name in (OURS, plain))
+            allowed = allowed_errors(theirs, dtype)
+            if dtype == torch.float64:
+                allowed = dict.fromkeys(allowed, KERNEL_LIMIT)
+            table.append(
+                figure(
+                    f"{kernel}, {str(dtype).removeprefix('torch.')}", max(ours.values()), "relative",
+                    ratio=Verdict(ours, allowed).share, ratio_of="error / allowed", at_most=1.0, parity=True,
+                    note="; ".join(f"{name} {ours[name]:.1e}, plain PyTorch {theirs[name]:.1e}" for name in ours),
+                )
+            )  # fmt: skip
     return table
 
 
@@ -85,6 +131,8 @@ def one_step(
                     at_most=limit if peer == OURS else None,
                     parity=peer == OURS,
                     note="largest over parameters of max|error| / max|gradient|" if what == "gradients" else "",
+                    headline=f"{name}, packed against each document alone, float64: {what}"
+                    * (peer == OURS and name == "SmolLM2"),
                 )
             )
     if has_rms_norm(exact_model) and not quick:

@@ -110,6 +110,7 @@ def bench_reads(settings: Settings) -> list[Figure]:
                 reads / micro_steps,
                 "reads",
                 at_most=0 if trainer == OURS else None,
+                headline="reads of the device in a micro-step" * (name == OURS),
                 note=", ".join(f"{key} {count / micro_steps:g}" for key, count in found.items()),
             )
         )

@@ -75,9 +75,13 @@ def check(
                     raise
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
         absent.append(figure(peer.name, note=f"cannot run: {reason}"))
-    last_place = torch.finfo(training_dtype()).eps / 4  # eps is the distance from 1 to the next number
-    allowed = {name: 2 * error + last_place for name, error in found[plain].items()}
+    allowed = allowed_errors(found[plain], training_dtype())
     return {name: Verdict(errors, allowed) for name, errors in found.items()}, absent
+
+
+def allowed_errors(plain: dict[str, float], dtype: torch.dtype) -> dict[str, float]:
+    """Twice plain PyTorch's error and half a unit in the last place; eps is the distance from 1 to the next number."""
+    return {name: 2 * error + torch.finfo(dtype).eps / 4 for name, error in plain.items()}
 
 
 def relative_errors(found: Outputs, truth: Outputs) -> dict[str, float]:

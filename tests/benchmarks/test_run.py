@@ -1,0 +1,150 @@
+"""The command of the benchmark suite: what it lists, writes, prints, draws and returns. What it measures is stubbed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import plots
+import pytest
+import report
+import run
+from measure import Settings, figure
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _quietly(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("KINETO_LOG_LEVEL", "99"), ("TQDM_DISABLE", "1")):
+        monkeypatch.setenv(name, value)  # set by the command too, and undone here
+
+
+def stub(monkeypatch: pytest.MonkeyPatch, **suites: Any) -> None:
+    """Let each suite return these figures, or raise this exception."""
+
+    def measured(suite: Any, settings: Settings) -> Any:
+        result = suites[suite.function.removeprefix("bench_")]
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    monkeypatch.setattr(run.Suite, "run", measured)
+
+
+def test_list_names_every_suite_and_imports_none() -> None:
+    command = [sys.executable, "-X", "importtime", str(BENCHMARKS / "run.py"), "--list"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == [*run.SUITES, *run.GROUPS]
+    assert "| torch" not in listed.stderr
+
+
+def test_every_suite_is_a_function_that_exists() -> None:
+    for suite in run.SUITES.values():
+        source = (BENCHMARKS / f"{suite.module}.py").read_text(encoding="utf-8")
+        assert f"\ndef {suite.function}(settings: Settings) -> list[Figure]:" in source
+
+
+def test_json_holds_figures_environment_and_verdicts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fast = figure("fast", 2.0, "s", rate=5.0, rate_unit="GB/s", ratio=1.25, ratio_of="time / limit", at_most=1.3)
+    slow = figure("slow", 3.0, "s", ratio=1.35, ratio_of="time / limit", at_most=1.3, headline="slow things")
+    absent = figure("absent|here", note="cannot run: not installed")
+    stub(monkeypatch, head=[fast, slow, absent])
+    file, table = tmp_path / "results.json", tmp_path / "table.md"
+    command = ["--quick", "--suite", "head", "--json", str(file), "--markdown", str(table)]
+    assert run.main(command) == 0  # speed never fails the command
+    found = report.read(file)
+    assert [row["passed"] for row in found["suites"]["head"]["figures"]] == [True, False, None]
+    assert found["environment"]["command"].endswith(f"--suite head --json {file} --markdown {table}")
+    assert {"torch", "transformers", "trl", "triton"} <= found["environment"]["versions"].keys()
+    printed = capsys.readouterr().out
+    assert "1 of 2 targets met" in printed
+    assert "MISS: slow: 1.35x time / limit, target <= 1.3" in printed
+    assert "cannot run: not installed" in printed
+
+    written = table.read_text(encoding="utf-8")
+    assert "| fast | 2 s | 5 GB/s | 1.25x time / limit | <= 1.3 | pass |  |" in written
+    assert "| absent\\|here |  |  |  |  |  | cannot run: not installed |" in written
+    assert "| slow things | **1.35x time / limit** | <= 1.3 | MISS |" in report.headline(found)
+    assert "1 of 2 targets met." in report.headline(found)
+
+    assert run.main(["--show", str(file)]) == 0  # the same, without measuring
+    assert "MISS: slow: 1.35x time / limit" in capsys.readouterr().out
+
+
+def test_a_failed_parity_assertion_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    stub(monkeypatch, parity=[figure("loss", 2e-9, "relative", at_most=1e-9, parity=True)])
+    assert run.main(["--suite", "parity"]) == 1
+
+
+def test_a_suite_that_breaks_is_named_and_the_others_still_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub(monkeypatch, head=RuntimeError("no wheel"), reads=[figure("reads", 0, "reads", at_most=0)])
+    assert run.main(["--suite", "head", "reads"]) == 2
+    printed = capsys.readouterr().out
+    assert "FAILED: RuntimeError: no wheel" in printed
+    assert "1 of 1 targets met" in printed
+    stub(monkeypatch, parity=RuntimeError("no wheel"))
+    assert run.main(["--suite", "parity"]) == 1  # parity that was not shown does not hold
+
+
+def test_the_report_is_written_after_each_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is killed in its second suite leaves the figures of the first."""
+    stub(monkeypatch, head=[figure("head", 1.0, "s")], reads=KeyboardInterrupt())
+    monkeypatch.setattr(run.Suite, "run", _raising(run.Suite.run))
+    file = tmp_path / "results.json"
+    with pytest.raises(KeyboardInterrupt):
+        run.main(["--suite", "head", "reads", "--json", str(file)])
+    assert list(json.loads(file.read_text(encoding="utf-8"))["suites"]) == ["head"]
+
+
+def _raising(measured: Any) -> Any:
+    def suite_run(suite: Any, settings: Settings) -> Any:
+        if isinstance(result := measured(suite, settings), BaseException):
+            raise result
+        return result
+
+    return suite_run
+
+
+def test_device_cpu_hides_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    stub(monkeypatch, reads=[])
+    assert run.main(["--suite", "reads", "--device", "cpu"]) == 0
+    assert run.os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_pictures_are_bars_lines_and_curves(tmp_path: Path) -> None:
+    rows = [
+        figure("limit", 1.0, "s", chart="Bars", limit=True),
+        figure("ours", 2.0, "s", spread=0.1, chart="Bars"),
+        figure("absent", chart="Bars", note="cannot run"),
+        *(figure(f"at {x}", 2.0 * x, "MiB", chart="Lines", series="ours", x=x, x_name="T") for x in (1.0, 2.0)),
+        figure("losses", curve=[(100, 2.0), (200, 1.5)], chart="Curves", x_name="tokens seen"),
+        figure("in no picture", 1.0, "s"),
+    ]
+    environment = {"device": "a card", "dtype": "bfloat16", "date": "2026-11-24T10:00"}
+    found = {"environment": environment, "suites": {"head": {"figures": rows}}}
+    assert [path.name for path in plots.plot(found, tmp_path)] == ["bars.png", "lines.png", "curves.png"]
+    assert all(path.stat().st_size > 5000 for path in tmp_path.iterdir())
+
+
+def test_readme_and_docs_show_the_runs_that_they_name() -> None:
+    """`python benchmarks/run.py --docs` would change nothing."""
+    for path in report.DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        assert report.BLOCK.search(text), f"{path.name} shows no run"
+        assert report.documented(text) == text, f"{path.name} is behind: python benchmarks/run.py --docs"
+
+
+def test_a_block_of_a_run_that_is_not_there_is_named() -> None:
+    with pytest.raises(ValueError, match="headline of never"):
+        report.documented("<!-- headline of never -->\n\n<!-- end -->")
+    with pytest.raises(ValueError, match="footline of"):
+        report.documented("<!-- footline of 2026-11-23-amd-epyc -->\n\n<!-- end -->")
