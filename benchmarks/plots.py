@@ -64,9 +64,9 @@ def _bars(axes: Any, rows: list[Row]) -> None:
             axes.errorbar(row["value"], middle, xerr=row["spread"] * row["value"], color="black", capsize=3)
     for row in rows:
         if row.get("limit"):
-            axes.axvline(row["value"], color="black", linestyle="--")
             label = f"{_series(row)}: {quantity(row['value'], row['unit'])}"
-            axes.text(row["value"], -0.8, f" {label}", va="bottom", fontsize=8)
+            axes.axvline(row["value"], color="black", linestyle="--", label=label)
+            axes.legend(fontsize=8, loc="lower right")
     axes.set_yticks(range(len(bars)), [_series(row) for row in bars], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(bars[0]["unit"] if bars else "")
@@ -86,6 +86,7 @@ def _lines(axes: Any, rows: list[Row]) -> None:
         style = {"linestyle": dash, "color": grey, "marker": marker, "markersize": 5} | limit
         axes.plot([row["x"] for row in points], values, label=name, **style)
     axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({row["x"] for row in rows}))
     axes.set_yscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")

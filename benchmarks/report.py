@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,15 +128,23 @@ def verdict(screen: Any, report: Report) -> int:
     return 2 if stopped else 0
 
 
-def markdown(report: Report) -> str:
-    """Every suite as a table with all of its figures, under the machine they were measured on."""
+def markdown(report: Report, *, points: bool = True) -> str:
+    """Every suite as a table of its figures, under the machine they were measured on.
+
+    Args:
+        points: also the points of lines over an axis that have no target; pictures show them better.
+    """
     parts = [measured_on(report)]
     for name, suite in report["suites"].items():
-        shown = [cells(row) for row in suite["figures"]]
+        rows = [row for row in suite["figures"] if points or row.get("x") is None or row["passed"] is not None]
+        shown = [cells(row) for row in rows]
         used = [i for i, column in enumerate(COLUMNS) if i == 0 or any(row[i] for row in shown)]
         table = [[COLUMNS[i] for i in used], ["---"] * len(used), *([row[i] for i in used] for row in shown)]
         lines = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in table)
-        parts.append(f"### {name}: {suite.get('about', '')}\n\n{lines}")
+        about = f": {suite['about']}" if "about" in suite else ""
+        hidden = len(suite["figures"]) - len(rows)
+        left_out = f"\n\nAnd {hidden} points of lines, in the file." if hidden else ""
+        parts.append(f"### {name}{about}\n\n{lines}{left_out}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -155,7 +164,7 @@ def measured_on(report: Report) -> str:
     return f"{'Quick run' if report['quick'] else 'Measured'}: {environment_line(report['environment'])}."
 
 
-SHOWN = {"headline": headline, "figures": markdown}
+SHOWN = {"headline": headline, "figures": partial(markdown, points=False)}
 
 
 def documented(text: str) -> str:

@@ -39,17 +39,17 @@ class Suite:
 
 
 SUITES = {
+    "train": Suite("bench_train", "bench_train", "train(): tokens/s, memory and losses, against TRL"),
+    "step": Suite("bench_training_step", "bench_step", "one training step against the model's bare GEMMs"),
     "head": Suite("bench_linear_cross_entropy", "bench_head", "the language-model head against its GEMMs and peers"),
     "cross_entropy": Suite("bench_cross_entropy", "bench_cross_entropy", "loss and gradient of logits against a copy"),
     "attention": Suite("bench_varlen_attention", "bench_attention", "packed attention against its GEMMs and peers"),
     "scaling": Suite("bench_scaling", "bench_scaling", "cost against T, documents, N, V, H: linear where it should be"),
     "memory": Suite("bench_memory", "bench_memory", "peak memory of the head on a GPU, on fake tensors of any size"),
-    "static": Suite("bench_static", "bench_static", "the kernel compiled for six GPU generations, without one"),
     "packing": Suite("bench_packing", "bench_packing", "planning packs and making batches, against TRL and others"),
     "reads": Suite("bench_reads", "bench_reads", "reads of the device by the host in every micro-step"),
     "parity": Suite("bench_parity", "bench_parity", "packed training equals the documents alone"),
-    "step": Suite("bench_training_step", "bench_step", "one training step against the model's bare GEMMs"),
-    "train": Suite("bench_train", "bench_train", "train(): tokens/s, memory and losses, against TRL"),
+    "static": Suite("bench_static", "bench_static", "the kernel compiled for six GPU generations, without one"),
 }
 GROUPS = {"kernels": ("head", "cross_entropy", "attention", "scaling")}
 
