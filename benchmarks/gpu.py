@@ -19,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ LIMITS = {
 }
 BUDGET = 530  # of which the rest is for pictures and summary
 GRACE = 5  # for a stage that was told to stop
-MOST_LINES, LINE = 150, 200
+MOST_LINES, LINE = 150, 160
 MOST_FILES, MOST_BYTES, MOST_PICTURES, MOST_LOG = 8, 16 * 2**20, 4, 4 * 2**20
 
 ROOT = Path(__file__).parents[1]
@@ -217,17 +218,16 @@ def compute_sanitizer() -> str | None:
 
 def look(path: str, dry_run: bool) -> None:
     """The first stage: what there is, as a report without figures. Exits where it is not enough."""
-    try:
-        import torch
-        from measure import environment
-    except ImportError as error:
-        sys.exit(f"{error}: the packages of docs/gpu.md are needed, installed or as wheels in {ROOT / 'wheels'}")
+    import torch
+
     able = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
     if not able and not dry_run:
         have = torch.cuda.get_device_name() if torch.cuda.is_available() else "none is visible"
-        sys.exit(
-            f"An Ampere or newer GPU is needed: {have}. `--dry-run --device cpu` runs everything in small without."
-        )
+        sys.exit(f"An Ampere or newer GPU is needed: {have}. Without one: --dry-run --device cpu, everything in small.")
+    try:
+        from measure import environment
+    except ImportError as error:
+        sys.exit(f"{error}: the packages of docs/gpu.md are needed, installed or as wheels in {ROOT / 'wheels'}")
     if torch.cuda.is_available():
         subprocess.run(["nvidia-smi", "-L"], check=False)
         print(torch.cuda.get_device_properties(0), "CUDA", torch.version.cuda)
@@ -309,7 +309,7 @@ def summary(found: report.Report) -> list[str]:
     missed = [row for row in judged if not row["passed"]]
     absent = [row for row in rows if any(word in row.get("note", "") for word in ("cannot run", "WRONG", "FAILED"))]
     tests = found.get("tests") or {}
-    lines = [report.environment_line(found["environment"]), ""]
+    lines = [*textwrap.wrap(report.environment_line(found["environment"]), LINE), ""]
     lines += [
         f"{stage['name']:<12} {stage['verdict']:<8} {stage['seconds']:>5.0f} s  {stage['note']}"
         for stage in found["stages"]
