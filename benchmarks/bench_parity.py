@@ -43,7 +43,10 @@ LOGITS_LIMIT = 1e-5
 
 
 def bench_parity(settings: Settings) -> list[Figure]:
-    """The whole table; --quick keeps of SmolLM2 the float64 and float32 figures, over shorter documents."""
+    """The whole table; --quick keeps of SmolLM2 the float64 and float32 figures, over shorter documents.
+
+    A dry run leaves SmolLM2 out.
+    """
     tiny = [packed_row(TINY_LENGTHS, 64, seed=seed) for seed in range(4)]
     # Eight documents for every step, so that they can be split into 1, 2 and 8 micro-batches
     steps = [packed_row((3, 9, 5, 14, 2, 8, 11, 6), 64, seed=100 + step) for step in range(10)]
@@ -53,7 +56,12 @@ def bench_parity(settings: Settings) -> list[Figure]:
         table += one_step(name, model, tokenizer, tiny, limit)
         table += ten_steps(name, model, tokenizer, steps, limit, learning_rate=1e-3)
 
-    model, tokenizer = smollm2(training_dtype())
+    if settings.dry_run:
+        return table
+    try:
+        model, tokenizer = smollm2(training_dtype())
+    except ValueError as error:  # offline, and not in the cache: the tiny models' figures stand alone
+        return [*table, figure("SmolLM2", note=f"cannot run: {error}")]
     lengths = (3, 9, 23, 41) if settings.quick else (3, 24, 51, 84, 103)
     rows = text_rows(tokenizer, lengths, 1 if settings.quick else 6)
     table += one_step("SmolLM2", model, tokenizer, rows, LLAMA_LIMIT, quick=settings.quick)

@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -28,13 +28,13 @@ import report
 
 @dataclass(frozen=True)
 class Suite:
-    """Where a suite lives, `function(settings) -> figures`, and what it asks."""
+    """Where a suite lives, and what it asks. Its function makes figures, all at once or one by one."""
 
     module: str
     function: str
     about: str
 
-    def run(self, settings: Any) -> list[dict[str, Any]]:
+    def run(self, settings: Any) -> Iterable[dict[str, Any]]:
         return getattr(importlib.import_module(self.module), self.function)(settings)
 
 
@@ -94,7 +94,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["auto", "cpu"], default="auto", help="cpu: leave a GPU alone")
     parser.add_argument("--dry-run", action="store_true", help="a GPU's work on tiny shapes, to see that it runs")
     parser.add_argument("--data", metavar="FILE.jsonl", help="train on prompt/completion or question/answer lines")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, after each suite")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, as they come")
     parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results/<date>-<device>/")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the figures there")
@@ -113,7 +113,7 @@ def console() -> Any:
 
 
 def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
-    """Run the suites, print each and write the report after each, so that what ends early leaves what it found."""
+    """Run and print the suites; the report is written after every figure: what ends early leaves what it found."""
     quiet()
     from measure import Settings, environment
 
@@ -124,22 +124,30 @@ def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     files = [arguments.json] if arguments.json else []
     if arguments.save:
         files.append(report.results_file(found["environment"]))
+
+    def save(suite: dict[str, Any], start: float) -> None:
+        suite["seconds"] = round(time.perf_counter() - start, 1)
+        for path in files:
+            report.write(found, path)
+
     for name in dict.fromkeys(chain.from_iterable(GROUPS.get(name, (name,)) for name in arguments.suite or SUITES)):
         print(f"{name} ...", file=sys.stderr, flush=True)
         start = time.perf_counter()
-        suite: dict[str, Any] = {"about": SUITES[name].about}
+        suite: dict[str, Any] = {"about": SUITES[name].about, "figures": []}
+        found["suites"][name] = suite
         said = io.StringIO()  # every trainer announces its plan; it matters only where a suite fails
         try:
             with silent(said):
-                suite["figures"] = SUITES[name].run(settings)
+                for row in SUITES[name].run(settings):
+                    suite["figures"].append(row)
+                    save(suite, start)
         except Exception as error:  # one suite that cannot run must not take the others' figures with it
             print(said.getvalue())
             traceback.print_exc()
-            suite |= {"broken": True, "figures": [report.broken(name, error)]}
-        found["suites"][name] = suite | {"seconds": round(time.perf_counter() - start, 1)}
-        report.print_suite(screen, name, found["suites"][name])
-        for path in files:
-            report.write(found, path)
+            suite["broken"] = True
+            suite["figures"].append(report.broken(name, error))
+        save(suite, start)
+        report.print_suite(screen, name, suite)
     for path in files:
         print(f"wrote {path}")
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -94,23 +93,17 @@ def test_a_suite_that_breaks_is_named_and_the_others_still_run(
     assert run.main(["--suite", "parity"]) == 1  # parity that was not shown does not hold
 
 
-def test_the_report_is_written_after_each_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What is killed in its second suite leaves the figures of the first."""
-    stub(monkeypatch, head=[figure("head", 1.0, "s")], reads=KeyboardInterrupt())
-    monkeypatch.setattr(run.Suite, "run", _raising(run.Suite.run))
+def test_what_is_stopped_leaves_the_figures_it_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def stopped() -> Any:
+        yield figure("a read", 1.0, "reads")
+        raise KeyboardInterrupt
+
+    stub(monkeypatch, head=[figure("head", 1.0, "s")], reads=stopped())
     file = tmp_path / "results.json"
     with pytest.raises(KeyboardInterrupt):
         run.main(["--suite", "head", "reads", "--json", str(file)])
-    assert list(json.loads(file.read_text(encoding="utf-8"))["suites"]) == ["head"]
-
-
-def _raising(measured: Any) -> Any:
-    def suite_run(suite: Any, settings: Settings) -> Any:
-        if isinstance(result := measured(suite, settings), BaseException):
-            raise result
-        return result
-
-    return suite_run
+    found = report.read(file)
+    assert [row["name"] for row in report.rows_of(found)] == ["head", "a read"]
 
 
 def test_device_cpu_hides_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

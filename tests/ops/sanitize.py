@@ -1,33 +1,57 @@
-"""Every way to launch the cross-entropy kernel once, over a few small rows: for NVIDIA's compute-sanitizer.
+"""Every Triton kernel in every way it is launched, and the fused head over it, on a few small rows.
 
-    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/ops/sanitize.py      (or memcheck)
+    python tests/ops/sanitize.py [--device cpu]         # the CPU: in Triton's interpreter
 
-The interpreter runs one program after the other: it sees no race, nor an access outside of a tensor. racecheck looks at
-shared memory only; that a gradient may take its logits' place is for `test_cross_entropy_triton.py`. For memcheck, set
-PYTORCH_NO_CUDA_MEMORY_CACHING=1, or it sees the allocator's segments and not the tensors.
+is what `benchmarks/gpu.py` puts under NVIDIA's compute-sanitizer (racecheck, memcheck): the interpreter runs one
+program after the other and sees no race, nor an access outside of a tensor. racecheck looks at shared memory only; that
+a gradient may take its logits' place is for `test_cross_entropy_triton.py`.
 """
 
-import torch
-from packsft_kernels import LossOptions, cross_entropy, launch
-
-OPTIONS = (
-    LossOptions(),
-    LossOptions(softcap=5.0, logit_scale=0.7, label_smoothing=0.1, z_loss=1e-2, dft=True, entropy=True, correct=True),
-)
+import argparse
+import os
+import sys
+from pathlib import Path
 
 
-def main() -> None:
-    for vocab in (3, *launch.ONE_READ_SHAPES, 20_000, 20_001):  # the last: rows with edges
-        for dtype in (torch.bfloat16, torch.float32):
-            for options in OPTIONS:
-                for inplace in (False, True):
-                    leaf = torch.randn(5, vocab, device="cuda", dtype=dtype, requires_grad=True)
-                    targets = torch.tensor([0, vocab - 1, -100, vocab // 2, 1], device="cuda")
-                    logits = leaf.view_as(leaf)
-                    cross_entropy(logits, targets=targets, options=options, inplace=inplace).loss.backward()
-    torch.cuda.synchronize()
+def main(device: str) -> None:
+    import torch
+    from packsft_kernels import LossOptions, cross_entropy, launch, linear_cross_entropy
+
+    plain = LossOptions()
+    # a softcap takes the registers that would hold a row: without one, every option beside a row that is read once
+    capped = LossOptions(
+        softcap=5.0, logit_scale=0.7, label_smoothing=0.1, z_loss=1e-2, dft=True, entropy=True, correct=True
+    )
+    uncapped = LossOptions(label_smoothing=0.1, z_loss=1e-2, dft=True, entropy=True, correct=True)
+    edges = (3, 20_001)  # rows that end, and begin, anywhere; 20,000 and longer are read twice
+    half, single = torch.bfloat16, torch.float32
+    cases = [(vocab, half, plain) for vocab in (*edges, *launch.ONE_READ_SHAPES, 20_000)]
+    cases += [(vocab, single, plain) for vocab in (max(launch.ONE_READ_SHAPES), 20_000, 20_001)]
+    cases += [(20_001, half, capped), (20_000, single, capped), (max(launch.ONE_READ_SHAPES), half, uncapped)]
+    for vocab, dtype, options in cases:
+        for inplace in (False, True):
+            leaf = torch.randn(5, vocab, device=device, dtype=dtype, requires_grad=True)
+            targets = torch.tensor([0, vocab - 1, -100, vocab // 2, 1], device=device)
+            loss = cross_entropy(leaf.view_as(leaf), targets=targets, options=options, inplace=inplace).loss
+            (loss / 2).backward()  # a factor that the kernel of `scale_` does not leave out
+
+    for vocab in (1024, 20_001):  # the head pads the rows of a chunk, and orders the scored ones
+        hidden = torch.randn(9, 64, device=device, dtype=half, requires_grad=True)
+        weight = torch.randn(vocab, 64, device=device, dtype=half, requires_grad=True)
+        targets = torch.tensor([0, vocab - 1, -100, vocab // 2, 1], device=device)
+        rows = torch.tensor([8, 0, 3, 4, 6], device=device)
+        for reduction in ("mean", "none"):
+            linear_cross_entropy(hidden, weight, targets, rows=rows, reduction=reduction).loss.sum().backward()
+    if device == "cuda":
+        torch.cuda.synchronize()
     print("every launch ran")
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    arguments = parser.parse_args()
+    if arguments.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+    sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
+    main(arguments.device)

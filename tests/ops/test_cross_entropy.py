@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_accurate, error, seeded
+from numerics import EXACT, assert_accurate, error, seeded
 from packsft_kernels import LossOptions, _triton, cross_entropy, launch, reference
 from torch import Tensor
 
@@ -170,7 +170,8 @@ def test_small_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) ->
     whole = differentiate(cross_entropy, **given, options=options)
     monkeypatch.setattr(launch, "_CACHED_ELEMENTS", 5 * V)  # blocks of 5, 5 and 2 rows
     for one, many in zip(whole, differentiate(cross_entropy, **given, options=options), strict=True):
-        assert torch.equal(one, many)
+        # CUDA divides the sum over a row among more threads where there are fewer rows
+        assert error(many, one) <= (EXACT if one.is_cuda else 0.0)
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 255, 256, 257, 1023, 2049])

@@ -3,8 +3,8 @@
 Triton chooses between interpreter and compiler when a kernel is defined, hence a process of its own for each.
 """
 
+import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,11 +15,13 @@ import torch
 
 pytest.importorskip("triton")
 import bench_static
+import gpu
 from packsft_kernels import cross_entropy, launch
 
 ROOT = Path(__file__).parents[2]
 # The plugin is found before pytest has read its own `pythonpath`.
 INTERPRETED_PATH = os.pathsep.join([str(ROOT / "tests" / "ops"), os.environ.get("PYTHONPATH", "")])
+GPU = "cuda"
 LLAMA_ON_HOPPER = bench_static.Case(128_256, 90, torch.bfloat16, "loss, entropy, correct")
 
 
@@ -78,20 +80,18 @@ def test_narrow_accesses_and_a_missing_barrier_are_found() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])
 def test_every_case_of_the_losses_holds_on_the_gpu(name: str) -> None:
-    output = run(
-        "-m", "pytest", f"tests/ops/test_{name}.py", "-q", "-p", "no:cacheprovider", PACKSFT_TEST_DEVICE="cuda"
-    )
-    assert "passed" in output
+    """In several processes where pytest-xdist is there: a second goes into compiling each of some 200 kernels."""
+    workers = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    tests = ["-m", "pytest", f"tests/ops/test_{name}.py", "-q", "--tb=line", "-p", "no:cacheprovider", *workers]
+    assert "passed" in run(*tests, PACKSFT_TEST_DEVICE=GPU)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tool", ["racecheck", "memcheck"])
 def test_no_launch_races_in_shared_memory_or_leaves_its_tensors(tool: str) -> None:
-    if shutil.which("compute-sanitizer") is None:
-        pytest.skip("compute-sanitizer, of the CUDA toolkit, is not on the PATH")
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, "tests/ops/sanitize.py"]
-    # Without the cache of PyTorch's allocator every tensor is an allocation of its own, whose end memcheck knows.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    if (sanitizer := gpu.compute_sanitizer()) is None:
+        pytest.skip("compute-sanitizer, of the CUDA toolkit, is not found")
+    command, environment = gpu.sanitizing(sanitizer, tool), os.environ | gpu.NO_CACHING
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "every launch ran" in done.stdout
@@ -104,8 +104,8 @@ def test_a_gradient_in_the_logits_place_is_the_gradient_beside_them(vocab: int) 
 
     (racecheck looks at shared memory alone.) Targets lie everywhere, at a row's ends too.
     """
-    logits = torch.randn(2048, vocab, device="cuda", dtype=torch.bfloat16)
-    targets = torch.randint(vocab, (2048,), device="cuda")
+    logits = torch.randn(2048, vocab, device=GPU, dtype=torch.bfloat16)
+    targets = torch.randint(vocab, (2048,), device=GPU)
     targets[::3], targets[1::3] = 0, vocab - 1
 
     def gradient(inplace: bool) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import pytest
 from bench_reads import CPU_ATTENTION, count_reads
-from peers import OURS, TRL_PACKED
+from trainers import OURS, TRL_PACKED
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "step"])
