@@ -153,7 +153,7 @@ def on_smollm2(settings: Settings) -> list[Figure]:
         table = speeds(work, quick, limit, CPU_TARGETS) + losses(work, quick)
         table += [figure(f"{work.name}: {name}", note="not run with --quick") for name in others]
         return [*table, figure("peak memory", note="not measured with --quick: it takes a fresh process per trainer")]
-    limit, third = gemm_rate(work, 2), work.part(range(0, 64, 3))
+    limit, third = gemm_rate(work, 3), work.part(range(0, 64, 3))
     full = train_all(work, MAIN, {OURS: 2, EXACT: 2, TRL_PACKED: 2}, short)
     table = speeds(work, full, limit, CPU_TARGETS) + losses(work, full)
     others = [name for name in others if name not in COMPILED]
@@ -161,7 +161,7 @@ def on_smollm2(settings: Settings) -> list[Figure]:
     table += checkpointed(third, short, limit)
     # to compile all 30 layers takes several minutes a time
     shallow = replace(third, name=f"{work.name}, 3 of 30 layers", model=lambda: first_layers(work.model(), 3))
-    table += speeds(shallow, train_all(shallow, [OURS, *COMPILED], {}, short), gemm_rate(shallow, 2))
+    table += speeds(shallow, train_all(shallow, [OURS, *COMPILED], {}, short), gemm_rate(shallow, 3))
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -211,7 +211,9 @@ def on_gpu_model(
         return table
     table += losses(work, found)
     if torch.cuda.is_available():
-        table += memory(work, {key: result.mib or result.why_not for key, result in found.items()}, targets, 0.8)
+        table += memory(
+            work, {key: result.mib or f"cannot run: {result.why_not}" for key, result in found.items()}, targets, 0.8
+        )
     return table + (checkpointed(work, short, limit) if first else [])
 
 
@@ -306,11 +308,11 @@ def train_once(work: Workload, name: str, result: Result, arguments: dict[str, A
 
 
 def gemm_rate(work: Workload, repeats: int, num_tokens: int | None = None) -> float:
-    """FLOP/s of the model's bare GEMMs, forward and backward, on one full pack (or `num_tokens`)."""
+    """FLOP/s of the model's bare GEMMs, forward and backward, on a full pack (or `num_tokens`): the fastest repeat."""
     num_tokens = num_tokens or work.max_length
     num_scored = round(num_tokens * work.num_scored() / sum(work.lengths()))
     run, flops = model_gemms(work.model(), num_tokens, num_scored)
-    return flops / interleave({"gemms": run}, repeats)["gemms"].median
+    return flops / min(interleave({"gemms": run}, repeats)["gemms"].seconds)
 
 
 # ---- figures ----
@@ -438,7 +440,7 @@ def memory(work: Workload, peaks: dict[str, float | str], targets: Sequence[Targ
     for name, peak in peaks.items():
         row = f"{work.name}: peak memory, {name}"
         if isinstance(peak, str):
-            table.append(figure(row, note=f"cannot run: {peak}"))
+            table.append(figure(row, note=peak))
             continue
         judged: dict[str, Any] = {}
         if name != OURS and not isinstance(ours, str):
@@ -458,16 +460,17 @@ def child_peaks(folder: str, data: str | None) -> dict[str, float | str]:
     peaks: dict[str, float | str] = {}
     for name, competitor in COMPETITORS.items():
         if competitor.compiled:
-            peaks[name] = "the compiler's own memory would be counted"
+            peaks[name] = "not measured: the compiler's own memory would be counted"
         elif not (reason := competitor.why_not()):
             command = [sys.executable, __file__, "--child", name, "--folder", folder]
             ended = subprocess.run([*command, *(["--data", data] if data else [])], capture_output=True, text=True)
             if ended.returncode:
-                peaks[name] = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
+                error = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
+                peaks[name] = f"cannot run: {error}"
             else:
                 peaks[name] = json.loads(ended.stdout.strip().splitlines()[-1])
         else:
-            peaks[name] = reason
+            peaks[name] = f"cannot run: {reason}"
     return peaks
 
 
