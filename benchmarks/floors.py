@@ -1,14 +1,16 @@
 """Limits no implementation can beat, measured in the same run: the bare matrix multiplications, and bytes.
 
-Knows shapes and GEMMs; knows nothing of losses, attention or trainers.
+Knows shapes, GEMMs and what a training step has to multiply; knows nothing of losses or trainers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+
+DATASHEET = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # FLOP/s
 
 
 def head_gemms(hidden_NM: Tensor, weight_VM: Tensor) -> Callable[[], None]:
@@ -58,21 +60,50 @@ def model_gemms(model: nn.Module, num_tokens: int, num_scored: int) -> tuple[Cal
     Every linear layer sees `num_tokens` rows, the head (the output embeddings) only the `num_scored` that have a
     target. Inputs are random: zeros would be multiplied faster.
     """
-    from transformers.pytorch_utils import Conv1D
-
     head = model.get_output_embeddings()
     layers, flops = [], 0.0
     inputs: dict[tuple[int, int], Tensor] = {}
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            weight = module.weight
-        elif isinstance(module, Conv1D):
-            weight = module.weight.t()
-        else:
-            continue
+    for module, weight in linear_weights(model):
         shape = (num_scored if module is head else num_tokens, weight.shape[1])
         if shape not in inputs:
             inputs[shape] = torch.randn(shape, dtype=weight.dtype, device=weight.device)
         layers.append((inputs[shape], weight))
         flops += 3 * 2 * shape[0] * weight.numel()
     return linear_gemms(layers), flops
+
+
+def linear_weights(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
+    """(layer, its weight `[out, in]`) of every linear layer of a model."""
+    from transformers.pytorch_utils import Conv1D
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            yield module, module.weight
+        elif isinstance(module, Conv1D):
+            yield module, module.weight.t()
+
+
+def training_flops(model: nn.Module, documents: Sequence[int], num_scored: int) -> float:
+    """Useful floating-point operations of forward and backward over documents of these lengths, in tokens.
+
+    Of every linear weight 6 a token (2 forward, 2 for the gradient of the input, 2 for that of the weight, which a
+    frozen one has not), where the head sees only the `num_scored` tokens. Of causal attention with H query heads of
+    size K, 6 H K L^2 a layer and document of length L: two products of L^2 / 2 pairs forward, twice that backward.
+    Padding, recomputed activations and masked pairs are work too, but none that the training asks for.
+    """
+    head, tokens = model.get_output_embeddings(), sum(documents)
+    flops = 0.0
+    for module, weight in linear_weights(model):
+        per_token = 6 if module.weight.requires_grad else 4
+        flops += per_token * weight.numel() * (num_scored if module is head else tokens)
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    pairs = sum(length**2 for length in documents)
+    return flops + config.num_hidden_layers * 6 * config.num_attention_heads * head_dim * pairs
+
+
+def datasheet_peak(device_name: str) -> float | None:
+    """FLOP/s of dense bfloat16 products that the maker states for this GPU (its SXM form), None if not known here."""
+    if "PCIe" in device_name or "NVL" in device_name:
+        return None
+    return next((flops for name, flops in DATASHEET.items() if name in device_name), None)

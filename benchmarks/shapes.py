@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,42 @@ assert sum(PACK_LENGTHS) == 1024
 TINY: dict[str, Any] = {"vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 3}
 
 
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder as transformers configures it: `model_type` and the fields of its configuration."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    tie_word_embeddings: bool = True
+
+    def shrunk(self) -> ModelShape:
+        """The same architecture so small that it trains anywhere, over the vocabulary of `tiny_tokenizer`."""
+        tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": TINY["vocab_size"]}
+        return replace(self, num_attention_heads=2, num_key_value_heads=1, **tiny)
+
+
+MODELS = {
+    "Llama-3.2-1B": ModelShape("llama", 2048, 8192, 16, 32, 8, 128_256),
+    "Qwen2.5-0.5B": ModelShape("qwen2", 896, 4864, 24, 14, 2, 151_936),
+    "Qwen2.5-7B": ModelShape("qwen2", 3584, 18_944, 28, 28, 4, 152_064, tie_word_embeddings=False),
+}
+
+
+def random_model(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> Any:
+    """A causal language model of this shape with random weights, made on the device, the same ones every time."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**(vars(shape) | {name: TINY[name] for name in TINY if name != "vocab_size"}))
+    torch.manual_seed(0)
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
 def smollm2(dtype: torch.dtype) -> tuple[Any, Any]:
     """(model, tokenizer): pretrained SmolLM2-135M-Instruct, downloaded on first use, a fresh copy each time."""
     return copy.deepcopy(_loaded_smollm2(dtype))
@@ -62,6 +99,13 @@ def _loaded_smollm2(dtype: torch.dtype) -> tuple[Any, Any]:
     from packsft.smollm2 import load_smollm2
 
     return load_smollm2(dtype)
+
+
+def first_layers(model: Any, count: int) -> Any:
+    """The same model, of whose decoder layers only the first `count` are left."""
+    model.model.layers = model.model.layers[:count]
+    model.config.num_hidden_layers = count
+    return model
 
 
 def tiny_tokenizer() -> Any:
@@ -142,6 +186,34 @@ def instruction_data(path: str | None, count: int) -> Dataset:
     if len(dataset) < count:
         raise ValueError(f"{path or 'the standard library'} has {len(dataset)} examples, {count} are needed")
     return dataset.shuffle(seed=0).select(range(count))
+
+
+def random_documents(count: int, vocabulary: int, longest: int, *, prompt_share: float = 0.4) -> Dataset:
+    """`count` examples of random tokens as `input_ids` and `labels`, the same ones every time.
+
+    Their lengths are log-normal, as those of instruction data: of median 134 and cut at 8 and 1,024 where `longest` is
+    1,024, and in proportion elsewhere. The first `prompt_share` of each is not scored.
+    """
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(count, generator=generator, dtype=torch.float64)
+    lengths = (normal * 0.9 + 4.9 + math.log(longest / 1024)).exp().clamp(8, longest).int().tolist()
+    rows = []
+    for length in lengths:
+        # below 4 are the special tokens of `tiny_tokenizer`
+        ids = torch.randint(4, vocabulary, (length,), generator=generator).tolist()
+        prompt = int(length * prompt_share)
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return Dataset.from_list(rows)
+
+
+def tokenised(dataset: Dataset, tokenizer: Any) -> Dataset:
+    """Prompt/completion examples as `input_ids` and `labels`, the prompt not scored, as TRL makes them."""
+    from trl import SFTConfig
+
+    from packsft.compat import prepare_rows
+
+    args = SFTConfig("unused", use_cpu=True, bf16=False, report_to="none")
+    return prepare_rows(dataset, tokenizer, args).select_columns(["input_ids", "labels"])
 
 
 def packed_row(lengths: tuple[int, ...], vocabulary: int, *, seed: int, prompt_share: float = 0.4) -> dict[str, Any]:

@@ -187,8 +187,10 @@ def _why_not_fused(model: PreTrainedModel, options: LossOptions) -> str | None:
     finally:
         for module, training in modes:
             module.training = training
-    # Both round the logits to their dtype: a few units in the last place of the largest one is all they may differ by.
+    # Both round the logits to their dtype, and ours each log-probability, whose size the vocabulary decides: a few
+    # units in the last place of the largest is all they may differ by.
     allowed = 4 * torch.finfo(logits.dtype).eps * float(logits.abs().max().clamp(min=1))
+    allowed += 4 * torch.finfo(ours.dtype).eps * float(theirs.abs().max())
     difference = float((ours.double() - theirs).abs().max())
     if not difference <= allowed:
         return f"its log-probabilities would be off by {difference:.2g} nats (allowed {allowed:.2g})"

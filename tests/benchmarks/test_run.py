@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def test_list_names_every_suite_and_imports_none() -> None:
 def test_every_suite_is_a_function_that_exists() -> None:
     for suite in run.SUITES.values():
         source = (BENCHMARKS / f"{suite.module}.py").read_text(encoding="utf-8")
-        assert f"\ndef {suite.function}(settings: Settings) -> list[Figure]:" in source
+        assert re.search(rf"\ndef {suite.function}\(settings: Settings\) -> (list|Iterator)\[Figure\]:", source)
 
 
 def test_json_holds_figures_environment_and_verdicts(
