@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from measure import Figure, Settings, figure
-from shapes import tiny_llama, tiny_tokenizer
+from shapes import random_documents, tiny_llama, tiny_tokenizer
 from trainers import EXACT, OURS, TRL_PACKED, TRL_PADDED, build_trainer
 from trl import pack_dataset
 
@@ -34,23 +34,17 @@ def loaders(quick: bool) -> list[Figure]:
 
     Real tokens, without padding, from the trainer's own loader in the trainer's process; each worker does as much.
     """
-    lengths = log_normal_lengths(1000 if quick else 10_000, 1024)
-    ids = np.random.default_rng(0).integers(4, 64, lengths.sum())
-    masks = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths) >= np.repeat(
-        lengths // 3, lengths
-    )
-    offsets = np.concatenate(([0], np.cumsum(lengths)))
-    columns = {"input_ids": ids, "completion_mask": masks.astype(np.int64)}
-    table = pa.table({name: pa.LargeListArray.from_arrays(offsets, values) for name, values in columns.items()})
+    data = random_documents(1000 if quick else 10_000, 64, 1024)
+    num_tokens = sum(map(len, data["input_ids"]))
     rows = []
     speeds: dict[str, float] = {}
     for name in (OURS, EXACT, TRL_PACKED, TRL_PADDED):
         with tempfile.TemporaryDirectory() as folder:
-            trainer = build_trainer(name, tiny_llama(torch.float32), tiny_tokenizer(), datasets.Dataset(table), folder)
+            trainer = build_trainer(name, tiny_llama(torch.float32), tiny_tokenizer(), data, folder)
             start = time.perf_counter()
             for _ in trainer.get_train_dataloader():
                 pass
-            speeds[name] = float(lengths.sum() / (time.perf_counter() - start))
+            speeds[name] = num_tokens / (time.perf_counter() - start)
         ratio = {} if name == OURS else {"ratio": speeds[OURS] / speeds[name], "ratio_of": "speed of packsft / this"}
         rows.append(figure(f"loader of {name}", speeds[name], "tokens/s", note="one process", **ratio))  # type: ignore[arg-type]
     return rows

@@ -30,10 +30,10 @@ Candidates = dict[str, Callable[[], object]]
 def bench_scaling(settings: Settings) -> list[Figure]:
     """A line of points and an exponent for each axis; --quick: three small sizes of each, and no model."""
     on_gpu, quick = device().type == "cuda", settings.quick or settings.dry_run
-    N, V, H = (4096, 65_536, 2048) if on_gpu else (256, 8192, 512)
+    N, V, H = (4096, 65_536, 2048) if on_gpu else (512, 16_384, 512)
     steps = 3 if quick else 4
     if quick:
-        N, V, H = N // 4, V // 4, H // 4
+        N, V, H = N // 8, V // 8, H // 4
     repeats = 2 if quick else 5
     T = 8192 if on_gpu else 512 if quick else 1024
 

@@ -150,7 +150,7 @@ def on_smollm2(settings: Settings) -> Iterator[Figure]:
         work = work.part(order[28:36])  # of about the median length
         limit = gemm_rate(work, 1, num_tokens=256)
         quick = train_all(work, MAIN, {}, short)
-        yield from speeds(work, quick, limit, CPU_TARGETS) + losses(work, quick)
+        yield from speeds(work, quick, limit) + losses(work, quick)  # one pack: the targets are of 64 examples
         for name in [*others, "peak memory"]:
             yield figure(f"{work.name}: {name}", note="not run with --quick")
         return

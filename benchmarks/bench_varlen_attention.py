@@ -123,7 +123,7 @@ def _equal_lengths(shape: AttentionShape, quick: bool) -> Figure:
 
     ours = peers_of(bounds, qkv)[0].run
     steps = {OURS: lambda: torch.autograd.grad(ours(*qkv), qkv, grad), ONE_CALL: one_call}  # type: ignore[misc]
-    times = interleave(steps, 8 if quick else 100, warmup=2)
+    times = interleave(steps, 30 if quick else 100, warmup=2)
     return figure(
         f"{OURS}, {D} documents of {L} tokens", times[OURS].median, "s", spread=times[OURS].spread,
         ratio=times[OURS].median / times[ONE_CALL].median, ratio_of=f"time / {ONE_CALL}", at_most=1.05,

@@ -143,6 +143,8 @@ def interleave(candidates: Mapping[str, Callable[[], object]], repeats: int, *, 
         warmup: untimed runs of each before the first timed one; 0 where the caller has run them already.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    gc.collect()
+    gc.freeze()  # what is there stays, so that collecting before each run takes no time
     for repeat in range(-warmup, repeats):
         for name, run in candidates.items():
             getattr(run, "prepare", lambda: None)()
@@ -150,6 +152,7 @@ def interleave(candidates: Mapping[str, Callable[[], object]], repeats: int, *, 
             taken = _seconds_on_gpu(run) if torch.cuda.is_available() else _seconds(run)
             if repeat >= 0:
                 seconds[name].append(taken)
+    gc.unfreeze()
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
