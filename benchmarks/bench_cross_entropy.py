@@ -5,40 +5,41 @@ Every run gets fresh random logits, since ours overwrites them. Knows logits; kn
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from contest import Limit, Outputs, check, compete
+from contest import Limit, Outputs, Verdict, check, compete
 from measure import Figure, Settings, device, figure, training_dtype
-from peers import OURS, PLAIN_LOSS, Loss, Peer, losses
+from peers import PLAIN_LOSS, Loss, Peer, losses
 from torch import Tensor
 
 COPY = "copy of the logits"
+CHECKED_ROWS = 1024  # in float64 a benchmark's logits and their gradient would be tens of gigabytes
 
 
-def bench_cross_entropy(settings: Settings) -> list[Figure]:
+def bench_cross_entropy(settings: Settings) -> Iterator[Figure]:
     """8,192 rows of Llama 3's vocabulary on a GPU, 512 of SmolLM2's on a CPU; on a GPU also one of 50,257 columns."""
     on_gpu = device().type == "cuda"
     shapes = [(8192, 128_256), (8192, 50_257)] if on_gpu else [(512, 49_152)]
-    table: list[Figure] = []
     peers = losses()
     if settings.quick:
-        table += [figure(peer.name, note="not run with --quick: compiles") for peer in peers if "compile" in peer.name]
+        yield from (
+            figure(peer.name, note="not run with --quick: compiles") for peer in peers if "compile" in peer.name
+        )
         peers = [peer for peer in peers if "compile" not in peer.name]
     for num_rows, vocab in shapes:
-        verdicts, absent = _checked(peers, vocab)
-        table += absent + compete(
+        shape = f"[{num_rows:,}, {vocab:,}]"
+        yield from compete(
             peers,
-            verdicts,
+            *_checked(peers, min(num_rows, CHECKED_ROWS), vocab),
             copy_limit(num_rows, vocab),
             lambda run, n=num_rows, v=vocab: timed(run, n, v),  # type: ignore[misc]
             repeats=2 if settings.quick else 10,
-            warmup=1 if settings.quick else 2,
-            chart=f"Cross-entropy of [{num_rows:,}, {vocab:,}] logits",
+            chart=f"Cross-entropy of {shape} logits",
+            prefix=f"{shape}: " if on_gpu else "",
             at_most=1 / 0.85 if on_gpu else None,
         )
-    return table
 
 
 def copy_limit(num_rows: int, vocab: int) -> Limit:
@@ -64,17 +65,12 @@ def timed(loss: Loss, num_rows: int, vocab: int) -> Callable[[], None]:
     return run
 
 
-def ours() -> Loss:
-    return next(peer.run for peer in losses() if peer.name == OURS and peer.run is not None)
-
-
 def _logits(num_rows: int, vocab: int) -> Tensor:
     return 3 * torch.randn(num_rows, vocab, device=device()).to(training_dtype())
 
 
-def _checked(peers: list[Peer], vocab: int) -> tuple[dict[str, object], list[Figure]]:
-    """Over a few rows: in float64 the logits of a benchmark would not fit."""
-    logits, targets = _logits(64, vocab), torch.randint(vocab, (64,), device=device())
+def _checked(peers: list[Peer], num_rows: int, vocab: int) -> tuple[dict[str, Verdict], dict[str, str]]:
+    logits, targets = _logits(num_rows, vocab), torch.randint(vocab, (num_rows,), device=device())
 
     def outputs(loss: Loss, logits: Tensor = logits) -> Outputs:
         leaf = logits.clone().requires_grad_()

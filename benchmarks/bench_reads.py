@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from measure import Figure, Settings, figure
+from measure import Figure, Settings, figure, training_dtype
 from shapes import tiny_llama, tiny_tokenizer
 from trainers import EXACT, OURS, TRL_PACKED, build_trainer
 from transformers import TrainerCallback
@@ -77,14 +77,14 @@ def count_reads(name: str) -> ReadCounter:
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(
             name,
-            tiny_llama(torch.float32),
+            tiny_llama(training_dtype() if torch.cuda.is_available() else torch.float32),
             tiny_tokenizer(),
             dataset,
             folder,
             max_length=64,
             max_steps=STEPS,
             gradient_accumulation_steps=ACCUMULATION,
-            bf16=False,
+            bf16=torch.cuda.is_available(),
         )
         trainer.add_callback(counter)
         trainer.train()
@@ -98,7 +98,7 @@ def bench_reads(settings: Settings) -> list[Figure]:
     for name in (OURS, EXACT, TRL_PACKED):
         counter = count_reads(name)
         micro_steps = STEPS * ACCUMULATION
-        attention = counter.methods.pop(CPU_ATTENTION, 0)
+        attention = 0 if torch.cuda.is_available() else counter.methods.pop(CPU_ATTENTION, 0)
         reads = counter.operators.total() + counter.methods.total()
         found = {key.removeprefix("aten::"): count for key, count in counter.operators.items()}
         found |= {f"{method}() in {file}": count for (file, method), count in counter.methods.items()}

@@ -8,7 +8,7 @@ suites and to the training step's.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import bench_cross_entropy
@@ -16,9 +16,10 @@ import bench_linear_cross_entropy as head
 import bench_varlen_attention as attention
 import numpy as np
 from bench_training_step import training_step
+from contest import runnable
 from datasets import Dataset
 from measure import Figure, Settings, device, extra_memory, figure, interleave, training_dtype
-from peers import BLOCK_MASK, OURS, Peer
+from peers import BLOCK_MASK, OURS, losses, ours
 from shapes import LLAMA_1B_ATTENTION, SMOLLM2_ATTENTION, HeadShape, packed_row, small_llama, tiny_tokenizer
 from trainers import TRL_PACKED, build_trainer
 
@@ -27,7 +28,7 @@ LINEAR = 1.1  # an exponent of 1, and the noise of timings
 Candidates = dict[str, Callable[[], object]]
 
 
-def bench_scaling(settings: Settings) -> list[Figure]:
+def bench_scaling(settings: Settings) -> Iterator[Figure]:
     """A line of points and an exponent for each axis; --quick: three small sizes of each, and no model."""
     on_gpu, quick = device().type == "cuda", settings.quick or settings.dry_run
     N, V, H = (4096, 65_536, 2048) if on_gpu else (512, 16_384, 512)
@@ -40,7 +41,6 @@ def bench_scaling(settings: Settings) -> list[Figure]:
     def doubling(largest: int) -> list[int]:
         return [largest >> i for i in reversed(range(steps))]
 
-    table: list[Figure] = []
     for title, axis, sizes, candidates in (
         ("Cross-entropy over rows", "rows of logits, N", doubling(2 * N), lambda n: _cross_entropy(n, V)),
         ("Cross-entropy over columns", "vocabulary, V", doubling(2 * V), lambda v: _cross_entropy(N, v)),
@@ -52,25 +52,31 @@ def bench_scaling(settings: Settings) -> list[Figure]:
         ("Attention over tokens", f"tokens T, in documents of {DOCUMENT}", doubling(4 * T),
          lambda t: _attention(t, t // DOCUMENT)),
     ):  # fmt: skip
-        table += _axis(title, axis, sizes, candidates, repeats, at_most=LINEAR)
+        yield from _axis(title, axis, sizes, candidates, repeats, at_most=LINEAR)
     documents = [1, 2, 4, 8, 16][:: 2 if quick else 1]
     title, axis = f"Attention over documents in {2 * T:,} tokens", "documents in the pack"
     # never dearer for more documents: the squares of their lengths add up to T^2 / D
-    table += _axis(title, axis, documents, lambda count: _attention(2 * T, count), repeats, at_most=0.0)
+    yield from _axis(title, axis, documents, lambda count: _attention(2 * T, count), repeats, at_most=0.0)
     if quick:
-        return [*table, figure("Training step over tokens", note="not run with --quick")]
-    return table + _training_steps(doubling(4 * T), repeats)
+        yield figure("Training step over tokens", note="not run with --quick")
+    else:
+        yield from _training_steps(doubling(4 * T), repeats)
 
 
 def _axis(
     title: str, axis: str, sizes: Sequence[float], candidates: Callable[[Any], Candidates], repeats: int, at_most: float
 ) -> list[Figure]:
-    """A row for each size and candidate, the limit first, and an exponent for each candidate but the limit."""
+    """A row for each size and candidate, the limit first, and an exponent for each candidate but the limit.
+
+    A competitor's line ends at the size that it cannot run, for want of memory.
+    """
     seconds: dict[str, list[float]] = {}
     table = []
     for size in sizes:
-        times = interleave(candidates(size), repeats)
+        able, absent = runnable(candidates(size))
+        times = interleave(able, repeats, warmup=0)
         limit = next(iter(times))
+        table += [figure(f"{title}, {size:,g}: {name}", note=f"cannot run: {why}") for name, why in absent.items()]
         for name, time in times.items():
             seconds.setdefault(name, []).append(time.median)
             over: dict[str, Any] = {"limit": True}
@@ -83,26 +89,27 @@ def _axis(
                 )
             )  # fmt: skip
     return table + [
-        _exponent(f"{title}: {name}", sizes, values, at_most if name == OURS else None)
+        _exponent(f"{title}: {name}", sizes[: len(values)], values, at_most if name == OURS else None)
         for name, values in list(seconds.items())[1:]
     ]
 
 
 def _exponent(name: str, sizes: Sequence[float], values: Sequence[float], at_most: float | None) -> Figure:
+    if len(sizes) < 2:
+        return figure(f"{name}, exponent", note="of one point there is none")
     slope = float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
     return figure(f"{name}, exponent", slope, "", at_most=at_most, note="p of cost ~ size^p")
 
 
 def _cross_entropy(num_rows: int, vocab: int) -> Candidates:
     limit = bench_cross_entropy.copy_limit(num_rows, vocab)
-    ours = _ours(bench_cross_entropy.losses())
-    return {limit.name: limit.run, OURS: bench_cross_entropy.timed(ours, num_rows, vocab)}
+    return {limit.name: limit.run, OURS: bench_cross_entropy.timed(ours(losses()), num_rows, vocab)}
 
 
 def _head(T: int, N: int, H: int, V: int) -> Candidates:
     given = head.inputs(HeadShape(T, N, H, V))
     limit = head.limit_of(given)
-    return {limit.name: limit.run, OURS: head.timed(_ours(head.peers_of(given)), given)}
+    return {limit.name: limit.run, OURS: head.timed(ours(head.peers_of(given)), given)}
 
 
 def _attention(T: int, count: int) -> Candidates:
@@ -114,12 +121,7 @@ def _attention(T: int, count: int) -> Candidates:
     peers = attention.peers_of(bounds, qkv)
     masked = next(peer.run for peer in peers if peer.name == BLOCK_MASK)
     assert masked is not None
-    ours = _ours(peers)
-    return {limit.name: limit.run, OURS: attention.timed(ours, qkv), BLOCK_MASK: attention.timed(masked, qkv)}
-
-
-def _ours(peers: Sequence[Peer]) -> Callable[..., Any]:
-    return next(peer.run for peer in peers if peer.name == OURS and peer.run is not None)
+    return {limit.name: limit.run, OURS: attention.timed(ours(peers), qkv), BLOCK_MASK: attention.timed(masked, qkv)}
 
 
 def _training_steps(sizes: Sequence[int], repeats: int) -> list[Figure]:
@@ -136,7 +138,8 @@ def _training_steps(sizes: Sequence[int], repeats: int) -> list[Figure]:
             steps[trainer_name] = [training_step(trainer, batch)[0] for batch in batches]
     table, seconds, memory = [], {}, {}
     for place, size in enumerate(sizes):
-        times = interleave({name: runs[place] for name, runs in steps.items()}, repeats)
+        able, _ = runnable({name: runs[place] for name, runs in steps.items()})
+        times = interleave(able, repeats, warmup=0)
         for name, time in times.items():
             seconds.setdefault(name, []).append(time.median)
             memory.setdefault(name, []).append(extra_memory(steps[name][place]))
@@ -148,6 +151,6 @@ def _training_steps(sizes: Sequence[int], repeats: int) -> list[Figure]:
             ]
     for name in steps:
         target = LINEAR if name == OURS else None
-        table.append(_exponent(f"Training step over tokens: {name}", sizes, seconds[name], target))
-        table.append(_exponent(f"Memory of a training step over T: {name}", sizes, memory[name], target))
+        for what, values in (("Training step over tokens", seconds), ("Memory of a training step over T", memory)):
+            table.append(_exponent(f"{what}: {name}", sizes[: len(values[name])], values[name], target))
     return table

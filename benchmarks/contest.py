@@ -6,12 +6,14 @@ clocks and errors; knows nothing of what is computed.
 
 from __future__ import annotations
 
+import gc
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from measure import Figure, figure, interleave, training_dtype
+from measure import Figure, figure, interleave, synchronize
 from peers import OURS, Peer
 from torch import Tensor
 
@@ -20,12 +22,13 @@ Outputs = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Limit:
-    """What no implementation can beat: `work` in floating-point operations ("FLOP") or bytes moved ("B")."""
+    """What the times stand beside: `work` in floating-point operations ("FLOP") or bytes moved ("B")."""
 
     name: str
     run: Callable[[], object]
     work: float
     unit: str
+    note: str = "the limit"
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class Verdict:
 
 def check(
     peers: Sequence[Peer], outputs: Callable[[Any], Outputs], truth: Outputs, plain: str
-) -> tuple[dict[str, Verdict], list[Figure]]:
-    """The verdict on each competitor that runs, and a row for each that does not. Ours has to run.
+) -> tuple[dict[str, Verdict], dict[str, str]]:
+    """The verdict on each competitor that runs, and for each that does not the reason. Ours has to run.
 
     Args:
         outputs: what a competitor's `run` computes, by name.
@@ -63,25 +66,27 @@ def check(
         plain: the name of the competitor whose rounding is the yardstick.
     """
     found: dict[str, dict[str, float]] = {}
-    absent = []
+    dtypes: dict[str, dict[str, torch.dtype]] = {}
+    absent = {peer.name: peer.missing for peer in peers if peer.run is None}
     for peer in peers:
-        reason = peer.missing
-        if peer.run is not None:
-            try:
-                found[peer.name] = relative_errors(outputs(peer.run), truth)
-                continue
-            except Exception as error:
-                if peer.name.startswith(OURS) or peer.name == plain:
-                    raise
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        absent.append(figure(peer.name, note=f"cannot run: {reason}"))
-    allowed = allowed_errors(found[plain], training_dtype())
-    return {name: Verdict(errors, allowed) for name, errors in found.items()}, absent
+        if peer.run is None:
+            continue
+        try:
+            results = outputs(peer.run)
+            synchronize()
+            found[peer.name] = relative_errors(results, truth)
+            dtypes[peer.name] = {name: result.dtype for name, result in results.items()}
+        except Exception as error:
+            absent[peer.name] = _reason(peer, error, plain)
+    return {
+        name: Verdict(errors, allowed_errors(found[plain], dtypes[name])) for name, errors in found.items()
+    }, absent  # fmt: skip
 
 
-def allowed_errors(plain: dict[str, float], dtype: torch.dtype) -> dict[str, float]:
+def allowed_errors(plain: dict[str, float], dtypes: dict[str, torch.dtype]) -> dict[str, float]:
     """Twice plain PyTorch's error and half a unit in the last place; eps is the distance from 1 to the next number."""
-    return {name: 2 * error + torch.finfo(dtype).eps / 4 for name, error in plain.items()}
+    assert all(math.isfinite(error) for error in plain.values()), f"plain PyTorch gave no numbers: {plain}"
+    return {name: 2 * error + torch.finfo(dtypes[name]).eps / 4 for name, error in plain.items()}
 
 
 def relative_errors(found: Outputs, truth: Outputs) -> dict[str, float]:
@@ -89,18 +94,43 @@ def relative_errors(found: Outputs, truth: Outputs) -> dict[str, float]:
     errors = {
         name: float((found[name].double() - exact).abs().max() / exact.abs().max()) for name, exact in truth.items()
     }
-    return {name: error if error == error else float("inf") for name, error in errors.items()}
+    return {name: error if math.isfinite(error) else math.inf for name, error in errors.items()}
+
+
+def runnable(
+    candidates: dict[str, Callable[[], object]], ours: str = OURS
+) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """Run each once: those that did not raise, and for the others the reason. What begins with `ours` has to run."""
+    able, absent = {}, {}
+    for name, run in candidates.items():
+        try:
+            getattr(run, "prepare", lambda: None)()
+            run()
+            synchronize()
+            able[name] = run
+        except Exception as error:
+            absent[name] = _reason(Peer(name, run), error, ours)
+            gc.collect()
+            torch.cuda.empty_cache()
+    return able, absent
+
+
+def _reason(peer: Peer, error: Exception, indispensable: str) -> str:
+    if peer.name.startswith(OURS) or peer.name == indispensable:
+        raise error
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def compete(
     peers: Sequence[Peer],
     verdicts: dict[str, Verdict],
+    absent: dict[str, str],
     limit: Limit,
     timed: Callable[[Any], Callable[[], object]],
     *,
     repeats: int,
-    warmup: int,
     chart: str,
+    prefix: str = "",
     at_most: float | None = None,
     at_least: dict[str, float] | None = None,
     headlines: dict[str, str] | None = None,
@@ -108,49 +138,46 @@ def compete(
     """Time the limit and every competitor that is right, in turns; a row for each, and the assertion that ours is.
 
     Args:
+        absent: by competitor, why it cannot run.
         timed: from a competitor's `run` what is timed, forward and backward.
+        prefix: of the names of all rows.
         at_most: the most that ours may take, times the limit.
         at_least: by competitor, the least that it takes, times ours.
         headlines: by competitor, its row in the README.
     """
-    right = [peer for peer in peers if peer.name in verdicts and verdicts[peer.name].right]
-    times = interleave({limit.name: limit.run} | {peer.name: timed(peer.run) for peer in right}, repeats, warmup=warmup)
-    ours, floor = times[OURS].median if OURS in times else None, times[limit.name]
+    right = {peer.name: timed(peer.run) for peer in peers if peer.name in verdicts and verdicts[peer.name].right}
+    limit.run()
+    able, failed = runnable(right)  # which also is the warm-up
+    times = interleave({limit.name: limit.run} | able, repeats, warmup=0)
+    absent = absent | failed
     headlines, at_least = headlines or {}, at_least or {}
 
-    def achieved(seconds: float) -> dict[str, Any]:
-        return {"rate": limit.work / seconds / 1e9, "rate_unit": f"G{limit.unit}/s", "chart": chart}
-
-    table = [
-        figure(
-            limit.name, floor.median, "s", spread=floor.spread, note="the limit", limit=True, **achieved(floor.median)
+    def row(name: str, **more: Any) -> Figure:
+        time = times[name]
+        achieved = {"rate": limit.work / time.median / 1e9, "rate_unit": f"G{limit.unit}/s"}
+        return figure(
+            f"{prefix}{name}", time.median, "s", spread=time.spread, chart=chart, series=name, **achieved, **more
         )
-    ]
+
+    table = [row(limit.name, note=limit.note, limit=True)]
     for peer in peers:
-        if (verdict := verdicts.get(peer.name)) is None:
-            continue
-        if not verdict.right:
-            table.append(figure(peer.name, note=str(verdict)))
-            continue
-        seconds = times[peer.name].median
-        mine = peer.name.startswith(OURS)
-        compared: dict[str, Any] = {"ratio": seconds / floor.median, "ratio_of": f"time / {limit.name}"}
-        if not mine and ours is not None:
-            compared = {"ratio": seconds / ours, "ratio_of": "time / packsft", "at_least": at_least.get(peer.name)}
-        elif peer.name == OURS:
-            compared["at_most"] = at_most
-        table.append(
-            figure(
-                peer.name, seconds, "s", spread=times[peer.name].spread, note=str(verdict),
-                headline=headlines.get(peer.name, ""), **compared, **achieved(seconds),
-            )
-        )  # fmt: skip
+        name = peer.name
+        if name in absent:
+            table.append(figure(f"{prefix}{name}", note=f"cannot run: {absent[name]}"))
+        elif name not in able:
+            table.append(figure(f"{prefix}{name}", note=str(verdicts[name])))
+        else:
+            beside = limit.name if name.startswith(OURS) or OURS not in times else OURS
+            compared: dict[str, Any] = {"ratio": times[name].median / times[beside].median}
+            compared |= {"ratio_of": f"time / {beside}", "headline": headlines.get(name, "")}
+            compared |= {"at_most": at_most} if name == OURS else {"at_least": at_least.get(name)}
+            table.append(row(name, note=str(verdicts[name]), **compared))
     for name, verdict in verdicts.items():
         if name.startswith(OURS):
             table.append(
                 figure(
-                    f"{name}, error against float64", ratio=verdict.share, ratio_of="error / allowed", at_most=1.0,
-                    parity=True, note=str(verdict),
+                    f"{prefix}{name}, error against float64", ratio=verdict.share, ratio_of="error / allowed",
+                    at_most=1.0, parity=True, note=str(verdict),
                 )
             )  # fmt: skip
     return table

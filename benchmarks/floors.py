@@ -43,7 +43,7 @@ def attention_gemms(
     sees, so that no short document makes a small product: T m = sum of squared lengths / 2.
     """
     T = sum(lengths)
-    m = max(round(sum(length**2 for length in lengths) / (2 * T)), 1)
+    m = max(round(sum(length**2 for length in lengths) / (2 * T * 8)), 1) * 8  # tensor cores want multiples of 8
     left_HTK = torch.randn(heads, T, head_dim, device=device).to(dtype)
     right_HKm = torch.randn(heads, head_dim, m, device=device).to(dtype)
 

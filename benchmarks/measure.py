@@ -97,7 +97,9 @@ def figure(
         row |= {"target": f">= {at_least:.4g}", "passed": compared is not None and compared >= at_least}
     drawn = {"chart": chart, "series": series, "x": x, "x_name": x_name, "limit": limit, "curve": curve}
     seldom = {"rate": rate, "rate_unit": rate_unit, "headline": headline, **drawn}
-    return row | {key: value for key, value in seldom.items() if value not in (None, "", False)}
+    return row | {
+        key: value for key, value in seldom.items() if value is not None and value is not False and value != ""
+    }
 
 
 @dataclass(frozen=True)

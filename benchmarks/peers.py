@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -43,6 +43,11 @@ class Peer:
     missing: str = ""
 
 
+def ours(peers: Sequence[Peer]) -> Callable[..., Any]:
+    """What runs packsft, of a list that has it."""
+    return next(peer.run for peer in peers if peer.name == OURS and peer.run is not None)
+
+
 def heads(rows_N: Tensor, softcap: float | None = None) -> list[Peer]:
     """Every way to get the loss of a language-model head. `rows_N` are the scored positions, known beforehand.
 
@@ -69,8 +74,14 @@ def heads(rows_N: Tensor, softcap: float | None = None) -> list[Peer]:
         Peer(f"{PLAIN_HEAD}, torch.compile", compiled),
         *_torch_heads(softcap),
         _trl_head(rows_N, softcap),
-        _liger("Liger fused linear cross-entropy", "liger_fused_linear_cross_entropy", softcap=softcap),
-        _cut_cross_entropy(softcap),
+        # its default adds up dW in the weight's dtype, chunk by chunk
+        _liger(
+            "Liger fused linear cross-entropy, accum_dtype=float32",
+            "liger_fused_linear_cross_entropy",
+            softcap=softcap,
+            accum_dtype=torch.float32,
+        ),
+        *_cut_cross_entropy(softcap),
         _quack_head(rows_N, softcap),
     ]
 
@@ -90,12 +101,13 @@ def losses() -> list[Peer]:
         Peer(PLAIN_LOSS, F.cross_entropy),
         Peer(f"{PLAIN_LOSS}, torch.compile", torch.compile(F.cross_entropy, dynamic=False)),
         _liger("Liger cross-entropy", "liger_cross_entropy"),
-        _quack("QuACK cross-entropy", "quack.cross_entropy", "cross_entropy"),
+        _quack("QuACK cross-entropy", "quack.cross_entropy", "cross_entropy", inplace_backward=True),
     ]
 
 
 def attentions(bounds: Tensor, dtype: torch.dtype, head_dim: int) -> list[Peer]:
-    """Every way to attend within documents. `bounds` `[D + 1]` int32; masks are built here, once, as once a forward."""
+    """Every way to attend within documents. `bounds` `[D + 1]` int32; a mask is built in the first call for all of them,
+    as it is for all layers of a forward."""
     from packsft_kernels.options import AttentionSpec
     from packsft_kernels.varlen_attention import BACKENDS, choose_backend, varlen_attention, why_not
 
@@ -108,8 +120,9 @@ def attentions(bounds: Tensor, dtype: torch.dtype, head_dim: int) -> list[Peer]:
     def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.cat([sdpa(q[a:b], k[a:b], v[a:b], is_causal=True) for a, b in pairwise(edges)])
 
+    lengths = bounds.diff().tolist()
+
     def padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        lengths = bounds.diff().tolist()
         rows = [torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2) for x in (q, k, v)]
         output = F.scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=True).transpose(1, 2)
         return torch.cat([row[:length] for row, length in zip(output, lengths, strict=True)])
@@ -191,19 +204,23 @@ def _liger(name: str, function: str, **options: Any) -> Peer:
     return Peer(f"{name} {_version('liger-kernel')}", lambda *inputs: run(*inputs, **options))
 
 
-def _cut_cross_entropy(softcap: float | None) -> Peer:
-    """Its kernel on a GPU; elsewhere what it has for elsewhere."""
+def _cut_cross_entropy(softcap: float | None) -> list[Peer]:
+    """Its kernel on a GPU, as it is and without leaving out small gradients; elsewhere what it has for elsewhere."""
     name = "cut-cross-entropy"
     if (version := _version(name)) is None:
-        return Peer(name, None, "not installed")
-    impl = "cce" if device().type == "cuda" else "torch_compile"
+        return [Peer(name, None, "not installed")]
 
-    def run(hidden_TM: Tensor, weight_VM: Tensor, labels_T: Tensor) -> Tensor:
-        from cut_cross_entropy import linear_cross_entropy
+    def peer(what: str, **options: Any) -> Peer:
+        def run(hidden_TM: Tensor, weight_VM: Tensor, labels_T: Tensor) -> Tensor:
+            from cut_cross_entropy import linear_cross_entropy
 
-        return linear_cross_entropy(hidden_TM, weight_VM, labels_T, softcap=softcap, impl=impl)
+            return linear_cross_entropy(hidden_TM, weight_VM, labels_T, softcap=softcap, **options)
 
-    return Peer(f"{name} {version}, {impl}", run)
+        return Peer(f"{name} {version}, {what}", run)
+
+    if device().type != "cuda":
+        return [peer("torch_compile", impl="torch_compile")]
+    return [peer("cce", impl="cce"), peer("cce, filter_eps=None", impl="cce", filter_eps=None)]
 
 
 def _quack_head(rows_N: Tensor, softcap: float | None) -> Peer:
@@ -217,7 +234,7 @@ def _quack_head(rows_N: Tensor, softcap: float | None) -> Peer:
     return Peer(peer.name, lambda hidden, weight, labels: chunked(hidden[rows_N], weight, labels[rows_N]))
 
 
-def _quack(name: str, module: str, function: str) -> Peer:
+def _quack(name: str, module: str, function: str, **options: Any) -> Peer:
     if missing := _missing("quack-kernels"):
         return Peer(name, None, missing)
     if torch.cuda.get_device_capability() < (9, 0):
@@ -226,15 +243,24 @@ def _quack(name: str, module: str, function: str) -> Peer:
         run = getattr(importlib.import_module(module), function)
     except Exception as error:  # it imports a compiler, which fails in ways of its own
         return Peer(name, None, f"{type(error).__name__}: {error}")
-    return Peer(f"{name} {_version('quack-kernels')}", run)
+    return Peer(f"{name} {_version('quack-kernels')}", partial(run, **options))
 
 
 def _block_mask(bounds: Tensor) -> Attention:
-    """One call over the whole pack under a `[T, T]` mask, as transformers builds it for SDPA."""
-    position = torch.arange(int(bounds[-1]), device=bounds.device)
-    document = torch.bucketize(position, bounds, right=True)
-    mask = (document[:, None] == document) & (position[:, None] >= position)
-    return lambda q, k, v: sdpa(q, k, v, attn_mask=mask)
+    """One call over the whole pack under a `[T, T]` mask, with repeated keys and values, as transformers calls SDPA."""
+
+    @cache
+    def mask() -> Tensor:
+        position = torch.arange(int(bounds[-1]), device=bounds.device)
+        document = torch.bucketize(position, bounds, right=True)
+        return (document[:, None] == document) & (position[:, None] >= position)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.device.type == "cuda":  # elsewhere SDPA takes grouped heads beside a mask as fast
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        return sdpa(q, k, v, attn_mask=mask())
+
+    return run
 
 
 def _flex_attention(bounds: Tensor) -> Peer:
@@ -249,11 +275,13 @@ def _flex_attention(bounds: Tensor) -> Peer:
     def same_document(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (document[query] == document[key]) & (query >= key)
 
-    mask = create_block_mask(same_document, None, None, length, length, device=bounds.device.type)
+    @cache
+    def mask() -> Any:
+        return create_block_mask(same_document, None, None, length, length, device=bounds.device.type)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
-        return _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+        return _compiled_flex_attention()(q, k, v, block_mask=mask(), enable_gqa=True)[0].transpose(0, 1)
 
     return Peer(name, run)
 
@@ -262,7 +290,7 @@ def _flex_attention(bounds: Tensor) -> Peer:
 def _compiled_flex_attention() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def _missing(package: str) -> str:

@@ -6,6 +6,7 @@ they show. Hatches, dashes and markers tell the competitors apart, so that a pri
 
 from __future__ import annotations
 
+import math
 import re
 from itertools import cycle
 from pathlib import Path
@@ -27,7 +28,7 @@ def plot(report: Report, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     pictures: dict[str, list[Row]] = {}
     for row in rows_of(report):
-        if row.get("chart") and (row.get("value") is not None or row.get("curve")):
+        if row.get("chart") and row.get("value") is not None and math.isfinite(row["value"]):
             pictures.setdefault(row["chart"], []).append(row)
     environment = report["environment"]
     source = f"{environment['device']}, {environment.get('dtype', '')}, {environment['date'][:10]}"

@@ -8,6 +8,7 @@ they were measured, and needs no torch.
 from __future__ import annotations
 
 import json
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -27,8 +28,11 @@ def read(path: Path) -> Report:
 
 
 def write(report: Report, path: Path) -> None:
+    """Whole or not at all, whenever the process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def results_file(environment: Row) -> Path:
@@ -38,7 +42,7 @@ def results_file(environment: Row) -> Path:
 
 
 def broken(name: str, error: Exception) -> Row:
-    return {"name": name, "note": f"FAILED: {type(error).__name__}: {error}"}
+    return {"name": name, "note": f"FAILED: {type(error).__name__}: {error}".splitlines()[0]}
 
 
 def print_all(screen: Any, report: Report) -> None:
@@ -98,7 +102,8 @@ def ratio(row: Row) -> str:
 def quantity(value: float | None, unit: str) -> str:
     if value is None:
         return ""
-    number = f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
+    whole = math.isfinite(value) and (abs(value) >= 1000 or value == int(value))
+    number = f"{value:,.0f}" if whole else f"{value:.3g}"
     return f"{number} {unit}".strip()
 
 

@@ -93,7 +93,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="list the suites and stop")
     parser.add_argument("--device", choices=["auto", "cpu"], default="auto", help="cpu: leave a GPU alone")
     parser.add_argument("--dry-run", action="store_true", help="a GPU's work on tiny shapes, to see that it runs")
-    parser.add_argument("--data", metavar="FILE.jsonl", help="train on prompt/completion or question/answer lines")
+    parser.add_argument(
+        "--data",
+        metavar="FILE.jsonl",
+        help="of prompt/completion or question/answer lines, for `step`, and for `train` on a CPU",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, as they come")
     parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results/<date>-<device>/")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there")
@@ -133,7 +137,8 @@ def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     for name in dict.fromkeys(chain.from_iterable(GROUPS.get(name, (name,)) for name in arguments.suite or SUITES)):
         print(f"{name} ...", file=sys.stderr, flush=True)
         start = time.perf_counter()
-        suite: dict[str, Any] = {"about": SUITES[name].about, "figures": []}
+        # broken until it has come to its end, for whoever reads what a killed run left
+        suite: dict[str, Any] = {"about": SUITES[name].about, "broken": True, "figures": []}
         found["suites"][name] = suite
         said = io.StringIO()  # every trainer announces its plan; it matters only where a suite fails
         try:
@@ -141,10 +146,10 @@ def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
                 for row in SUITES[name].run(settings):
                     suite["figures"].append(row)
                     save(suite, start)
+            del suite["broken"]
         except Exception as error:  # one suite that cannot run must not take the others' figures with it
             print(said.getvalue())
             traceback.print_exc()
-            suite["broken"] = True
             suite["figures"].append(report.broken(name, error))
         save(suite, start)
         report.print_suite(screen, name, suite)
@@ -173,4 +178,9 @@ def quiet() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        code = main()
+    except Exception:  # Python's own exit code would be 1, which says that parity fails
+        traceback.print_exc()
+        code = 2
+    sys.exit(code)

@@ -39,11 +39,6 @@ class AttentionShape:
 # SmolLM2-135M; a pack of instruction data in which the completions, 58% of the tokens, are scored
 SMOLLM2_HEAD = HeadShape(T=893, N=520, M=576, V=49_152)
 SMOLLM2_ATTENTION = AttentionShape(H=9, G=3, K=64)
-# On a GPU: packs of 8,192 tokens
-GPU_HEADS = {
-    "Llama-3.2-1B": HeadShape(T=8192, N=8192, M=2048, V=128_256),
-    "Llama-3.1-8B": HeadShape(T=8192, N=4096, M=4096, V=128_256),
-}
 LLAMA_1B_ATTENTION = AttentionShape(H=32, G=8, K=64)
 # Documents of one pack of 1,024 tokens: log-normal lengths as instruction data have (mu 4.7, sigma 0.82), sorted
 PACK_LENGTHS = (24, 38, 51, 66, 84, 103, 131, 172, 355)
@@ -86,6 +81,15 @@ def random_model(shape: ModelShape, dtype: torch.dtype, device: torch.device) ->
     torch.manual_seed(0)
     with device:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def gpu_heads() -> dict[str, HeadShape]:
+    """Packs of 8,192 tokens; of 2,048 where a card could not hold the first one's logits in float64 four times over."""
+    T = 8192 if torch.cuda.get_device_properties(0).total_memory > 70 * 2**30 else 2048
+    return {
+        "Llama-3.2-1B": HeadShape(T=T, N=T, M=2048, V=128_256),
+        "Llama-3.1-8B": HeadShape(T=T, N=T // 2, M=4096, V=128_256),
+    }
 
 
 def smollm2(dtype: torch.dtype) -> tuple[Any, Any]:

@@ -141,7 +141,7 @@ def build_trainer(
     settings = defaults | competitor.configuration() | arguments
     if competitor.attention:
         model.set_attn_implementation(competitor.attention)
-    elif not competitor.ours and competitor.strategy and model.dtype.itemsize == 2 and flash_attention():
+    elif not competitor.ours and model.dtype.itemsize == 2 and flash_attention():
         model.set_attn_implementation(flash_attention())
     exact = competitor.strategy == "step"
     config = PackedSFTConfig(**settings, tokens_per_pass=settings["max_length"]) if exact else SFTConfig(**settings)

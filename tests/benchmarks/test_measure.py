@@ -40,7 +40,7 @@ def test_extra_memory_is_the_peak_and_not_the_sum() -> None:
 def contest(*peers: Peer, at_most: float | None = None) -> list[dict[str, Any]]:
     verdicts, absent = check(peers, lambda run: {"value": run()}, TRUTH, "plain")
     timed = lambda run: run  # noqa: E731
-    return absent + compete(peers, verdicts, LIMIT, timed, repeats=1, warmup=0, chart="", at_most=at_most)
+    return compete(peers, verdicts, absent, LIMIT, timed, repeats=1, chart="", prefix="a shape: ", at_most=at_most)
 
 
 def value(factor: float = 1.0) -> Any:
@@ -51,7 +51,7 @@ def test_a_wrong_answer_is_shown_as_wrong_and_not_as_fast() -> None:
     table = contest(
         Peer(OURS, value()), Peer("plain", value()), Peer("fast", value(1.01)), Peer("nan", value(float("nan")))
     )
-    rows = {row["name"]: row for row in table}
+    rows = {row["name"].removeprefix("a shape: "): row for row in table}
     for name in ("fast", "nan"):
         assert rows[name]["note"].startswith("WRONG: errors value")
         assert rows[name]["value"] is rows[name]["ratio"] is None
@@ -62,7 +62,7 @@ def test_a_wrong_answer_is_shown_as_wrong_and_not_as_fast() -> None:
 
 def test_our_own_wrong_answer_fails_parity() -> None:
     row = contest(Peer(OURS, value(1.01)), Peer("plain", value()))[-1]
-    assert row["name"] == "packsft, error against float64"
+    assert row["name"] == "a shape: packsft, error against float64"
     assert row["parity"]
     assert row["passed"] is False
 
@@ -74,11 +74,31 @@ def test_what_cannot_run_is_listed_with_the_reason() -> None:
     table = contest(
         Peer(OURS, value()), Peer("plain", value()), Peer("absent", None, "not installed"), Peer("refuses", refuses)
     )
-    rows = {row["name"]: row for row in table}
+    rows = {row["name"].removeprefix("a shape: "): row for row in table}
     assert rows["absent"]["note"] == "cannot run: not installed"
     assert rows["refuses"]["note"] == "cannot run: RuntimeError: no driver"
     with pytest.raises(RuntimeError, match="no driver"):  # ours has to run
         contest(Peer(OURS, refuses), Peer("plain", value()))
+
+
+def test_what_runs_on_few_inputs_and_not_on_many_is_listed_too() -> None:
+    """Out of memory at the size that is timed: no time, and the others keep theirs."""
+    runs = []
+
+    def once() -> torch.Tensor:
+        runs.append(None)
+        if len(runs) > 1:
+            raise MemoryError("8 GiB")
+        return TRUTH["value"].float()
+
+    rows = {row["name"]: row for row in contest(Peer(OURS, value()), Peer("plain", value()), Peer("large", once))}
+    assert rows["a shape: large"]["note"] == "cannot run: MemoryError: 8 GiB"
+    assert rows["a shape: plain"]["value"] is not None
+
+
+def test_a_yardstick_that_is_no_number_is_none() -> None:
+    with pytest.raises(AssertionError, match="plain PyTorch gave no numbers"):
+        contest(Peer(OURS, value()), Peer("plain", value(float("nan"))))
 
 
 def test_the_limit_of_attention_does_as_many_operations() -> None:

@@ -105,6 +105,17 @@ def test_what_is_stopped_leaves_the_figures_it_had(monkeypatch: pytest.MonkeyPat
         run.main(["--suite", "head", "reads", "--json", str(file)])
     found = report.read(file)
     assert [row["name"] for row in report.rows_of(found)] == ["head", "a read"]
+    assert [name for name, suite in found["suites"].items() if suite.get("broken")] == ["reads"]
+
+
+def test_what_is_no_number_is_shown_and_not_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = figure("broken loss", float("nan"), "nats", at_most=1.0, chart="Losses")
+    suite = {"about": "", "seconds": 1.0, "figures": [row, figure("infinite", float("inf"), "nats", chart="Losses")]}
+    report.print_suite(run.console(), "train", suite)
+    assert "nan nats" in capsys.readouterr().out
+    environment = {"device": "a card", "dtype": "bfloat16", "date": "2026-11-24T10:00"}
+    assert plots.plot({"environment": environment, "suites": {"train": suite}}, tmp_path) == []
+    assert row["passed"] is False
 
 
 def test_device_cpu_hides_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +131,7 @@ def test_pictures_are_bars_lines_and_curves(tmp_path: Path) -> None:
         figure("ours", 2.0, "s", spread=0.1, chart="Bars"),
         figure("absent", chart="Bars", note="cannot run"),
         *(figure(f"at {x}", 2.0 * x, "MiB", chart="Lines", series="ours", x=x, x_name="T") for x in (1.0, 2.0)),
-        figure("losses", curve=[(100, 2.0), (200, 1.5)], chart="Curves", x_name="tokens seen"),
+        figure("losses", 1.5, curve=[(100, 2.0), (200, 1.5)], chart="Curves", x_name="tokens seen"),
         figure("in no picture", 1.0, "s"),
     ]
     environment = {"device": "a card", "dtype": "bfloat16", "date": "2026-11-24T10:00"}
