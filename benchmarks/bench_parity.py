@@ -43,7 +43,7 @@ LLAMA_LIMIT = 1e-9  # rotary embeddings stay in float32
 LOGITS_LIMIT = 1e-5
 
 
-def bench_parity(settings: Settings) -> list[Figure]:
+def bench_parity(settings: Settings) -> Iterator[Figure]:
     """The whole table; --quick keeps of SmolLM2 the float64 and float32 figures, over shorter documents.
 
     A dry run leaves SmolLM2 out.
@@ -51,28 +51,28 @@ def bench_parity(settings: Settings) -> list[Figure]:
     tiny = [packed_row(TINY_LENGTHS, 64, seed=seed) for seed in range(4)]
     # Eight documents for every step, so that they can be split into 1, 2 and 8 micro-batches
     steps = [packed_row((3, 9, 5, 14, 2, 8, 11, 6), 64, seed=100 + step) for step in range(10)]
-    table = components()
+    yield from components()
     for name, build, limit in (("tiny GPT-2", tiny_gpt2, GPT2_LIMIT), ("tiny Llama", tiny_llama, LLAMA_LIMIT)):
         model, tokenizer = build(torch.float32), tiny_tokenizer()
-        table += one_step(name, model, tokenizer, tiny, limit)
-        table += ten_steps(name, model, tokenizer, steps, limit, learning_rate=1e-3)
+        yield from one_step(name, model, tokenizer, tiny, limit)
+        yield from ten_steps(name, model, tokenizer, steps, limit, learning_rate=1e-3)
 
     if settings.dry_run:
-        return table
+        return
     try:
         model, tokenizer = smollm2(training_dtype())
     except ValueError as error:  # offline, and not in the cache: the tiny models' figures stand alone
-        return [*table, figure("SmolLM2", note=f"cannot run: {error}")]
+        yield figure("SmolLM2", note=f"cannot run: {error}")
+        return
     lengths = (3, 9, 23, 41) if settings.quick else (3, 24, 51, 84, 103)
     rows = text_rows(tokenizer, lengths, 1 if settings.quick else 6)
-    table += one_step("SmolLM2", model, tokenizer, rows, LLAMA_LIMIT, quick=settings.quick)
+    yield from one_step("SmolLM2", model, tokenizer, rows, LLAMA_LIMIT, quick=settings.quick)
     if settings.quick:
         note = "not run with --quick: takes minutes"
-        table.append(figure("SmolLM2, bfloat16, TRL, and the weights after ten optimizer steps", note=note))
+        yield figure("SmolLM2, bfloat16, TRL, and the weights after ten optimizer steps", note=note)
     else:
         steps = text_rows(tokenizer, (3, 9, 5, 14, 2, 8, 11, 6), 10)
-        table += ten_steps("SmolLM2", model, tokenizer, steps, LLAMA_LIMIT, learning_rate=5e-5)
-    return table
+        yield from ten_steps("SmolLM2", model, tokenizer, steps, LLAMA_LIMIT, learning_rate=5e-5)
 
 
 def components() -> list[Figure]:
