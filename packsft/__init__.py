@@ -13,6 +13,7 @@ from packsft.stdlib_docstrings import stdlib_docstrings  # here, or its module w
 if TYPE_CHECKING:
     from packsft.config import PackedSFTConfig
     from packsft.packing import PackPlan, plan_packs
+    from packsft.patch import patch_trl
     from packsft.trainer import PackedSFTTrainer
 
 _HOMES = {
@@ -20,10 +21,13 @@ _HOMES = {
     "PackedSFTConfig": "packsft.config",
     "PackedSFTTrainer": "packsft.trainer",
     "__version__": "packsft_kernels.version",
+    "patch_trl": "packsft.patch",
     "plan_packs": "packsft.packing",
 }
 
-__all__ = ["PackPlan", "PackedSFTConfig", "PackedSFTTrainer", "__version__", "plan_packs", "stdlib_docstrings"]
+__all__ = [
+    "PackPlan", "PackedSFTConfig", "PackedSFTTrainer", "__version__", "patch_trl", "plan_packs", "stdlib_docstrings",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        run = {"demo": _demo, "inspect": _inspect, "check": _check}[options.command]
+        run = {"demo": _demo, "inspect": _inspect, "check": _check, "trl": _trl, "run": _run}[options.command]
         return run(options, sys.argv[1:] if arguments is None else arguments)
     except (ValueError, OSError) as error:
         print(f"packsft: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -111,6 +111,19 @@ def _check(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return 0 if all(result.agrees for result in results) else 1
 
 
+def _trl(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from packsft.patch import run_trl
+
+    return run_trl(options.arguments)
+
+
+def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from packsft.patch import run_script
+
+    run_script(options.script, options.arguments)
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="packsft", description="Packed supervised fine-tuning of language models.")
     parser.add_argument("--version", action="version", version=f"packsft {__version__}")
@@ -118,7 +131,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_inspect(commands)
     _add_check(commands)
+    _add_patched(commands)
     return parser
+
+
+def _add_patched(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    trl = commands.add_parser(
+        "trl", help="the command `trl` with packsft's trainer: packsft trl sft ...", add_help=False
+    )
+    trl.add_argument("arguments", nargs=argparse.REMAINDER)
+    run = commands.add_parser("run", help="run a script with packsft's trainer in the place of TRL's SFTTrainer")
+    run.add_argument("script", help="a Python file that imports SFTTrainer from trl")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, help="what the script is given")
 
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

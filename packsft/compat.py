@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from importlib import resources
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import transformers
 import trl
@@ -188,3 +190,33 @@ def no_gradient_sync(trainer: Any, model: nn.Module) -> AbstractContextManager:
     if sharded_at_load and hasattr(trainer.model, "set_requires_gradient_sync"):
         return trainer._defer_fsdp_gradient_reduction()
     return trainer.accelerator.no_sync(model)
+
+
+def trainer_in_place(trainer_class: type) -> ExitStack:
+    """From now until the stack is closed, every name by which TRL hands out its `SFTTrainer` is `trainer_class`.
+
+    TRL has no registry of trainers. Its packages are lazy: they look a name up in a module when it is first used.
+    """
+    undo = ExitStack()
+    for module in (trl, trl.trainer, trl_sft_trainer):
+        undo.enter_context(mock.patch.object(module, "SFTTrainer", trainer_class))
+    return undo
+
+
+def trl_command(arguments: Sequence[str], *, through: tuple[str, str]) -> int:
+    """Run the command `trl`, whose training scripts go through `python -m MODULE COMMAND script.py ...`.
+
+    TRL launches `trl/scripts/sft.py` with accelerate, in processes of its own, and has no seam for another script.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from trl.cli import accelerate_launcher, main
+
+    module, command = through
+
+    def launch(script_name: str, launch_args: list[str], training_script_args: list[str]) -> None:
+        script = str(resources.files("trl.scripts").joinpath(script_name))
+        launched = [*launch_args, "--module", module, command, script, *training_script_args]
+        launch_command(launch_command_parser().parse_args(launched))
+
+    with mock.patch.object(accelerate_launcher, "launch_training_script", launch):
+        return main(list(arguments))

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 # A name in brackets is imported inside a function, when it is needed. Adding to this table is a decision.
 KNOWS = {
     "packsft/__init__.py": "",
+    "packsft/__main__.py": "",
     "packsft/arguments.py": "transformers trl accelerate datasets",
     "packsft/attention.py": "torch transformers packsft_kernels",
     "packsft/batch.py": "numpy",
@@ -51,6 +52,7 @@ KNOWS = {
     "packsft/packing/steps.py": "numpy",
     "packsft/packing/stream.py": "",
     "packsft/passes.py": "torch accelerate",
+    "packsft/patch.py": "",
     "packsft/smollm2.py": "(tokenizers) (transformers)",
     "packsft/stdlib_docstrings.py": "(datasets)",
     "packsft/stream.py": "numpy torch datasets",

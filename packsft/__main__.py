@@ -1,0 +1,7 @@
+"""`python -m packsft`: the `packsft` command where it is not on the PATH."""
+
+import sys
+
+from packsft.cli import main
+
+sys.exit(main())
