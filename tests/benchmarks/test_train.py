@@ -77,8 +77,8 @@ def test_the_dry_run_measures_every_competitor_or_says_why_not(monkeypatch: pyte
     rows = list(bench_train.bench_train(Settings(dry_run=True)))
     named = {row["name"]: row for row in rows}
     for name in COMPETITORS:
-        suffix = ", beside torch.compile" if name in bench_train.COMPILED else ""
-        row = named[f"Llama-3.2-1B: {name}{suffix}"]
+        layers = ", 3 layers" if name in bench_train.COMPILED else ""
+        row = named[f"Llama-3.2-1B{layers}: {name}"]
         assert row["value"] or row["note"].startswith("cannot run: Liger"), row
         assert "WRONG" not in row["note"]
     assert named["Qwen2.5-7B with LoRA: packsft"]["value"] or "peft" in named["Qwen2.5-7B with LoRA: packsft"]["note"]
