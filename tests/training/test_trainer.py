@@ -6,11 +6,13 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from packsft_kernels import LossOptions
 from runs import DEFAULTS, losses, trainer
 from tiny import tiny_model, tiny_tokenizer, token_rows
 from trl import SFTConfig, SFTTrainer
 
-from packsft import PackedSFTTrainer
+from packsft import PackedSFTTrainer, head
+from packsft.head import install_head
 from packsft.notices import never_fires
 
 
@@ -309,3 +311,14 @@ def test_an_evaluation_between_two_logs_knows_the_tokens_so_far(tmp_path):
     evaluated = [entry["eval_num_tokens"] for entry in ours.state.log_history if "eval_num_tokens" in entry]
     logged = [entry["num_tokens"] for entry in ours.state.log_history if "num_tokens" in entry]
     assert 0 < evaluated[0] < evaluated[1] == logged[0]
+
+
+@pytest.mark.parametrize("vocabulary", [64, 49_152])
+def test_the_head_is_fused_whatever_the_size_of_its_log_probabilities(vocabulary):
+    """Random logits are small and log-probabilities near -log V: a rounding of those is no wrong head."""
+    assert install_head(tiny_model(vocab_size=vocabulary), LossOptions()) is None
+
+
+def test_a_head_whose_scale_is_missed_is_not_fused(monkeypatch):
+    monkeypatch.setattr(head, "_logit_transform", lambda config: {"softcap": None, "logit_scale": 1.001})
+    assert "log-probabilities would be off by" in install_head(tiny_model(vocab_size=49_152), LossOptions())
