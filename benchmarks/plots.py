@@ -58,11 +58,17 @@ def _bars(axes: Any, rows: list[Row]) -> None:
     """Horizontal bars in the order of the report; the limit is a line across them all."""
     bars = [row for row in rows if not row.get("limit")]
     for place, (row, hatch) in enumerate(zip(bars, cycle(HATCHES), strict=False)):
-        (bar,) = axes.barh(place, row["value"], color="0.85", edgecolor="black", hatch=hatch)
-        axes.bar_label(axes.containers[-1], [quantity(row["value"], row["unit"])], padding=3, fontsize=8)
-        if row.get("spread"):
-            middle = bar.get_y() + bar.get_height() / 2
-            axes.errorbar(row["value"], middle, xerr=row["spread"] * row["value"], color="black", capsize=3)
+        reach = row["value"] * (1 + (row.get("spread") or 0))
+        axes.barh(place, row["value"], color="0.85", edgecolor="black", hatch=hatch)
+        axes.errorbar(row["value"], place, xerr=reach - row["value"], color="black", capsize=3)
+        axes.annotate(
+            quantity(row["value"], row["unit"]),
+            (reach, place),
+            (6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
     for row in rows:
         if row.get("limit"):
             label = f"{_series(row)}: {quantity(row['value'], row['unit'])}"
@@ -71,7 +77,7 @@ def _bars(axes: Any, rows: list[Row]) -> None:
     axes.set_yticks(range(len(bars)), [_series(row) for row in bars], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(bars[0]["unit"] if bars else "")
-    axes.set_xlim(right=1.18 * max(row["value"] for row in rows))
+    axes.set_xlim(0, 1.18 * max(row["value"] * (1 + (row.get("spread") or 0)) for row in rows))
 
 
 def _lines(axes: Any, rows: list[Row]) -> None:
@@ -89,7 +95,7 @@ def _lines(axes: Any, rows: list[Row]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({row["x"] for row in rows}))
     axes.set_yscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value == int(value) else f"{value:g}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
     axes.set_xlabel(rows[0].get("x_name", ""))
     axes.set_ylabel(rows[0]["unit"])
