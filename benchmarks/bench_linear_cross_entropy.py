@@ -6,6 +6,7 @@ Knows hidden states and heads; knows no model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,8 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 def bench_head(settings: Settings) -> Iterator[Figure]:
     """Time, error and extra memory of every head, forward and backward: SmolLM2's on a CPU, larger ones on a GPU."""
     shapes = gpu_heads() if device().type == "cuda" else {"SmolLM2-135M": SMOLLM2_HEAD}
+    if settings.quick:
+        shapes = {model: replace(shape, T=shape.T // 2, N=shape.N // 2) for model, shape in shapes.items()}
     for model, shape in shapes.items():
         yield from _one_shape(model, shape, settings)
     yield figure("extra memory", note="not run with --quick") if settings.quick else _memory_growth()
