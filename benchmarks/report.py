@@ -159,7 +159,8 @@ def headline(report: Report) -> str:
     for row in rows_of(report):
         if row.get("headline"):
             *_, target, passed, _ = cells(row)
-            lines.append(f"| {row['headline']} | **{measured(row)}** | {target} | {passed} |")
+            number = quantity(row["value"], row["unit"]) if row.get("ratio") is None else f"{row['ratio']:.3g}x"
+            lines.append(f"| {row['headline']} | **{number}** | {target} | {passed} |")
     judged = [row for row in rows_of(report) if row.get("passed") is not None]
     met = sum(row["passed"] for row in judged)
     return "\n".join([*lines, "", f"{met} of {len(judged)} targets met. {measured_on(report)}"])

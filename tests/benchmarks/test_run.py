@@ -70,7 +70,7 @@ def test_json_holds_figures_environment_and_verdicts(
     written = table.read_text(encoding="utf-8")
     assert "| fast | 2 s | 5 GB/s | 1.25x time / limit | <= 1.3 | pass |  |" in written
     assert "| absent\\|here |  |  |  |  |  | cannot run: not installed |" in written
-    assert "| slow things | **1.35x time / limit** | <= 1.3 | MISS |" in report.headline(found)
+    assert "| slow things | **1.35x** | <= 1.3 | MISS |" in report.headline(found)
     assert "1 of 2 targets met." in report.headline(found)
 
     assert run.main(["--show", str(file)]) == 0  # the same, without measuring
