@@ -44,10 +44,7 @@ LOGITS_LIMIT = 1e-5
 
 
 def bench_parity(settings: Settings) -> Iterator[Figure]:
-    """The whole table; --quick keeps of SmolLM2 the float64 and float32 figures, over shorter documents.
-
-    A dry run leaves SmolLM2 out.
-    """
+    """The whole table; --quick and a dry run leave SmolLM2 out, which takes minutes."""
     tiny = [packed_row(TINY_LENGTHS, 64, seed=seed) for seed in range(4)]
     # Eight documents for every step, so that they can be split into 1, 2 and 8 micro-batches
     steps = [packed_row((3, 9, 5, 14, 2, 8, 11, 6), 64, seed=100 + step) for step in range(10)]
@@ -57,22 +54,17 @@ def bench_parity(settings: Settings) -> Iterator[Figure]:
         yield from one_step(name, model, tokenizer, tiny, limit)
         yield from ten_steps(name, model, tokenizer, steps, limit, learning_rate=1e-3)
 
-    if settings.dry_run:
+    if settings.quick or settings.dry_run:
+        yield figure("SmolLM2", note="not run with --quick: takes minutes")
         return
     try:
         model, tokenizer = smollm2(training_dtype())
     except ValueError as error:  # offline, and not in the cache: the tiny models' figures stand alone
         yield figure("SmolLM2", note=f"cannot run: {error}")
         return
-    lengths = (3, 9, 23, 41) if settings.quick else (3, 24, 51, 84, 103)
-    rows = text_rows(tokenizer, lengths, 1 if settings.quick else 6)
-    yield from one_step("SmolLM2", model, tokenizer, rows, LLAMA_LIMIT, quick=settings.quick)
-    if settings.quick:
-        note = "not run with --quick: takes minutes"
-        yield figure("SmolLM2, bfloat16, TRL, and the weights after ten optimizer steps", note=note)
-    else:
-        steps = text_rows(tokenizer, (3, 9, 5, 14, 2, 8, 11, 6), 10)
-        yield from ten_steps("SmolLM2", model, tokenizer, steps, LLAMA_LIMIT, learning_rate=5e-5)
+    yield from one_step("SmolLM2", model, tokenizer, text_rows(tokenizer, (3, 24, 51, 84, 103), 6), LLAMA_LIMIT)
+    steps = text_rows(tokenizer, (3, 9, 5, 14, 2, 8, 11, 6), 10)
+    yield from ten_steps("SmolLM2", model, tokenizer, steps, LLAMA_LIMIT, learning_rate=5e-5)
 
 
 def components() -> list[Figure]:
@@ -118,16 +110,14 @@ def components() -> list[Figure]:
     return table
 
 
-def one_step(
-    name: str, model: Any, tokenizer: Any, rows: Sequence[Row], limit: float, *, quick: bool = False
-) -> list[Figure]:
+def one_step(name: str, model: Any, tokenizer: Any, rows: Sequence[Row], limit: float) -> list[Figure]:
     """Loss of every row and the gradients of the first, packed, against the documents alone, in three dtypes."""
     exact_model = copy.deepcopy(model).to(device(), torch.float64)
     with exact_rms_norm():
         exact = [documents_alone(exact_model, row, backward=row is rows[0]) for row in rows]
     truth = gradients(exact_model)
     table = []
-    for peer in (OURS,) if quick else (OURS, TRL_PACKED):
+    for peer in (OURS, TRL_PACKED):
         with exact_rms_norm(), trainer_of(peer, exact_model, tokenizer, rows) as trainer:
             losses = [packed(trainer, [row], backward=row is rows[0]) for row in rows]
             errors = {"loss": loss_error(losses, exact), "gradients": gradient_error(gradients(trainer.model), truth)}
@@ -144,10 +134,10 @@ def one_step(
                     * (peer == OURS and name == "SmolLM2"),
                 )
             )
-    if has_rms_norm(exact_model) and not quick:
+    if has_rms_norm(exact_model):
         table.append(untouched_figure(name, exact_model, tokenizer, rows[0]))
     del exact_model
-    for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16):
         plain_model = copy.deepcopy(model).to(device(), dtype)
         losses = [padded_batch(plain_model, row, tokenizer.pad_token_id, backward=row is rows[0]) for row in rows]
         plain = {"loss": loss_error(losses, exact), "gradients": gradient_error(gradients(plain_model), truth)}
