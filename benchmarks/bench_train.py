@@ -447,7 +447,8 @@ def memory(work: Workload, peaks: dict[str, float | str], targets: Sequence[Targ
         targets: the first names the competitor whose memory is the target.
         at_most: the share of its memory that packsft may take.
     """
-    where = "allocated on the GPU" if torch.cuda.is_available() else "resident during train(), in a process of its own"
+    span = "during train()" if reset_peak_rss() else "from start to end"  # where the system cannot count afresh
+    where = "allocated on the GPU" if torch.cuda.is_available() else f"resident {span}, in a process of its own"
     ours, table = peaks[OURS], []
     for name, peak in peaks.items():
         row = f"{work.name}: peak memory, {name}"

@@ -146,7 +146,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="every stage in small, to see that it runs")
     parser.add_argument("--device", choices=["auto", "cpu"], default="auto", help="cpu, with --dry-run: without a GPU")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="default: $OUT if set, else benchmarks/results/<date>-<device>/"
+        "--out", type=Path, metavar="DIR", help="default: $OUT, else benchmarks/results/<date>-<device>/"
     )
     arguments = parser.parse_args(argv)
     if arguments.device == "cpu" and not arguments.dry_run:
@@ -241,6 +241,8 @@ def folder(arguments: argparse.Namespace, environment: report.Row) -> Path:
     """Where everything goes."""
     if arguments.out or os.environ.get("OUT"):
         return arguments.out or Path(os.environ["OUT"])
+    if arguments.dry_run:  # nothing to keep beside what was measured
+        return Path(tempfile.mkdtemp(prefix="packsft-dry-run-"))
     return report.results_file(environment).parent
 
 

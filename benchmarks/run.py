@@ -106,7 +106,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--docs", action="store_true", help="write the tables of the README and docs/benchmarks.md anew, and stop"
     )
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.save and (arguments.quick or arguments.dry_run):
+        parser.error("--save keeps full runs: with --quick or --dry-run it would write over the day's (--json FILE)")
+    return arguments
 
 
 def console() -> Any:

@@ -41,6 +41,14 @@ def run(monkeypatch, out, *stubs):
     return gpu.main(["--dry-run", "--device", "cpu", "--out", str(out)])
 
 
+def test_a_dry_run_leaves_the_results_alone(monkeypatch):
+    monkeypatch.delenv("OUT", raising=False)
+    assert gpu.folder(gpu.parse([]), ENVIRONMENT).parent == report.RESULTS
+    dry = gpu.folder(gpu.parse(["--dry-run"]), ENVIRONMENT)
+    assert report.RESULTS not in dry.parents
+    dry.rmdir()
+
+
 def test_the_limits_fit_into_the_budget_and_every_stage_has_one(tmp_path):
     assert sum(gpu.LIMITS.values()) + 15 <= gpu.BUDGET < 9 * 60
     names = [stage.name for stage in gpu.stages(gpu.parse([]), tmp_path)]

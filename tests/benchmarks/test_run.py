@@ -118,6 +118,13 @@ def test_what_is_no_number_is_shown_and_not_drawn(tmp_path: Path, capsys: pytest
     assert row["passed"] is False
 
 
+@pytest.mark.parametrize("small", ["--quick", "--dry-run"])
+def test_a_small_run_is_not_saved_over_a_full_one(small: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.main([small, "--save"])
+    assert "--save keeps full runs" in capsys.readouterr().err
+
+
 def test_device_cpu_hides_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     stub(monkeypatch, reads=[])
