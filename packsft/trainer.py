@@ -59,6 +59,7 @@ class PackedSFTTrainer(SFTTrainer):
 
     Attributes:
         isolation: the verdict of the check that packed documents cannot see each other on this model.
+        why_compact: None where the language-model head is fused, else why it makes the scored logits instead.
         packing_report: what packing did to the training set and to the number of steps; None for a stream.
 
     Raises:
@@ -111,10 +112,10 @@ class PackedSFTTrainer(SFTTrainer):
                 "compute_metrics with packed evaluation sets needs a model that can be packed "
                 f"({self.isolation.reason}): set eval_packing=False"
             )
-        why_compact = install_head(base_model, self._loss_options(), needs_aux_loss=self.aux_loss_enabled)
-        if why_compact is not None:
+        self.why_compact = install_head(base_model, self._loss_options(), needs_aux_loss=self.aux_loss_enabled)
+        if self.why_compact is not None:
             logger.warning(
-                "the language-model head is not fused: %s; it computes the scored logits instead", why_compact
+                "the language-model head is not fused: %s; it computes the scored logits instead", self.why_compact
             )
         self.add_callback(
             PackingNotice(
