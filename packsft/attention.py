@@ -7,20 +7,25 @@ made by the keyword argument alone, so it holds when a checkpointed layer is rec
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from packsft_kernels.options import AttentionSpec
 from packsft_kernels.varlen_attention import choose_backend, varlen_attention
 from packsft_kernels.varlen_sdpa import attention_with_scores
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from packsft.compat import attention_registries
+
 ATTENTION_NAME = "packsft"
+ATTENTIONS, MASKS = attention_registries()
 
 
 def packed_attention_forward(
@@ -43,7 +48,7 @@ def packed_attention_forward(
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is None:
         return _unpacked(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs), None
-    if attention_mask is not None and ATTENTION_NAME not in AttentionMaskInterface._global_mapping:
+    if attention_mask is not None and ATTENTION_NAME not in MASKS:
         raise ValueError(f"{type(module).__name__} makes a mask of its own, which per-document attention cannot take")
     if query.shape[0] != 1:
         raise ValueError(f"cu_seq_lens_q needs one row of documents, got a batch of {query.shape[0]}")
@@ -72,7 +77,7 @@ def _unpacked(
     is_causal: bool | None,
     **kwargs: Any,
 ) -> Tensor:
-    if ATTENTION_NAME not in AttentionMaskInterface._global_mapping:
+    if ATTENTION_NAME not in MASKS:
         raise ValueError(
             f"{type(module).__name__} was called on packed documents without cu_seq_lens_q: the model drops keyword "
             "arguments on the way to its attention, so that its documents would see each other"
@@ -124,14 +129,53 @@ def packed_forward() -> Iterator[None]:
     find out that it must, transformers reads `position_ids` back from the device. A name that is not in the mask
     registry is handed no mask and no read takes place (`transformers.masking_utils._preprocess_mask_arguments`).
     """
-    mapping = AttentionMaskInterface._global_mapping
-    mask_function = mapping.pop(ATTENTION_NAME, None)
+    mask_function = MASKS.pop(ATTENTION_NAME, None)
     try:
         yield
     finally:
         if mask_function is not None:
-            mapping[ATTENTION_NAME] = mask_function
+            MASKS[ATTENTION_NAME] = mask_function
 
 
-AttentionInterface.register(ATTENTION_NAME, packed_attention_forward)
-AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+@contextmanager
+def watch_masks() -> Iterator[list[tuple[str, int]]]:
+    """While open, ordinary forwards of `attn_implementation="packsft"` list what layers are told by their mask alone.
+
+    The list gets (kind of layer, n) where a mask is another than the attention is told (causal, `sliding_window`), so
+    that packed attention, which has no mask, is right for documents of at most n tokens.
+    """
+    found: list[tuple[str, int]] = []
+    made: dict[int, tuple[int, Tensor]] = {}  # storage: (window, mask), kept so that no other mask takes its place
+
+    def watched_mask(*args: Any, **kwargs: Any) -> Tensor:
+        mask = sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
+        made[mask.untyped_storage().data_ptr()] = kwargs.get("local_size") or sys.maxsize, mask
+        return mask
+
+    def watched_attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        if attention_mask is not None:
+            told = kwargs.get("sliding_window") or sys.maxsize
+            distance = torch.arange(query.shape[2])[:, None] - torch.arange(key.shape[2])
+            expected = ((distance >= 0) & (distance < told)).to(query.device)
+            seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+            windows = [window for window, _ in made.values()]
+            window, _ = made.get(attention_mask.untyped_storage().data_ptr(), (None, None))
+            if not torch.equal(seen, expected.expand_as(seen)):
+                window = min(windows, default=1)
+            elif window is None:  # the layer has made another mask of ours
+                window = told if told in windows else min(windows, default=told)
+            if window != told:
+                found.append((type(module).__name__, min(window, told)))
+        return packed_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    with (
+        mock.patch.dict(ATTENTIONS, {ATTENTION_NAME: watched_attention}),
+        mock.patch.dict(MASKS, {ATTENTION_NAME: watched_mask}),
+    ):
+        yield found
+
+
+ATTENTIONS[ATTENTION_NAME] = packed_attention_forward
+MASKS[ATTENTION_NAME] = sdpa_mask

@@ -93,8 +93,37 @@ def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def _check(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    if not options.geometry:
-        raise ValueError("say what to check: --geometry")
+    if options.geometry:
+        return _check_geometry(options)
+    if options.model is None:
+        raise ValueError("say what to check: --model, or --geometry")
+    from rich.console import Console
+
+    from packsft.check import check_model
+    from packsft.tables import print_table
+
+    result = check_model(
+        options.model,
+        adapter=options.adapter,
+        attn=options.attn,
+        dtype=options.dtype or "float32",
+        data=options.data,
+        max_length=options.max_length,
+    )
+    if options.json:
+        print(json.dumps(result.as_dict(), indent=2))
+    else:
+        console = Console()
+        print_table(console, options.model, result.rows())
+        for name, text in result.facts.items():
+            console.print(f"{name}: {text}", highlight=False, markup=False)
+    return 0 if result.holds else 1
+
+
+def _check_geometry(options: argparse.Namespace) -> int:
+    for name in ("adapter", "attn", "dtype", "data"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} has no meaning with --geometry, which trains in float64 on tokens at random")
     from rich.console import Console
 
     from packsft.geometry import certificate
@@ -230,12 +259,29 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     check = commands.add_parser(
         "check",
         help="prove on a model that packing leaves the training as it is",
-        description="With --geometry: trains the same steps in float64 on the CPU, unpacked and with 512, 1,024 and "
+        description="Builds the trainer for a model and proves on a few documents: packed ones do not see each other; "
+        "hidden states, loss and gradients are those of the documents alone, in one pass or several; the head gives "
+        "the model's own loss. Exit code 1 where one of these does not hold: the trainer takes padded rows for a model "
+        "whose packed documents see each other. "
+        "With --geometry: trains the same steps in float64 on the CPU, unpacked and with 512, 1,024 and "
         "4,096 tokens per pass, accumulation 1 and 8, one process and two. Exit code 1 where the weights differ.",
     )
+    check.add_argument("--model", help='local folder or hub name, or "smollm2" (--geometry: two small random models)')
+    check.add_argument("--adapter", help="local folder or hub name of a PEFT adapter on the model")
+    check.add_argument(
+        "--attn",
+        help="back end of packed attention (flash_attn_2, torch_varlen, sdpa, ...), or an attn_implementation of "
+        "transformers (flash_attention_2, flex_attention, eager); default: what the trainer would take",
+    )
+    check.add_argument(
+        "--dtype", choices=("float32", "float64", "bfloat16", "float16"), help="what to compute in (default: float32)"
+    )
+    check.add_argument("--data", help="as `packsft inspect` takes it; default: tokens at random")
+    check.add_argument("--max-length", type=_at_least(2), default=1024, help="tokens (default: %(default)s)")
     check.add_argument("--geometry", action="store_true", help="that how a step is cut changes no weight")
-    check.add_argument("--model", help="local folder or hub name (default: two small random models, GPT-2 and Llama)")
-    check.add_argument("--steps", type=_at_least(1), default=10, help="optimizer steps (default: %(default)s)")
+    check.add_argument(
+        "--steps", type=_at_least(1), default=10, help="optimizer steps of --geometry (default: %(default)s)"
+    )
     check.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 

@@ -21,7 +21,7 @@ from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from datasets import Dataset
 from packaging.version import Version
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerBase
 from transformers.utils import is_peft_available
 from trl.trainer import sft_trainer as trl_sft_trainer
 
@@ -63,6 +63,15 @@ def own_head_during_init() -> Iterator[None]:
     finally:
         for name, value in originals.items():
             setattr(trl_sft_trainer, name, value)
+
+
+def attention_registries() -> tuple[dict[str, Any], dict[str, Any]]:
+    """transformers' attention functions and mask functions by name, to be changed for a while.
+
+    Its registries (5.23) can add a name and not take one out, and masks are left away for a name that is not there
+    (`transformers.masking_utils._preprocess_mask_arguments`).
+    """
+    return AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping
 
 
 def share_stream(loader: Any, kind: Any, *, endless: bool) -> Any:

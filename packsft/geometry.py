@@ -173,10 +173,7 @@ def certify(
 
 def small_models() -> dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
     """Two layers of GPT-2, exact in float64, and of Llama, whose RMSNorm rounds; random weights, 512 positions."""
-    vocabulary = {"<eos>": 0} | {str(i): i for i in range(1, 256)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="<eos>")), eos_token="<eos>", pad_token="<eos>"
-    )
+    tokenizer = number_tokenizer(256)
     no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     ids = {"vocab_size": 256, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     configs = {
@@ -191,6 +188,13 @@ def small_models() -> dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]]
         name: (AutoModelForCausalLM.from_config(config, dtype=torch.float64), tokenizer)
         for name, config in configs.items()
     }
+
+
+def number_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:
+    """For rows of token ids: every number is its own token, but for 0, the end."""
+    vocabulary = {"<eos>": 0} | {str(i): i for i in range(1, vocab_size)}
+    model = WordLevel(vocabulary, unk_token="<eos>")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token="<eos>", pad_token="<eos>")
 
 
 def random_rows(count: int, max_length: int, vocab_size: int) -> Dataset:

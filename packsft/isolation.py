@@ -6,10 +6,14 @@ later position must be exactly 0.0, and at the source's own positions it must no
 reference run: what cannot be reached has a gradient of exactly zero in any dtype.
 
 The source is the last document, since from the first one a causal leak would read 0.0.
+
+A third forward, unpacked, asks what only a mask says: some models tell their attention layers of a sliding window or of
+chunks by the mask alone, and packed attention has none.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -18,60 +22,92 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from packsft.attention import packed_forward
+from packsft.attention import ATTENTION_NAME, packed_forward, watch_masks
 from packsft.batch import model_inputs
 from packsft.collator import PackingCollator
 from packsft.head import count_embeddings
 
+NOT_CHECKED = "not checked"
 DOCUMENT_LENGTHS = (9, 14, 11)  # unequal, and none of them what another starts or ends at
 
 
 @dataclass(frozen=True)
 class IsolationVerdict:
-    """`isolated`, or the reason why packed documents cannot be trusted to stay apart on this model."""
+    """`isolated`, or the reason why packed documents cannot be trusted to stay apart on this model.
+
+    `leak` is the largest gradient at a position that the source must not reach.
+    """
 
     isolated: bool
     reason: str | None = None
+    leak: float = 0.0
 
 
-def check_isolation(model: PreTrainedModel, autocast: Callable[[], AbstractContextManager]) -> IsolationVerdict:
+def check_isolation(
+    model: PreTrainedModel, autocast: Callable[[], AbstractContextManager], max_length: int | None = None
+) -> IsolationVerdict:
     """Run the check on a model as it will be trained. Parameters, gradients, modes and random state stay as they are.
 
     Args:
         model: the causal language model, before its forward is wrapped.
         autocast: the context that training runs its forward in.
+        max_length: the longest document; None: of any length.
     """
-    vocab_size = count_embeddings(model)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocab_size, (sum(DOCUMENT_LENGTHS),), generator=generator)
-    batch = PackingCollator(pad_token_id=0)([{"input_ids": ids.tolist(), "seq_lengths": list(DOCUMENT_LENGTHS)}])
-    inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in model_inputs(batch).items()}
-    begin = sum(DOCUMENT_LENGTHS[:-1])
-    middle = begin + DOCUMENT_LENGTHS[-1] // 2
+    ids = _random_ids(model, sum(DOCUMENT_LENGTHS))
     devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with (
-            torch.random.fork_rng(devices),
-            _eval_mode(model),
-            _embedding_leaf(model) as leaf,
-            _layers(model) as layers,
-        ):
-            with torch.enable_grad(), autocast(), packed_forward():
-                logits = model(**inputs, use_cache=False).logits
-            if not leaf:
-                return IsolationVerdict(False, "inconclusive: the input embeddings were never called")
-            for source, first, last in ((logits[0, begin:], begin, None), (logits[0, middle], begin, middle + 1)):
-                gradient = _gradient(source, leaf[0])
-                if not gradient[first:last].any():
-                    return IsolationVerdict(False, "inconclusive: a document's gradient does not reach its own input")
-                if gradient[:first].any():
-                    return IsolationVerdict(False, f"documents see each other{_first_leak(layers, leaf[0], begin)}")
-                if last is not None and gradient[last:].any():
-                    return IsolationVerdict(False, "a position sees the ones after it")
+        with torch.random.fork_rng(devices), eval_mode(model), autocast():
+            verdict = _leak(model, ids)
+            if verdict.isolated and model.config._attn_implementation == ATTENTION_NAME:
+                verdict = _lost_mask(
+                    model, ids[:, : DOCUMENT_LENGTHS[0]], sys.maxsize if max_length is None else max_length
+                )
     except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
         # Whatever a model of somebody else raises at a packed row, it trains as padded passes: the reason is passed on.
         return IsolationVerdict(False, f"a packed forward raised {type(error).__name__}: {error}")
+    return verdict
+
+
+def _random_ids(model: PreTrainedModel, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(count_embeddings(model), (1, count), generator=generator)
+
+
+def _leak(model: PreTrainedModel, ids: Tensor) -> IsolationVerdict:
+    """Whether anything reaches the last document, or one of its middle rows, that must not."""
+    batch = PackingCollator(pad_token_id=0)([{"input_ids": ids[0].tolist(), "seq_lengths": list(DOCUMENT_LENGTHS)}])
+    inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in model_inputs(batch).items()}
+    begin = sum(DOCUMENT_LENGTHS[:-1])
+    middle = begin + DOCUMENT_LENGTHS[-1] // 2
+    with _embedding_leaf(model) as leaf, watch_layers(model) as layers, torch.enable_grad():
+        with packed_forward():
+            logits = model(**inputs, use_cache=False).logits
+        if not leaf:
+            return IsolationVerdict(False, "inconclusive: the input embeddings were never called")
+        for source, first, last in ((logits[0, begin:], begin, None), (logits[0, middle], begin, middle + 1)):
+            gradient = _gradient(source, leaf[0])
+            if not gradient[first:last].any():
+                return IsolationVerdict(False, "inconclusive: a document's gradient does not reach its own input")
+            if gradient[:first].any():
+                where = _first_leak(layers, leaf[0], begin)
+                return IsolationVerdict(False, f"documents see each other{where}", float(gradient[:first].max()))
+            if last is not None and gradient[last:].any():
+                return IsolationVerdict(False, "a position sees the ones after it", float(gradient[last:].max()))
     return IsolationVerdict(True)
+
+
+@torch.no_grad()
+def _lost_mask(model: PreTrainedModel, ids: Tensor, max_length: int) -> IsolationVerdict:
+    """Whether a layer's mask keeps from it what packed attention, which has no mask, would let it see."""
+    with watch_masks() as told_by_mask_alone:
+        model(input_ids=ids.to(model.device), use_cache=False)
+    layer, window = min(told_by_mask_alone, key=lambda item: item[1], default=("", sys.maxsize))
+    if window >= max_length:
+        return IsolationVerdict(True)
+    limit = f"max_length={max_length}" if max_length < sys.maxsize else "there is no max_length"
+    return IsolationVerdict(
+        False, f"{layer} knows of its window of {window} tokens from its mask alone, and packing has none ({limit})"
+    )
 
 
 def _gradient(source: Tensor, leaf: Tensor) -> Tensor:
@@ -93,7 +129,7 @@ def _first_leak(layers: list[tuple[str, Tensor]], leaf: Tensor, begin: int) -> s
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -120,7 +156,7 @@ def _embedding_leaf(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _layers(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
+def watch_layers(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
     """(name, hidden states) of each decoder layer, in the order in which they ran."""
     stacks = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
     outputs: list[tuple[str, Tensor]] = []

@@ -49,7 +49,7 @@ class PackingNotice(TrainerCallback):
 
     Args:
         report: gives the packing report, or None where there is no plan (streams, packs made by the user).
-        attention: gives a line about what computes the attention.
+        model: gives how the model is trained, by name.
         record: what goes into `packsft.json` of each checkpoint.
         has_eval_dataset: whether there is anything to evaluate.
     """
@@ -57,12 +57,12 @@ class PackingNotice(TrainerCallback):
     def __init__(
         self,
         report: Callable[[], PackingReport | None],
-        attention: Callable[[], str],
+        model: Callable[[], dict[str, str]],
         record: Callable[[], dict[str, Any]],
         has_eval_dataset: bool,
     ) -> None:
         self._report = report
-        self._attention = attention
+        self._model = model
         self._record = record
         self._has_eval_dataset = has_eval_dataset
 
@@ -79,7 +79,7 @@ class PackingNotice(TrainerCallback):
                 f" (unpacked it would be {report.steps_unpacked:,}: a step takes packs, not examples; "
                 'packing_strategy="step" keeps the unpacked number)'
             )
-        lines += [steps, f"attention: {self._attention()}"]
+        lines += [steps, *(f"{name}: {text}" for name, text in self._model().items())]
         lines += never_fires(args, state.max_steps, has_eval_dataset=self._has_eval_dataset)
         logger.warning("packsft\n  " + "\n  ".join(lines))
 

@@ -33,11 +33,12 @@ from trl import SFTConfig, SFTTrainer
 from packsft import attention, compat
 from packsft.arguments import check_adapter, check_arguments, check_parallelism, check_tokenizer, own_arguments
 from packsft.batch import IGNORE_INDEX, count_scored, loss_inputs, model_inputs
+from packsft.claims import PackingCheck, check_claims, first_documents
 from packsft.collator import PackingCollator, join_passes
 from packsft.config import has_bf16
 from packsft.dataset import PackedDataset, PackSampler, StepDataset, pack_dataset
 from packsft.head import HeadOutput, count_embeddings, install_head
-from packsft.isolation import IsolationVerdict, check_isolation
+from packsft.isolation import NOT_CHECKED, IsolationVerdict, check_isolation
 from packsft.loss import items_in_step, ranks_per_batch
 from packsft.metrics import MetricSums
 from packsft.notices import PackingNotice
@@ -85,6 +86,7 @@ class PackedSFTTrainer(SFTTrainer):
 
         check_parallelism(self.accelerator)
         check_adapter(self.model)
+        self._check: PackingCheck | None = None
         self._sums = {"train": MetricSums(), "eval": MetricSums(self._filter_nonfinite)}
         base_model = self.model.get_base_model() if is_peft_model(self.model) else self.model
         self._vocab_size = count_embeddings(base_model)
@@ -119,7 +121,7 @@ class PackedSFTTrainer(SFTTrainer):
             )
         self.add_callback(
             PackingNotice(
-                lambda: self.packing_report, self._describe_attention, self._record, self.eval_dataset is not None
+                lambda: self.packing_report, self._describe_model, self._record, self.eval_dataset is not None
             )
         )
 
@@ -239,9 +241,9 @@ class PackedSFTTrainer(SFTTrainer):
                 attention.backend_of(model)  # raises, with the reason
         if own_attention in (None, "eager", "sdpa"):  # flash and flex attention keep documents apart themselves
             model.set_attn_implementation(attention.ATTENTION_NAME)
-        if not getattr(self.args, "check_packing", True):
-            return IsolationVerdict(True, "not checked")
-        verdict = check_isolation(model, self.accelerator.autocast)
+        if getattr(self.args, "check_packing", "on") == "off":
+            return IsolationVerdict(True, NOT_CHECKED)
+        verdict = check_isolation(model, self.accelerator.autocast, self.args.max_length)
         failed = torch.tensor(0 if verdict.isolated else 1, device=self.accelerator.device)
         if verdict.isolated and int(self.accelerator.reduce(failed, reduction="sum")):
             verdict = IsolationVerdict(False, "it failed on another rank")
@@ -256,6 +258,45 @@ class PackedSFTTrainer(SFTTrainer):
         if own_attention is not None and own_attention != model.config._attn_implementation:
             model.set_attn_implementation(own_attention)
         return verdict
+
+    def check_packing(self) -> PackingCheck:
+        """Prove on this model and the first documents of its data that packed training is the same training.
+
+        Every claim is measured beside what it may differ by, see `claims.py`. Parameters, gradients, modes and random
+        state stay as they are. For a model as constructed, before FSDP or ZeRO cut its parameters.
+        """
+        documents = first_documents(self.train_dataset, self.args.max_length)
+        model = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        padded = self.data_collator.padded
+        claims = check_claims(
+            self.model,
+            documents,
+            isolation=self.isolation
+            if padded
+            else check_isolation(model, self.accelerator.autocast, self.args.max_length),
+            collator=self.data_collator,
+            prepare=self._prepare_inputs,
+            loss=lambda batch, num_items: self._forward_head(self.model, batch, num_items).loss,
+            autocast=self.accelerator.autocast,
+            packed_forward=self._packed_forward,
+            options=self._loss_options(),
+        )
+        tokens = sum(len(document["input_ids"]) for document in documents)
+        self._check = PackingCheck(
+            claims, self._describe_model() | {"checked on": f"{len(documents)} documents of {tokens} tokens"}
+        )
+        return self._check
+
+    def _describe_model(self) -> dict[str, str]:
+        """Which way the model is trained, and why."""
+        if self.data_collator.padded:
+            rows = f"padded: {self.isolation.reason}"
+        elif self.isolation.reason == NOT_CHECKED:
+            rows = "packed; whether documents see each other was not checked"
+        else:
+            rows = "packed, and none sees another: checked on this model"
+        head = "fused" if self.why_compact is None else f"the logits of scored tokens: {self.why_compact}"
+        return {"documents": rows, "attention": self._describe_attention(), "head": head}
 
     def _describe_attention(self) -> str:
         model = self.accelerator.unwrap_model(self.model)
@@ -280,6 +321,7 @@ class PackedSFTTrainer(SFTTrainer):
             "packsft_version": __version__,
             "plan_fingerprint": None if plan is None else plan.fingerprint,
             "isolation": asdict(self.isolation),
+            "check_packing": None if self._check is None else self._check.as_dict(),
         }
 
     # ---- a step: batches to loss ----

@@ -27,6 +27,8 @@ KNOWS = {
     "packsft/arguments.py": "transformers trl accelerate datasets",
     "packsft/attention.py": "torch transformers packsft_kernels",
     "packsft/batch.py": "numpy",
+    "packsft/check.py": "torch datasets transformers packsft_kernels (peft)",
+    "packsft/claims.py": "numpy torch packsft_kernels",
     "packsft/cli.py": "packsft_kernels (datasets) (rich)",
     "packsft/collator.py": "numpy torch trl",
     "packsft/compat.py": "torch transformers trl accelerate datasets packaging (peft)",

@@ -5,13 +5,12 @@ import copy
 import pytest
 import torch
 from runs import losses, trainer
-from tiny import ROWS, tiny_model, tiny_tokenizer, token_rows
+from tiny import ROWS, tiny_model, tiny_tokenizer
 from transformers import AttentionMaskInterface
 
 from packsft import attention
 from packsft.batch import model_inputs
 from packsft.collator import PackingCollator
-from packsft.isolation import check_isolation
 
 
 def packed_inputs():
@@ -94,51 +93,3 @@ def test_a_model_that_drops_the_boundaries_trains_padded_and_says_why(tmp_path, 
     assert ours.model.config._attn_implementation == "sdpa"
     ours.train()
     assert len(losses(ours)) == 2
-
-
-def check(model):
-    from contextlib import nullcontext
-
-    return check_isolation(model, nullcontext)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2", "opt"])
-def test_isolation_holds_on_models_that_hand_the_boundaries_on(family, dtype):
-    assert check(with_attention(tiny_model(family, dtype), "packsft")).isolated
-
-
-def test_an_attention_that_ignores_the_boundaries_is_found_and_named(monkeypatch):
-    own = attention.varlen_attention
-
-    def blind(q, k, v, cu_seqlens, max_seqlen, **kwargs):
-        return own(q, k, v, torch.tensor([0, q.shape[0]], dtype=torch.int32), q.shape[0], **kwargs)
-
-    monkeypatch.setattr(attention, "varlen_attention", blind)
-    verdict = check(with_attention(tiny_model("llama"), "packsft"))
-    assert not verdict.isolated
-    assert verdict.reason == "documents see each other (first in model.layers.0)"
-
-
-def test_an_attention_that_sees_what_comes_after_is_found(monkeypatch):
-    own = attention.varlen_attention
-    monkeypatch.setattr(attention, "varlen_attention", lambda *args, **kwargs: own(*args, **kwargs | {"causal": False}))
-    assert check(with_attention(tiny_model("llama"), "packsft")).reason == "a position sees the ones after it"
-
-
-def test_the_check_leaves_no_trace():
-    model = with_attention(tiny_model("llama"), "packsft").train()
-    model.model.layers[0].eval()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    modes = [module.training for module in model.modules()]
-    state = torch.get_rng_state()
-    check(model)
-    assert [module.training for module in model.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(p.grad is None and torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert not model.get_input_embeddings()._forward_hooks
-
-
-def test_the_check_can_be_switched_off(tmp_path):
-    ours = trainer(tmp_path, check_packing=False, train_dataset=token_rows(4))
-    assert ours.isolation.reason == "not checked"

@@ -125,7 +125,7 @@ def test_a_checkpoint_tells_its_plan_and_what_was_checked(tmp_path):
     ours.train()
     record = json.loads((tmp_path / "checkpoint-1" / "packsft.json").read_text())
     assert record["plan_fingerprint"] == ours.train_dataset.plan.fingerprint
-    assert record["isolation"] == {"isolated": True, "reason": None}
+    assert record["isolation"] == {"isolated": True, "reason": None, "leak": 0.0}
 
 
 def test_a_saved_model_gives_the_same_logits_without_packsft(tmp_path):
