@@ -86,14 +86,18 @@ def overrides():
     return sorted(name for name in own if callable(own[name]) and callable(getattr(parent, name, None)))
 
 
-def changed_parameters(name, parent=trl.SFTTrainer):
+def changed_parameters(name):
     """What a parent's method takes that ours does not pass on, or None."""
-    theirs = inspect.signature(getattr(parent, name)).parameters
+
+    def takes_anything(parameters):
+        kinds = {parameter.kind for parameter in parameters.values()}
+        return {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} <= kinds
+
+    definitions = [vars(parent)[name] for parent in trl.SFTTrainer.__mro__ if name in vars(parent)]
+    signatures = [inspect.signature(definition).parameters for definition in definitions]
+    theirs = next((parameters for parameters in signatures if not takes_anything(parameters)), {})
     ours = inspect.signature(vars(PackedSFTTrainer)[name]).parameters
-    kinds = {parameter.kind for parameter in ours.values()}
-    if {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} <= kinds:
-        return None
-    if list(theirs) == list(ours):
+    if takes_anything(ours) or list(theirs) == list(ours):
         return None
     return f"SFTTrainer.{name} takes {list(theirs)}, and ours {list(ours)} ({VERSIONS}): see packsft/trainer.py"
 
