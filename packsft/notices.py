@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from packsft.packing import PackingReport
@@ -42,6 +43,16 @@ def never_fires(args: TrainingArguments, max_steps: int, *, has_eval_dataset: bo
 def _interval(steps: float, max_steps: int) -> float:
     """transformers reads an interval below 1 as a share of the run."""
     return steps if steps >= 1 else max(1.0, steps * max_steps)
+
+
+def cost_of_logits(logits: Tensor) -> str:
+    """What `compute_metrics` and `predict` cost, by the whole logits `[..., V]` of a batch."""
+    tokens, entries = logits.shape[:-1].numel(), logits.shape[-1]
+    return (
+        "compute_metrics and predict need the whole logits: a second forward makes them, in the first batch "
+        f"{tokens:,} tokens x {entries:,} entries, {logits.nbytes / 1e6:.3g} MB, and all are kept until the evaluation "
+        "ends, unless preprocess_logits_for_metrics makes less of them; prediction_loss_only=True does without them"
+    )
 
 
 class PackingNotice(TrainerCallback):
