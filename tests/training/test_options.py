@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
-from packsft_kernels import LossOptions, cross_entropy, linear_cross_entropy
+from packsft_kernels import LossOptions, cross_entropy
 from runs import config, losses, trainer
 from tiny import tiny_model, tiny_tokenizer, token_rows
 from trl import SFTConfig, SFTTrainer
@@ -312,28 +312,27 @@ def test_a_step_whose_gradients_overflow_is_skipped_and_the_scale_halved(way, tm
         assert torch.equal(our, start)
 
 
-HIDDEN, WEIGHT = torch.randn(12, 8, generator=torch.Generator().manual_seed(0)), torch.randn(
-    30, 8, generator=torch.Generator().manual_seed(1)
-)  # fmt: skip
-TARGETS = torch.arange(12)
-
-
 def head_gradients(fused, dtype, scale, num_items):
-    hidden, weight = (x.half().to(dtype).requires_grad_() for x in (HIDDEN, WEIGHT))
-    if fused:
-        loss = linear_cross_entropy(hidden, weight, TARGETS, num_items=num_items).loss
+    """Of hidden states and weight, in `dtype`, of a loss that a scaler has multiplied by `scale`."""
+    generator, targets = torch.Generator().manual_seed(0), torch.arange(12)
+    hidden, weight = (torch.randn(n, 8, generator=generator).half().to(dtype).requires_grad_() for n in (12, 30))
+    options = LossOptions()
+    if fused:  # the operator, as on a GPU: the public function would compute float16 on the CPU in float32
+        share = torch.tensor(1 / num_items, dtype=torch.float64)
+        given = hidden, weight, None, targets, None, None, share
+        loss = torch.ops.packsft.linear_cross_entropy(*given, *options.fields(), dtype, True, True, False)[0]
     else:
         logits = hidden @ weight.t()
         loss = cross_entropy(
-            logits, shift=False, targets=TARGETS, num_items=num_items, options=LossOptions(), inplace=True
+            logits, shift=False, targets=targets, num_items=num_items, options=options, inplace=True
         ).loss
-    (loss.float() * scale).backward() if dtype == torch.float16 else (loss * scale).backward()
+    (loss * scale).backward()
     return hidden.grad, weight.grad
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "compact logits"])
 def test_the_scalers_factor_reaches_the_gradients_before_they_round_to_float16(fused):
-    # of a million items each gradient is about 1e-7, of which float16 has one bit; times 65,536 it has all eleven
+    # of a million items each gradient is about 1e-7, for which float16 has a bit or two; times 65,536 it has all eleven
     ours, exact = (
         head_gradients(fused, dtype, scale=2.0**16, num_items=1_000_000) for dtype in (torch.float16, torch.float64)
     )
