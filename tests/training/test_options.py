@@ -1,5 +1,6 @@
 """Options of the parent mean what they mean in TRL: in exact steps, packed as a whole, unpacked, and on padded rows."""
 
+import inspect
 import itertools
 import math
 
@@ -11,6 +12,7 @@ from accelerate.state import AcceleratorState
 from packsft_kernels import LossOptions, cross_entropy
 from runs import config, losses, trainer
 from tiny import tiny_model, tiny_tokenizer, token_rows
+from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from packsft import PackedSFTTrainer
@@ -31,7 +33,7 @@ ACCUMULATED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 
 
 def run(cls, tmp_path, model=None, rows=None, eval_dataset=None, train=True, **options):
     constructor = {key: options.pop(key) for key in ("compute_loss_func", "peft_config") if key in options}
-    args = config(tmp_path, **options)
+    args = config(tmp_path, use_cpu=True, **options)
     if cls is SFTTrainer:
         fields = {name: getattr(args, name) for name in SFTConfig.__dataclass_fields__ if name in args.to_dict()}
         args = SFTConfig(**fields | {"packing": False, "packing_strategy": "bfd"})
@@ -264,7 +266,7 @@ def test_noise_in_a_pack_is_as_large_as_the_length_of_each_document_says(lora, t
     adapter = {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])} if lora else {}
     ours = trainer(
         tmp_path, model=model, neftune_noise_alpha=5.0, max_steps=1, learning_rate=0.0, train_dataset=token_rows(48),
-        per_device_train_batch_size=48, tokens_per_pass=512, **adapter,
+        per_device_train_batch_size=48, tokens_per_pass=512, use_cpu=True, **adapter,
     )  # fmt: skip
     (step,) = ours.get_train_dataloader()
     (batch,) = step["passes"]
@@ -361,6 +363,9 @@ def test_every_flavour_of_checkpointing_recomputes_and_changes_nothing(flavour, 
 
     if flavour == "selective" and lora:
         pytest.skip("TRL 1.16 hands its own key on to PyTorch there, and fails in the same way")
+    enable = inspect.signature(PreTrainedModel.gradient_checkpointing_enable)
+    if flavour == "every second layer" and "every_n_layers" not in enable.parameters:
+        pytest.skip("this transformers checkpoints all layers or none")
     forwards, results = [], []
     for on in (False, True):
         model, kwargs = tiny_model("llama"), {"gradient_checkpointing": False}
