@@ -40,7 +40,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 IGNORE_INDEX = -100  # a label that is not scored
 LOSS_KEYS = ("loss_rows", "loss_targets", "loss_weights")  # read by the head, unknown to the models
@@ -62,7 +61,7 @@ def count_scored(batch: Mapping[str, Any]) -> int:
     return batch["loss_rows"].numel()
 
 
-def document_lengths(batch: Mapping[str, Any]) -> Tensor | None:
+def document_lengths(batch: Mapping[str, Any]) -> Any:
     """`[1, T]` tokens of the document that each token is in; None for a padded batch."""
     if "cu_seq_lens_q" not in batch:
         return None

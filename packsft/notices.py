@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from packsft.packing import PackingReport
@@ -45,7 +44,7 @@ def _interval(steps: float, max_steps: int) -> float:
     return steps if steps >= 1 else max(1.0, steps * max_steps)
 
 
-def cost_of_logits(logits: Tensor) -> str:
+def cost_of_logits(logits: Any) -> str:
     """What `compute_metrics` and `predict` cost, by the whole logits `[..., V]` of a batch."""
     tokens, entries = logits.shape[:-1].numel(), logits.shape[-1]
     return (
