@@ -35,8 +35,12 @@ def own_arguments(arguments: dict[str, Any]) -> SFTConfig:
         args = SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # `to_dict` hides the token
     args = copy.copy(args)
     args.padding_free = args.padding_free and args.packing  # without packing it is what we do, max_length enforced
-    if _takes_exact_steps(args):
-        args.auto_find_batch_size = False  # it would change the training; `tokens_per_pass` is what gives way to memory
+    if _takes_exact_steps(args) and args.auto_find_batch_size:  # it would change the training
+        args.auto_find_batch_size = False
+        logger.warning(
+            "auto_find_batch_size=True: no effect on packing_strategy='step', where a step that runs out of memory is "
+            "taken again in smaller passes (tokens_per_pass), with the examples that it has"
+        )
     args.gradient_checkpointing_kwargs = copy.copy(args.gradient_checkpointing_kwargs)  # the parent edits it
     args.accelerator_config = copy.copy(args.accelerator_config)
     args.accelerator_config.non_blocking = args.dataloader_pin_memory and args.device.type == "cuda"
@@ -52,6 +56,17 @@ def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
     if _takes_exact_steps(args):
         _check_exact_steps(args)
     _warn_of_idle_settings(args)
+    if args.packing and args.packing_strategy != "step" and args.train_sampling_strategy == "group_by_length":
+        raise ValueError(
+            "train_sampling_strategy='group_by_length' brings examples of similar length together, and under "
+            f"packing_strategy={args.packing_strategy!r} it would see packs, which are all about as long: leave it "
+            "unset, or take packing_strategy='step' or packing=False"
+        )
+    if args.activation_offloading and args.device.type == "cpu":
+        raise ValueError(
+            "activation_offloading=True moves activations from an accelerator to the CPU, where this model trains "
+            "already: leave it False"
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs in one process mean DataParallel, which cuts a batch by rows, and a packed one is one "
@@ -132,6 +147,12 @@ def _check_exact_steps(args: SFTConfig) -> None:
         raise ValueError(
             "packing_strategy='step' does not work under DeepSpeed, which counts the passes of a step itself, and here "
             f"their number varies: {other}, FSDP or DDP"
+        )
+    optimizer = getattr(args.optim, "value", args.optim)
+    if "lomo" in optimizer or "layerwise" in optimizer:
+        raise ValueError(
+            f"optim={optimizer!r} updates weights within a backward, and a step of packing_strategy='step' has one for "
+            f"each of its passes: choose another optim, or {other} and gradient_accumulation_steps=1"
         )
     if args.train_sampling_strategy == "batch_rebalance":
         raise ValueError(

@@ -1,6 +1,6 @@
 """The contract between collator, trainer and head: which keys a batch of packed documents has, and what they mean.
 
-Everything about a pack is worked out once, on the host, by the collator. Nothing here touches a device.
+Everything about a pack is worked out once, on the host, by the collator. Nothing here reads a device.
 
 | key                            | shape, dtype    | meaning                                                           |
 |--------------------------------|-----------------|-------------------------------------------------------------------|
@@ -18,6 +18,7 @@ Everything about a pack is worked out once, on the host, by the collator. Nothin
 
 A padded batch (for models that cannot keep packed documents apart) has `[B, S]` `input_ids` and `labels`, and its
 `loss_rows` count through the flattened rows; it has no boundaries, since right padding comes after what it could hurt.
+For a mixture of experts it has an `attention_mask`: the router's loss is not to count padding.
 
 Under exact-step packing an item of the data loader is an optimizer step: the batches of its passes on this rank, and
 what is common to all ranks.
@@ -58,6 +59,13 @@ class StepRows:
 def count_scored(batch: Mapping[str, Any]) -> int:
     """N, the tokens that the loss scores: a shape, so no device is read."""
     return batch["loss_rows"].numel()
+
+
+def document_lengths(batch: Mapping[str, Any]) -> Any:
+    """`[1, T]` tokens of the document that each token is in; None for a padded batch."""
+    if "cu_seq_lens_q" not in batch:
+        return None
+    return batch["cu_seq_lens_q"].diff()[batch["seq_idx"].long()]
 
 
 def loss_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
         per_example: every document counts the same however many of its tokens are scored, each of which weighs one
             over their number (Bai et al., LongAlign, arXiv 2401.18058). A row's `loss_weights`, one number per
             document, take its place: of a document that is a part of an example, for instance.
+        masked: a padded batch says what is padding, which attention need not know but a router's loss does.
 
     Raises:
         ValueError: labels or seq_lengths that do not fit the input ids, or an id outside the vocabulary.
@@ -39,6 +40,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
     vocab_size: int | None = None
     padded: bool = False
     per_example: bool = False
+    masked: bool = False
 
     def torch_call(self, examples: Sequence[Any]) -> dict[str, Any]:
         if isinstance(examples[0], StepRows):
@@ -120,9 +122,11 @@ class PackingCollator(DataCollatorForLanguageModeling):
         for row, (document_ids, document_labels, _) in enumerate(documents):
             ids[row, : len(document_ids)] = document_ids
             labels[row, : len(document_ids)] = document_labels
+        mask = np.arange(longest) < np.array([[len(ids)] for ids, *_ in documents])
         return {
             "input_ids": torch.from_numpy(ids),
             "labels": torch.from_numpy(labels),
+            **({"attention_mask": torch.from_numpy(mask.astype(np.int64))} if self.masked else {}),
             **self._loss_positions(labels.reshape(-1), documents, np.arange(labels.size) // longest),
         }
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib import resources
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import torch
 import transformers
 import trl
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
@@ -138,6 +139,28 @@ def gathered_parameters(weight: Tensor, bias: Tensor | None) -> Iterator[tuple[T
     bias = bias.full_tensor() if isinstance(bias, DTensor) else bias
     with maybe_gather_lm_head_ctx(weight, bias):
         yield weight, bias
+
+
+def noise_by_document(trainer: Any, lengths: Callable[[], Tensor | None]) -> None:
+    """NEFTune's noise by the length of each document: uniform within alpha / sqrt(length * M), as the paper has it.
+
+    transformers' hook (5.23) takes the length of the row, so that packing would weaken the noise. Ours takes its place
+    on the embeddings, and with it goes when training ends. `lengths` gives what `batch.document_lengths` does.
+    Jain et al., NEFTune, arXiv 2310.05914.
+    """
+    handle = trainer.neftune_hook_handle
+    hooks = handle.hooks_dict_ref()
+    by_row = hooks[handle.id]
+
+    def add_noise(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        lengths_1T = lengths()
+        if not module.training or lengths_1T is None or lengths_1T.shape != output.shape[:2]:
+            return by_row(module, inputs, output)
+        alpha: Any = module.neftune_noise_alpha
+        bound = alpha * (lengths_1T * float(output.shape[-1])).rsqrt()
+        return output + torch.empty_like(output).uniform_(-1, 1) * bound[..., None].to(output.dtype)
+
+    hooks[handle.id] = add_noise
 
 
 _BATCH_FIELDS = ("per_device_train_batch_size", "gradient_accumulation_steps")

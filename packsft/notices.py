@@ -44,6 +44,16 @@ def _interval(steps: float, max_steps: int) -> float:
     return steps if steps >= 1 else max(1.0, steps * max_steps)
 
 
+def cost_of_logits(logits: Any) -> str:
+    """What `compute_metrics` and `predict` cost, by the whole logits `[..., V]` of a batch."""
+    tokens, entries = logits.shape[:-1].numel(), logits.shape[-1]
+    return (
+        "compute_metrics and predict need the whole logits: a second forward makes them, in the first batch "
+        f"{tokens:,} tokens x {entries:,} entries, {logits.nbytes / 1e6:.3g} MB, and all are kept until the evaluation "
+        "ends, unless preprocess_logits_for_metrics makes less of them; prediction_loss_only=True does without them"
+    )
+
+
 class PackingNotice(TrainerCallback):
     """Announces the run when it begins, and leaves what was planned and checked in every checkpoint.
 

@@ -32,7 +32,7 @@ from trl import SFTConfig, SFTTrainer
 
 from packsft import attention, compat
 from packsft.arguments import check_adapter, check_arguments, check_parallelism, check_tokenizer, own_arguments
-from packsft.batch import IGNORE_INDEX, count_scored, loss_inputs, model_inputs
+from packsft.batch import IGNORE_INDEX, count_scored, document_lengths, loss_inputs, model_inputs
 from packsft.claims import PackingCheck, check_claims, first_documents
 from packsft.collator import PackingCollator, join_passes
 from packsft.config import has_bf16
@@ -41,7 +41,7 @@ from packsft.head import HeadOutput, count_embeddings, install_head
 from packsft.isolation import NOT_CHECKED, IsolationVerdict, check_isolation
 from packsft.loss import items_in_step, ranks_per_batch
 from packsft.metrics import MetricSums
-from packsft.notices import PackingNotice
+from packsft.notices import PackingNotice, cost_of_logits
 from packsft.packing import PackingReport, describe_losses, packing_report
 from packsft.passes import PassWalker
 from packsft.stream import PackedStream, StepStream
@@ -80,6 +80,8 @@ class PackedSFTTrainer(SFTTrainer):
         self._filter_nonfinite = args.logging_nan_inf_filter
         args.logging_nan_inf_filter = False  # it reads the device twice per micro-step; training_step does it there
         self._vocab_size: int | None = None
+        self._document_lengths: Tensor | None = None  # of the pass, for NEFTune's noise
+        self._said_logits = False
         self._batch_fields = compat.batch_fields(args)
         with compat.own_head_during_init():
             super().__init__(*call.args[1:], **call.kwargs)
@@ -99,6 +101,7 @@ class PackedSFTTrainer(SFTTrainer):
             vocab_size=self._vocab_size,
             padded=not self.isolation.isolated,
             per_example=getattr(args, "loss_normalization", "token") == "example",
+            masked=self.aux_loss_enabled,
         )
         self._passes = PassWalker(
             getattr(args, "tokens_per_pass", None) or args.max_length or sys.maxsize,
@@ -328,6 +331,8 @@ class PackedSFTTrainer(SFTTrainer):
 
     def _inner_training_loop(self, batch_size: int, args: SFTConfig, *positional: Any, **named: Any) -> TrainOutput:
         """Adds to the parent: under exact-step packing, its loop sees one batch per optimizer step."""
+        if self.neftune_noise_alpha is not None:
+            compat.noise_by_document(self, lambda: self._document_lengths)
         if not _is_exact(self.train_dataset):
             return super()._inner_training_loop(batch_size, args, *positional, **named)
         with compat.one_batch_per_step(self) as (step_size, step_args):
@@ -380,6 +385,8 @@ class PackedSFTTrainer(SFTTrainer):
         """The parent's loss, whole and ours: sum over scored tokens / `num_items_in_batch` (default: of this batch)."""
         mode = "train" if self.model.training else "eval"
         num_items = (inputs["num_items"] or 1) if num_items_in_batch is None else num_items_in_batch
+        if self.neftune_noise_alpha is not None:
+            self._document_lengths = document_lengths(inputs)
         if callable(self.compute_loss_func):  # deprecated in TRL; it wants logits, which costs a second forward
             with self._packed_forward():
                 outputs = model(**model_inputs(inputs), use_cache=False)
@@ -398,7 +405,7 @@ class PackedSFTTrainer(SFTTrainer):
         )
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // ranks_per_batch(self.accelerator))  # DDP averages
-        if self.aux_loss_enabled:
+        if self.aux_loss_enabled and not callable(self.compute_loss_func):  # whose loss is whole, as in TRL
             assert output.aux_loss is not None
             passes = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             share = 1 / passes if inputs["num_tokens"] else 0.0  # a rank's empty pass routes a token that is none
@@ -423,8 +430,9 @@ class PackedSFTTrainer(SFTTrainer):
         return sum(super(PackedSFTTrainer, self).floating_point_ops(batch) for batch in inputs.get("passes", [inputs]))
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Adds to the parent: "non_padding" is what the host counted: a pad token may be text (eos)."""
         for batch in inputs.get("passes", [inputs]):
-            super()._track_num_input_tokens(batch)
+            super()._track_num_input_tokens(batch | {"attention_mask": torch.tensor(batch["num_tokens"])})
 
     # ---- evaluation and logging ----
 
@@ -436,13 +444,18 @@ class PackedSFTTrainer(SFTTrainer):
             super(PackedSFTTrainer, self).prediction_step(model, batch, prediction_loss_only, ignore_keys)
             for batch in inputs.get("passes", [inputs])
         ]
-        losses, logits, labels = zip(*outputs, strict=True)
-        if prediction_loss_only:
-            return torch.stack(losses).mean(), None, None
-        if len(outputs) == 1:
-            return outputs[0]
-        padded = self.data_collator.padded
-        return torch.stack(losses).mean(), join_passes(logits, 0.0, padded), join_passes(labels, IGNORE_INDEX, padded)
+        loss, logits, labels = outputs[0]
+        if len(outputs) > 1:
+            losses, all_logits, all_labels = zip(*outputs, strict=True)
+            items = [batch["num_items"] for batch in inputs["passes"]]
+            loss = sum(loss * count for loss, count in zip(losses, items, strict=True)) / (sum(items) or 1)
+            if not prediction_loss_only:
+                padded = self.data_collator.padded
+                logits, labels = join_passes(all_logits, 0.0, padded), join_passes(all_labels, IGNORE_INDEX, padded)
+        if logits is not None and not self._said_logits:
+            self._said_logits = True
+            logger.warning(cost_of_logits(logits))
+        return loss, logits, labels
 
     def evaluation_loop(
         self, dataloader: Any, description: str, *positional: Any, metric_key_prefix: str = "eval", **named: Any
@@ -455,7 +468,8 @@ class PackedSFTTrainer(SFTTrainer):
         self._sums["train"].skip(time.perf_counter() - started)
         totals = self._sums["eval"].drain(self.accelerator)
         if totals:
-            output.metrics[f"{metric_key_prefix}_loss"] = totals["loss"]
+            aux_loss = self.router_aux_loss_coef * totals["aux_loss"] if self.aux_loss_enabled else 0.0
+            output.metrics[f"{metric_key_prefix}_loss"] = totals["loss"] + aux_loss
             # TRL's keys start with "eval_" whichever of several evaluation sets they are of
             prefix = "eval" if metric_key_prefix.startswith("eval") else metric_key_prefix
             for name in ("entropy", "mean_token_accuracy", "aux_loss"):

@@ -425,4 +425,5 @@ def test_auto_find_batch_size_leaves_the_step_as_it_is(tmp_path, monkeypatch, ca
     failing_in_pass(1, monkeypatch)
     ours = run(tmp_path, auto_find_batch_size=True, **settings)
     assert not ours.args.auto_find_batch_size
+    assert "auto_find_batch_size=True: no effect on packing_strategy='step'" in caplog.text
     assert_same_losses(ours, whole, 1e-10)
