@@ -109,26 +109,15 @@ def prepare_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: trl
     return trl.SFTTrainer._prepare_dataset(trainer, dataset, tokenizer, args, False, None, "train")
 
 
-def is_tuner_layer(module: nn.Module) -> bool:
-    """Whether a PEFT adapter (or a trainable copy of PEFT's) wraps this module."""
-    if not is_peft_available():
-        return False
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-
-
 @contextmanager
-def gathered_parameters(weight: Tensor, bias: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+def gathered_parameters(*parameters: Tensor | None) -> Iterator[list[Any]]:
     """The whole head on every rank: DTensors of FSDP2 are gathered, ZeRO-3 partitions for the length of the context."""
     from torch.distributed.tensor import DTensor
     from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-    weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-    bias = bias.full_tensor() if isinstance(bias, DTensor) else bias
-    with maybe_gather_lm_head_ctx(weight, bias):
-        yield weight, bias
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in parameters]
+    with maybe_gather_lm_head_ctx(*whole):
+        yield whole
 
 
 _BATCH_FIELDS = ("per_device_train_batch_size", "gradient_accumulation_steps")
