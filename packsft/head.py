@@ -199,9 +199,10 @@ def _why_not_fused(model: PreTrainedModel, options: LossOptions) -> str | None:
     finally:
         for module, training in modes:
             module.training = training
-    # Both round the logits to their dtype, and ours each log-probability, whose size the vocabulary decides: a few
-    # units in the last place of the largest is all they may differ by.
-    allowed = 4 * torch.finfo(logits.dtype).eps * float(logits.abs().max().clamp(min=1))
+    # Both round the logits to their dtype (PEFT what it adds to the adapter's), and ours each log-probability, whose
+    # size the vocabulary decides: a few units in the last place of the largest is all they may differ by.
+    eps = max(torch.finfo(tensor.dtype).eps for tensor in (logits, *(addition.idle for addition in additions)))
+    allowed = 4 * eps * float(logits.abs().max().clamp(min=1))
     allowed += 4 * torch.finfo(ours.dtype).eps * float(theirs.abs().max())
     difference = float((ours.double() - theirs).abs().max())
     if not difference <= allowed:

@@ -9,28 +9,35 @@ from tiny import tiny_tokenizer
 from packsft import PackedSFTConfig, PackedSFTTrainer
 
 
-def documents_alone(model, rows, dtype):
+def copied(model, dtype=None):
+    model = copy.deepcopy(model)
+    return model if dtype is None else model.to(dtype)  # which quantised weights refuse
+
+
+def documents_alone(model, rows, dtype=None):
     """Each document through the model's own forward (transformers' SDPA, no packsft code): the cross-entropies of the
     scored tokens over their number in all documents, and the gradients."""
-    model = copy.deepcopy(model).to(dtype).train()
+    model = copied(model, dtype).train()
     model.set_attn_implementation("eager" if "gemma" in model.config.model_type else "sdpa")
     count = sum(label != -100 for row in rows for label in row["labels"][1:])
     loss = 0.0
     for row in rows:
         logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
         labels = torch.tensor(row["labels"][1:])
-        loss = loss + F.cross_entropy(logits.to(torch.promote_types(dtype, torch.float32)), labels, reduction="sum")
+        loss = loss + F.cross_entropy(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum"
+        )
     loss = loss / count
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def packed_step(model, rows, tmp_path, dtype, **options):
+def packed_step(model, rows, tmp_path, dtype=None, **options):
     """Loss and gradients of all rows as one optimizer step of the trainer."""
     defaults = {"max_length": 32, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
     args = PackedSFTConfig(str(tmp_path), **defaults | options)
     trainer = PackedSFTTrainer(
-        model=copy.deepcopy(model).to(dtype), args=args, train_dataset=rows, processing_class=tiny_tokenizer()
+        model=copied(model, dtype), args=args, train_dataset=rows, processing_class=tiny_tokenizer()
     )
     return trainer, *one_step(trainer)
 
