@@ -13,13 +13,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from alone import assert_gradients_equal, documents_alone, one_step, packed_step
-from numerics import EXACT, error
+from numerics import EXACT, assert_accurate, error
 from packsft_kernels import LossOptions
-from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TrainableTokensConfig,
+    get_peft_model,
+)
 from runs import trainer
 from tiny import VOCAB, tiny_model, tiny_tokenizer, token_rows
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 from packsft.head import install_head
@@ -120,23 +130,22 @@ def test_the_head_is_fused_unless_the_adapter_on_it_is_no_plain_lora(kind, path)
     assert found is None if expected is None else re.search(expected, found)
 
 
+def trl_step(model, rows, path):
+    args = SFTConfig(
+        str(path), packing=False, per_device_train_batch_size=len(rows), max_length=32, bf16=False, use_cpu=True,
+        gradient_checkpointing=False, report_to="none",
+    )  # fmt: skip
+    return one_step(SFTTrainer(copy.deepcopy(model), args, train_dataset=rows, processing_class=tiny_tokenizer()))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_equal_trls_where_it_takes_the_adapter(kind, tmp_path):
     refusal = KINDS[kind][-1]
-    args = SFTConfig(
-        str(tmp_path), packing=False, per_device_train_batch_size=12, max_length=32, bf16=False, use_cpu=True,
-        gradient_checkpointing=False, report_to="none",
-    )  # fmt: skip
-
-    def step():
-        model = copy.deepcopy(adapted(kind))
-        return one_step(SFTTrainer(model, args, train_dataset=token_rows(12), processing_class=tiny_tokenizer()))
-
     if refusal is not None:
         with pytest.raises((ValueError, AttributeError), match=refusal):
-            step()
+            trl_step(adapted(kind), token_rows(12), tmp_path)
         return
-    loss, grads = step()
+    loss, grads = trl_step(adapted(kind), token_rows(12), tmp_path)
     exact_loss, exact = alone(kind)
     assert error(loss, exact_loss) < TRL_TOLERANCE
     assert_gradients_equal(grads, exact, TRL_TOLERANCE)
@@ -315,6 +324,8 @@ def test_added_tokens_are_trained(config, tied, tmp_path):
     assert ours.why_compact is None
     assert error(loss, exact_loss) < EXACT
     assert_gradients_equal(grads, exact, EXACT)
+    if config is None or "lm_head" in (config.modules_to_save or []) or not tied:  # else TRL fails, as above
+        assert_gradients_equal(trl_step(model, rows, tmp_path)[1], exact, TRL_TOLERANCE)
     ours.save_model(str(tmp_path / "saved"))
     if config is None:
         reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float64)
@@ -330,7 +341,86 @@ def test_added_tokens_are_trained(config, tied, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def quantised():
-    """A 4-bit model with a LoRA, and the same in float64 with the numbers that the 4 bits stand for."""
+def quantised(tmp_path_factory):
+    """A model in 4 bits with a LoRA on it, and the same in float64 with the numbers that the 4 bits stand for."""
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes, which is not installed")
-    return bitsandbytes
+    folder = tmp_path_factory.mktemp("plain")
+    tiny_model("llama", tie_word_embeddings=False, hidden_size=64).save_pretrained(folder)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    for name, module in model.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            exact.get_submodule(name).weight.data.copy_(weight)
+    return model, exact
+
+
+def with_lora(models, targets):
+    """TRL trains the adapters of a quantised model in bfloat16: so does each of these, at the same place."""
+    wrapped = [get_peft_model(copy.deepcopy(model), lora(targets)) for model in models]
+    start = {n: p.detach().bfloat16() for n, p in moved(wrapped[1]).named_parameters() if p.requires_grad}
+    for model in wrapped:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data = start[name].to(torch.float64 if model is wrapped[1] else torch.bfloat16)
+    return wrapped
+
+
+@pytest.mark.parametrize("targets", [LAYERS, HEAD], ids=["layers", "layers and head"])
+def test_qlora_is_as_close_to_float64_as_peft_alone_and_trl(targets, quantised, tmp_path):
+    model, exact = with_lora(quantised, targets)
+    runs = {"ours": [], "alone": [], "trl": [], "exact": []}
+    for seed in range(4):  # the error of one loss is luck
+        rows = token_rows(12, seed=seed)
+        ours, *step = packed_step(model, rows, tmp_path)
+        assert ours.why_compact is None
+        runs["ours"].append(step)
+        runs["alone"].append(documents_alone(model, rows))
+        runs["trl"].append(trl_step(model, rows, tmp_path) if targets == LAYERS else runs["alone"][-1])
+        runs["exact"].append(documents_alone(exact, rows))
+    names = list(runs["exact"][0][1])
+    losses = {run: torch.stack([loss for loss, _ in steps]) for run, steps in runs.items()}
+    grads = {
+        run: torch.cat([grads[name].flatten() for _, grads in steps for name in names]) for run, steps in runs.items()
+    }
+    for plain in ("alone", "trl"):
+        assert_accurate(losses["ours"], losses[plain], losses["exact"], "loss")
+        assert_accurate(grads["ours"], grads[plain], grads["exact"], "gradients")
+
+
+def test_a_quantised_head_computes_its_own_logits(quantised, tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = copy.deepcopy(quantised[0])
+    head = bitsandbytes.nn.Linear4bit(64, len(VOCAB), bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    head.weight = bitsandbytes.nn.Params4bit(model.lm_head.weight.data, quant_type="nf4", requires_grad=False)
+    model.lm_head = head.to("cpu")
+    for targets, reason in (
+        (LAYERS, "the head is a bitsandbytes.nn.modules.Linear4bit"),
+        (HEAD, "lora.bnb.Linear4bit"),
+    ):
+        wrapped = moved(get_peft_model(copy.deepcopy(model), lora(targets)))
+        assert reason in install_head(wrapped.get_base_model(), LossOptions())
+        assert head_loss(wrapped) == pytest.approx(own_loss(wrapped), rel=1e-6)
+
+
+# ---- refused ----
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["peft_config", "PeftModel"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=8),
+        lora(alora_invocation_tokens=[3, 4]),
+    ],
+    ids=lambda config: "activated LoRA" if isinstance(config, LoraConfig) else type(config).__name__,
+)
+def test_adapters_that_move_documents_or_start_within_a_row_are_refused_by_name(config, wrapped, tmp_path):
+    name = "alora_invocation_tokens" if isinstance(config, LoraConfig) else type(config).__name__
+    model = base_model(tied=False)
+    adapter = {"model": get_peft_model(model, config)} if wrapped else {"model": model, "peft_config": config}
+    with pytest.raises(ValueError, match=name):
+        trainer(tmp_path, **adapter)
