@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from packsft_kernels import LossOptions, LossOutput, cross_entropy, linear_cross_entropy
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from packsft.adapters import exercised, low_rank_of, split_head
+from packsft.adapters import Addition, exercised, low_rank_of, split_head
 from packsft.batch import LOSS_KEYS
 from packsft.compat import gathered_parameters
 
@@ -93,10 +93,11 @@ def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss
             return own_forward(self, *args, **kwargs)
         rows, targets, weights = (kwargs.pop(key, None) for key in LOSS_KEYS)
         num_items = kwargs.pop("num_items", None)
-        # the adapter may have been switched to one that the probe has not seen
-        if why_compact is None and not isinstance(split_head(self.get_output_embeddings()), str):
+        # looked up on each call: wrappers replace the head, and another adapter on it may be active by now
+        head = split_head(self.get_output_embeddings())
+        if why_compact is None and not isinstance(head, str):
             hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-            return _reduce(_fused_loss(self, hidden, rows, targets, weights, fused_options, num_items))
+            return _reduce(_fused_loss(head, hidden, rows, targets, weights, fused_options, num_items))
         outputs, logits = _compact_logits(functools.partial(own_forward, self), rows, *args, use_cache=False, **kwargs)
         # the logits are ours alone, so that their gradient may take their place
         loss = cross_entropy(
@@ -115,7 +116,7 @@ def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss
 
 
 def _fused_loss(
-    model: PreTrainedModel,
+    head: tuple[nn.Linear, list[Addition]],
     hidden: Tensor,
     rows: Tensor,
     targets: Tensor,
@@ -123,8 +124,6 @@ def _fused_loss(
     options: LossOptions,
     num_items: Tensor | float | None,
 ) -> LossOutput:
-    head = split_head(model.get_output_embeddings())  # looked up on each call, since wrappers replace it
-    assert not isinstance(head, str)
     linear, additions = head
     hidden_TM = hidden.flatten(0, 1).to(linear.weight.device)
     added = [parameter for addition in additions for parameter in addition.parameters]
@@ -192,7 +191,7 @@ def _why_not_fused(model: PreTrainedModel, options: LossOptions) -> str | None:
         with exercised(additions):
             logits = model(input_ids=ids, use_cache=False).logits[0]
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            ours = _fused_loss(model, hidden, rows, targets, None, plain, None).log_prob
+            ours = _fused_loss(head, hidden, rows, targets, None, plain, None).log_prob
         theirs = logits[:7].double().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         return f"the probe of the head failed: {error}"

@@ -292,7 +292,9 @@ def test_disabled_and_merged_adapters_are_not_added(kind):
 @pytest.mark.parametrize("kind", ["LoRA on the head", "tokens of a tied head", "tokens of the head"])
 def test_the_probe_sees_an_adapter_that_adds_nothing_yet(kind, monkeypatch):
     config, tied, _, _ = KINDS[kind]
-    model = get_peft_model(base_model(tied), copy.deepcopy(config)).get_base_model()
+    # in bfloat16 and a larger vocabulary two tokens are lost among the others, unless they are the targets
+    base = tiny_model("llama", torch.bfloat16, vocab_size=4000, tie_word_embeddings=tied)
+    model = get_peft_model(base, copy.deepcopy(config)).get_base_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert install_head(model, LossOptions()) is None
     monkeypatch.setattr("packsft.head.low_rank_of", lambda *_: None)
