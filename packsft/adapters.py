@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import is_peft_available
 
+_HAS_PEFT = is_peft_available()
+
 
 class Addition(NamedTuple):
     """`down @ up.T`, which is added to the logits of a linear head."""
@@ -35,7 +37,7 @@ def split_head(head: Any) -> tuple[nn.Linear, list[Addition]] | str:
     To be asked on each call: adapters are switched, merged and disabled, and wrappers take the place of their layers.
     """
     additions: list[Addition] = []
-    if is_peft_available():
+    if _HAS_PEFT:
         from peft.tuners.lora import Linear as LoraLinear
         from peft.tuners.trainable_tokens import TrainableTokensLayer
         from peft.tuners.tuners_utils import BaseTunerLayer
