@@ -2,7 +2,7 @@
 
 A LoRA adds `scaling * dropout(hidden) @ A.T @ B.T` to the logits; rows of the weight that alone are trained
 (`trainable_token_indices`) are such a product too. Neither needs a matrix of the vocabulary by the model's width. Knows
-PEFT's layers (0.21), which keep their own forward for everything else; knows nothing of losses.
+PEFT's layers (0.16 to 0.21), which keep their own forward for everything else; knows nothing of losses.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.utils import is_peft_available
 
-_HAS_PEFT = is_peft_available()
+from packsft.compat import knows_peft
+
+_KNOWS_PEFT = knows_peft()
 
 
 class Addition(NamedTuple):
@@ -37,7 +38,7 @@ def split_head(head: Any) -> tuple[nn.Linear, list[Addition]] | str:
     To be asked on each call: adapters are switched, merged and disabled, and wrappers take the place of their layers.
     """
     additions: list[Addition] = []
-    if _HAS_PEFT:
+    if _KNOWS_PEFT:  # an older one hides no head: its wrappers are no Linear
         from peft.tuners.lora import Linear as LoraLinear
         from peft.tuners.trainable_tokens import TrainableTokensLayer
         from peft.tuners.tuners_utils import BaseTunerLayer

@@ -10,7 +10,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from importlib import resources
+from importlib import metadata, resources
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -27,6 +27,7 @@ from trl.trainer import sft_trainer as trl_sft_trainer
 
 TRL_RANGE = (Version("1.16"), Version("2"))
 TRANSFORMERS_MIN = Version("5.17")
+PEFT_MIN = Version("0.16")  # which keeps what is no plain LoRA in a dictionary of its own
 
 
 def check_versions() -> None:
@@ -37,6 +38,11 @@ def check_versions() -> None:
         raise ImportError(
             f"packsft works with transformers >= {TRANSFORMERS_MIN}; found transformers {transformers.__version__}"
         )
+
+
+def knows_peft() -> bool:
+    """Whether PEFT is installed, in a version whose layers `adapters.py` can tell apart."""
+    return is_peft_available() and Version(metadata.version("peft")) >= PEFT_MIN
 
 
 class _NoLayer:

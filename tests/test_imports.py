@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 KNOWS = {
     "packsft/__init__.py": "",
     "packsft/__main__.py": "",
-    "packsft/adapters.py": "torch transformers (peft)",
+    "packsft/adapters.py": "torch (peft)",
     "packsft/arguments.py": "transformers trl accelerate datasets",
     "packsft/attention.py": "torch transformers packsft_kernels",
     "packsft/batch.py": "numpy",
