@@ -84,6 +84,9 @@ def _lora(layer: Any, name: str) -> Addition | str | None:
     if not type(A) is type(B) is nn.Linear:
         return f"the LoRA on the language-model head is made of a {_name(A)} and a {_name(B)}"
 
+    if hasattr(A.weight, "ds_id"):  # gathered for its module's own backward, of which there would be none
+        return "ZeRO-3 partitions the LoRA on the language-model head"
+
     def product(hidden: Tensor, _: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         if not torch.is_autocast_enabled(hidden.device.type):  # which would only cast back what is cast here
             hidden = hidden.to(down.dtype)

@@ -32,6 +32,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
+from packsft.adapters import split_head
 from packsft.head import install_head
 
 pytestmark = pytest.mark.usefixtures("rms_norm_keeps_float64")
@@ -287,6 +288,17 @@ def test_disabled_and_merged_adapters_are_not_added(kind):
     with model.disable_adapter():  # which unmerges
         assert head_loss(model) == pytest.approx(own_loss(model), rel=EXACT)
     assert head_loss(model) == pytest.approx(with_adapter, rel=EXACT)
+
+
+def test_a_lora_that_wrappers_have_taken_apart_is_left_to_its_own_forward():
+    model = copy.deepcopy(adapted("LoRA on the head"))
+    assert install_head(model.get_base_model(), LossOptions()) is None
+    head = model.get_output_embeddings()
+    head.lora_A["default"].weight.ds_id = 0  # as DeepSpeed marks what it partitions
+    assert "ZeRO-3" in split_head(head)
+    head.lora_B["default"] = type("FSDPLinear", (nn.Linear,), {})(4, len(VOCAB), bias=False)  # as FSDP2 names a class
+    assert "FSDPLinear" in split_head(head)
+    assert head_loss(model.double()) == pytest.approx(own_loss(model), rel=EXACT)
 
 
 @pytest.mark.parametrize("kind", ["LoRA on the head", "tokens of a tied head", "tokens of the head"])
