@@ -97,6 +97,7 @@ def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
     if arguments.get("processing_class") is not None:
         check_tokenizer(arguments["processing_class"], args)
     model = arguments["model"]
+    _check_adapter(arguments.get("peft_config"))
     if isinstance(model, str):
         requested = (args.model_init_kwargs or {}).get("attn_implementation")
         if requested == "flash_attention_2" and not (
@@ -106,6 +107,8 @@ def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
                 "attn_implementation='flash_attention_2' needs the package flash-attn, which is not installed: install "
                 "it, or leave attn_implementation unset and packsft takes PyTorch's own varlen attention"
             )
+    elif is_peft_model(model):
+        _check_adapter(model.active_peft_config)
     elif isinstance(model, PreTrainedModel) and model.get_output_embeddings() is None:
         raise ValueError(
             f"{type(model).__name__} has no language-model head (get_output_embeddings() is None): packsft trains "
@@ -174,11 +177,17 @@ def _check_dataset(name: str, dataset: Dataset | IterableDataset) -> None:
         raise ValueError(f"{name} has the column {min(pictures)!r}: packsft trains on text alone")
 
 
-def check_adapter(model: Any) -> None:
-    if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+def _check_adapter(config: Any) -> None:
+    """Of a PEFT configuration, or None."""
+    if getattr(config, "is_prompt_learning", False):
         raise ValueError(
-            f"{type(model.active_peft_config).__name__} puts virtual tokens before every row, which moves the "
+            f"{type(config).__name__} puts virtual tokens before every row, which moves the "
             "boundaries of packed documents: prompt learning is not supported, LoRA and its relatives are"
+        )
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ValueError(
+            f"alora_invocation_tokens={config.alora_invocation_tokens} starts an adapter in the middle of a row, after "
+            "its last such tokens, and a packed row holds many documents: activated LoRA is not supported"
         )
 
 

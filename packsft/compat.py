@@ -10,7 +10,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from importlib import resources
+from importlib import metadata, resources
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -28,6 +28,7 @@ from trl.trainer import sft_trainer as trl_sft_trainer
 
 TRL_RANGE = (Version("1.16"), Version("2"))
 TRANSFORMERS_MIN = Version("5.17")
+PEFT_MIN = Version("0.16")  # which keeps what is no plain LoRA in a dictionary of its own
 
 
 def check_versions() -> None:
@@ -38,6 +39,11 @@ def check_versions() -> None:
         raise ImportError(
             f"packsft works with transformers >= {TRANSFORMERS_MIN}; found transformers {transformers.__version__}"
         )
+
+
+def knows_peft() -> bool:
+    """Whether PEFT is installed, in a version whose layers `adapters.py` can tell apart."""
+    return is_peft_available() and Version(metadata.version("peft")) >= PEFT_MIN
 
 
 class _NoLayer:
@@ -119,26 +125,15 @@ def prepare_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: trl
     return trl.SFTTrainer._prepare_dataset(trainer, dataset, tokenizer, args, False, None, "train")
 
 
-def is_tuner_layer(module: nn.Module) -> bool:
-    """Whether a PEFT adapter (or a trainable copy of PEFT's) wraps this module."""
-    if not is_peft_available():
-        return False
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-
-
 @contextmanager
-def gathered_parameters(weight: Tensor, bias: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+def gathered_parameters(*parameters: Tensor | None) -> Iterator[list[Any]]:
     """The whole head on every rank: DTensors of FSDP2 are gathered, ZeRO-3 partitions for the length of the context."""
     from torch.distributed.tensor import DTensor
     from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-    weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-    bias = bias.full_tensor() if isinstance(bias, DTensor) else bias
-    with maybe_gather_lm_head_ctx(weight, bias):
-        yield weight, bias
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in parameters]
+    with maybe_gather_lm_head_ctx(*whole):
+        yield whole
 
 
 def noise_by_document(trainer: Any, lengths: Callable[[], Tensor | None]) -> None:

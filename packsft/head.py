@@ -3,9 +3,9 @@
 `install_head` teaches a model's forward the keyword arguments of `batch.LOSS_KEYS`. With them it runs the backbone
 and scores only the listed positions, in one of two ways:
 
-- fused: `linear_cross_entropy` on the head's weight, after a probe has shown that it reproduces the model's own
-  log-probabilities;
-- compact logits: the model's own head on the scored positions, then `cross_entropy`. Any head works: adapters,
+- fused: `linear_cross_entropy` on the head's weight and the narrow products that a LoRA adds to it, after a probe has
+  shown that it reproduces the model's own log-probabilities;
+- compact logits: the model's own head on the scored positions, then `cross_entropy`. Any head works: other adapters,
   quantised weights, transforms between backbone and head.
 
 It happens inside the forward so that the hooks of DDP, FSDP and ZeRO fire around it.
@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from packsft.adapters import Addition, exercised, low_rank_of, split_head
 from packsft.batch import LOSS_KEYS
-from packsft.compat import gathered_parameters, is_tuner_layer
+from packsft.compat import gathered_parameters
 
 
 @dataclass
@@ -92,9 +93,11 @@ def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss
             return own_forward(self, *args, **kwargs)
         rows, targets, weights = (kwargs.pop(key, None) for key in LOSS_KEYS)
         num_items = kwargs.pop("num_items", None)
-        if why_compact is None:
+        # looked up on each call: wrappers replace the head, and another adapter on it may be active by now
+        head = split_head(self.get_output_embeddings())
+        if why_compact is None and not isinstance(head, str):
             hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-            return _reduce(_fused_loss(self, hidden, rows, targets, weights, fused_options, num_items))
+            return _reduce(_fused_loss(head, hidden, rows, targets, weights, fused_options, num_items))
         outputs, logits = _compact_logits(functools.partial(own_forward, self), rows, *args, use_cache=False, **kwargs)
         # the logits are ours alone, so that their gradient may take their place
         loss = cross_entropy(
@@ -113,7 +116,7 @@ def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss
 
 
 def _fused_loss(
-    model: PreTrainedModel,
+    head: tuple[nn.Linear, list[Addition]],
     hidden: Tensor,
     rows: Tensor,
     targets: Tensor,
@@ -121,11 +124,20 @@ def _fused_loss(
     options: LossOptions,
     num_items: Tensor | float | None,
 ) -> LossOutput:
-    head = model.get_output_embeddings()  # looked up on each call, since wrappers replace it
-    hidden_TM = hidden.flatten(0, 1).to(head.weight.device)
-    with gathered_parameters(head.weight, head.bias) as (weight, bias):
+    linear, additions = head
+    hidden_TM = hidden.flatten(0, 1).to(linear.weight.device)
+    added = [parameter for addition in additions for parameter in addition.parameters]
+    with gathered_parameters(linear.weight, linear.bias, *added) as (weight, bias, *added):
         return linear_cross_entropy(
-            hidden_TM, weight, targets, rows=rows, bias=bias, weights=weights, options=options, num_items=num_items
+            hidden_TM,
+            weight,
+            targets,
+            rows=rows,
+            bias=bias,
+            weights=weights,
+            low_rank=low_rank_of(additions, added, hidden_TM, weight),
+            options=options,
+            num_items=num_items,
         )
 
 
@@ -163,33 +175,33 @@ def _logit_transform(config: Any) -> dict[str, Any]:
 @torch.no_grad()
 def _why_not_fused(model: PreTrainedModel, options: LossOptions) -> str | None:
     """None if the fused head gives the model's own log-probabilities on a few tokens, else the reason."""
-    head = model.get_output_embeddings()
-    if is_tuner_layer(head):
-        return "an adapter sits on the language-model head"
-    if type(head) is not nn.Linear:
-        return f"the head is a {type(head).__name__}, not a plain Linear"
-    if not head.weight.is_floating_point():
-        return f"the head's weight is quantised ({head.weight.dtype})"
+    head = split_head(model.get_output_embeddings())
+    if isinstance(head, str):
+        return head
+    linear, additions = head
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(head.weight.shape[0], (1, 8), generator=generator).to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0]
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        ids = torch.randint(linear.weight.shape[0], (1, 8), generator=generator).to(model.device)
+        changed = [token for addition in additions for token in addition.tokens[:4]]  # another target would not show it
+        targets = torch.cat([ids.new_tensor(changed, dtype=ids.dtype), ids[0]])[:7]
         rows = torch.arange(7, dtype=torch.int32, device=ids.device)
-        targets = ids[0, 1:]
         plain = replace(options, label_smoothing=0.0, z_loss=0.0, dft=False)
-        ours = _fused_loss(model, hidden, rows, targets, None, plain, None).log_prob
+        with exercised(additions):
+            logits = model(input_ids=ids, use_cache=False).logits[0]
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            ours = _fused_loss(head, hidden, rows, targets, None, plain, None).log_prob
         theirs = logits[:7].double().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         return f"the probe of the head failed: {error}"
     finally:
         for module, training in modes:
             module.training = training
-    # Both round the logits to their dtype, and ours each log-probability, whose size the vocabulary decides: a few
-    # units in the last place of the largest is all they may differ by.
-    allowed = 4 * torch.finfo(logits.dtype).eps * float(logits.abs().max().clamp(min=1))
+    # Both round the logits to their dtype (PEFT what it adds to the adapter's), and ours each log-probability, whose
+    # size the vocabulary decides: a few units in the last place of the largest is all they may differ by.
+    eps = max(torch.finfo(tensor.dtype).eps for tensor in (logits, *(addition.idle for addition in additions)))
+    allowed = 4 * eps * float(logits.abs().max().clamp(min=1))
     allowed += 4 * torch.finfo(ours.dtype).eps * float(theirs.abs().max())
     difference = float((ours.double() - theirs).abs().max())
     if not difference <= allowed:

@@ -31,7 +31,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTConfig, SFTTrainer
 
 from packsft import attention, compat
-from packsft.arguments import check_adapter, check_arguments, check_parallelism, check_tokenizer, own_arguments
+from packsft.arguments import check_arguments, check_parallelism, check_tokenizer, own_arguments
 from packsft.batch import IGNORE_INDEX, count_scored, document_lengths, loss_inputs, model_inputs
 from packsft.claims import PackingCheck, check_claims, first_documents
 from packsft.collator import PackingCollator, join_passes
@@ -87,7 +87,6 @@ class PackedSFTTrainer(SFTTrainer):
             super().__init__(*call.args[1:], **call.kwargs)
 
         check_parallelism(self.accelerator)
-        check_adapter(self.model)
         self._check: PackingCheck | None = None
         self._sums = {"train": MetricSums(), "eval": MetricSums(self._filter_nonfinite)}
         base_model = self.model.get_base_model() if is_peft_model(self.model) else self.model

@@ -10,6 +10,8 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 import pytest
 import torch
 from tiny import tiny_tokenizer
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,3 +35,17 @@ def _fixed_seed() -> None:
 @pytest.fixture(scope="session")
 def tokenizer():
     return tiny_tokenizer()
+
+
+@pytest.fixture
+def rms_norm_keeps_float64(monkeypatch):
+    """transformers' RMSNorm rounds to float32 inside, also in float64. Where a last bit of its input differs, as it may
+    between a GEMM of three rows and one of thirty, its output differs by 6e-8. Taken out, of the truth as of us."""
+
+    def forward(norm, x):
+        return norm.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+
+    for norm in (LlamaRMSNorm, Qwen3RMSNorm):
+        rounds = norm.forward
+        chosen = lambda self, x, rounds=rounds: (forward if x.dtype == torch.float64 else rounds)(self, x)  # noqa: E731
+        monkeypatch.setattr(norm, "forward", chosen)

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 KNOWS = {
     "packsft/__init__.py": "",
     "packsft/__main__.py": "",
+    "packsft/adapters.py": "torch (peft)",
     "packsft/arguments.py": "transformers trl accelerate datasets",
     "packsft/attention.py": "torch transformers packsft_kernels",
     "packsft/batch.py": "numpy",
@@ -31,7 +32,7 @@ KNOWS = {
     "packsft/claims.py": "numpy torch packsft_kernels",
     "packsft/cli.py": "packsft_kernels (datasets) (rich)",
     "packsft/collator.py": "numpy torch trl",
-    "packsft/compat.py": "torch transformers trl accelerate datasets packaging (peft)",
+    "packsft/compat.py": "torch transformers trl accelerate datasets packaging",
     "packsft/config.py": "torch trl packsft_kernels",
     "packsft/dataset.py": "numpy torch datasets",
     "packsft/demo.py": "torch transformers datasets rich (trl) (matplotlib)",

@@ -2,9 +2,10 @@
 
 Gradients are made in the forward, while a chunk's logits are at hand: three GEMMs with a trained head, two with a
 frozen one, one under `no_grad`. No Triton of its own: a chunk's logits go through `loss_rows`, in place.
-Knows hidden states and a matrix; knows nothing of the model around them.
+A low-rank addition to the weight (a LoRA on the head) is two narrow products more for each of these, and no [V, M].
+Knows hidden states and matrices; knows nothing of the model around them.
 
-Legend: T tokens, N scored rows, V vocabulary, M model width, C rows of one chunk.
+Legend: T tokens, N scored rows, V vocabulary, M model width, R rank of the addition, C rows of one chunk.
 
 Memory beside the inputs: one chunk of logits (`launch.CHUNK_BYTES`), the gradients dX [N, M] and dW [V, M] as they are
 stored, a few numbers per row, and the weight in the autocast dtype if that differs. A chunk's rows of hidden states lie
@@ -50,18 +51,45 @@ class Gradients(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor
+    down: Tensor
+    up: Tensor
+
+
+_NUM_GRADIENTS = len(Gradients._fields)
+
+
+class Wanted(NamedTuple):
+    """Which gradients are: the same fields."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+    down: bool = False
+    up: bool = False
 
 
 def _empty_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, num_rows: int, wanted: tuple[bool, bool, bool]
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    num_rows: int,
+    wanted: Wanted,
 ) -> Gradients:
     def empty(shape: tuple[int, ...], is_wanted: bool, dtype: torch.dtype) -> Tensor:
         return hidden.new_empty(shape if is_wanted else (0,) * len(shape), dtype=dtype)
 
+    def like(matrix: Tensor | None, is_wanted: bool, rows: int | None = None) -> Tensor:
+        matrix = hidden if matrix is None else matrix
+        return empty((matrix.shape[0] if rows is None else rows, matrix.shape[1]), is_wanted, _stored_dtype(matrix))
+
     return Gradients(
-        empty((num_rows, hidden.shape[1]), wanted[0], _stored_dtype(hidden)),
-        empty(tuple(weight.shape), wanted[1], _stored_dtype(weight)),
-        empty((weight.shape[0],), wanted[2], row_dtype(weight.dtype)),  # V elements: wide enough to add up in
+        like(hidden, wanted.hidden, num_rows),
+        like(weight, wanted.weight),
+        empty((weight.shape[0],), wanted.bias, row_dtype(weight.dtype)),  # V elements: wide enough to add up in
+        like(down, wanted.down, num_rows),
+        like(up, wanted.up),
     )
 
 
@@ -78,13 +106,15 @@ def _chunk_loop(
     hidden_TM: Tensor,
     weight_VM: Tensor,
     bias_V: Tensor | None,
+    down_TR: Tensor | None,
+    up_VR: Tensor | None,
     targets_N: Tensor,
     rows_N: Tensor | None,
     weights_N: Tensor | None,
     scale: Tensor | None,
     options: LossOptions,
     dtype: torch.dtype,
-    wanted: tuple[bool, bool, bool],
+    wanted: Wanted,
     *,
     row_pass: Callable[..., RowOutputs] = loss_rows,
 ) -> tuple[RowOutputs, Gradients]:
@@ -94,41 +124,38 @@ def _chunk_loop(
     """
     num_rows, vocab = targets_N.shape[0], weight_VM.shape[0]
     device = hidden_TM.device
-    gradients = _empty_gradients(hidden_TM, weight_VM, bias_V, num_rows, wanted)
+    gradients = _empty_gradients(hidden_TM, weight_VM, bias_V, down_TR, up_VR, num_rows, wanted)
     weight_VM = weight_VM.to(dtype)
     bias_V = None if bias_V is None else bias_V.to(dtype)
+    up_VR = None if up_VR is None else up_VR.to(dtype)
     # CUDA's GEMMs write float32 from 16-bit inputs; the CPU's cannot.
     writes_float32 = hidden_TM.is_cuda and dtype in (torch.bfloat16, torch.float16)
 
     # Rows start on a multiple of 16 elements on CUDA, so that the kernel's accesses stay wide whatever V is.
     stride = -(-vocab // 16) * 16 if hidden_TM.is_cuda else vocab
-    chunk = launch.rows_per_chunk(num_rows, stride, dtype.itemsize, weight_grad=wanted[1])
+    chunk = launch.rows_per_chunk(num_rows, stride, dtype.itemsize, weight_grad=wanted.weight)
     buffer_CV = torch.empty(chunk, stride, dtype=dtype, device=device)[:, :vocab]
     outputs = empty_outputs(hidden_TM.new_empty(num_rows, 0, dtype=dtype), options)
-    # The weight's accumulator: its stored gradient, unless that is 16 bits wide and several chunks add up in it.
-    weight_sum = gradients.weight
-    if wanted[1] and chunk < num_rows and weight_sum.dtype == torch.bfloat16:
-        weight_sum = torch.empty_like(weight_sum, dtype=torch.float32)
+    several = chunk < num_rows
+    weight_sum, up_sum = _accumulator(gradients.weight, several), _accumulator(gradients.up, several)
     if num_rows == 0:
         weight_sum.zero_()
+        up_sum.zero_()
     gradients.bias.zero_()
 
     for start in range(0, num_rows, max(1, chunk)):
         chunk_rows = slice(start, min(start + chunk, num_rows))
-        hidden_CM = _storage_of_rows(gradients.hidden[chunk_rows], targets_N[chunk_rows], hidden_TM, dtype)
-        if rows_N is None:
-            hidden_CM.copy_(hidden_TM[chunk_rows])
-        elif hidden_TM.dtype == dtype:
-            torch.index_select(hidden_TM, 0, rows_N[chunk_rows], out=hidden_CM)
-        else:
-            hidden_CM.copy_(hidden_TM.index_select(0, rows_N[chunk_rows]))
         # An ignored row may hold anything, and 0 * NaN would reach the weight's gradient. Its logits are then numbers.
-        hidden_CM.masked_fill_((targets_N[chunk_rows] == options.ignore_index)[:, None], 0.0)
+        ignored_C1 = (targets_N[chunk_rows] == options.ignore_index)[:, None]
+        hidden_CM = _chunk_of(hidden_TM, chunk_rows, rows_N, ignored_C1, gradients.hidden, dtype)
         logits_CV = buffer_CV[: len(hidden_CM)]
         if bias_V is None:
             torch.mm(hidden_CM, weight_VM.t(), out=logits_CV)
         else:
             torch.addmm(bias_V, hidden_CM, weight_VM.t(), out=logits_CV)
+        if down_TR is not None and up_VR is not None:
+            down_CR = _chunk_of(down_TR, chunk_rows, rows_N, ignored_C1, gradients.down, dtype)
+            torch.addmm(logits_CV, down_CR, up_VR.t(), out=logits_CV)
         chunk_outputs = row_pass(
             logits_CV,
             logits_CV if any(wanted) else None,
@@ -142,24 +169,52 @@ def _chunk_loop(
             whole[chunk_rows][: len(part)].copy_(part)
 
         grad_CV = logits_CV  # from here on
-        if wanted[1]:
+        if wanted.weight:
             _matmul(grad_CV.t(), hidden_CM, weight_sum, writes_float32, accumulate=start > 0)
-        if wanted[0]:  # last, since it takes the place of hidden_CM
+        if wanted.up:
+            _matmul(grad_CV.t(), down_CR, up_sum, writes_float32, accumulate=start > 0)
+        if wanted.hidden:  # last, since it takes the place of hidden_CM
             _matmul(grad_CV, weight_VM, gradients.hidden[chunk_rows], writes_float32)
-        if wanted[2]:
+        if wanted.down and up_VR is not None:  # in the place of down_CR
+            _matmul(grad_CV, up_VR, gradients.down[chunk_rows], writes_float32)
+        if wanted.bias:
             for rows_RV in grad_CV.split(_cast_rows(grad_CV)):
                 gradients.bias.add_(rows_RV.sum(0, dtype=row_dtype(dtype)))
-    if weight_sum is not gradients.weight:
-        gradients.weight.copy_(weight_sum)
+    for gradient, total in ((gradients.weight, weight_sum), (gradients.up, up_sum)):
+        if total is not gradient:
+            gradient.copy_(total)
     return outputs, gradients
 
 
-def _storage_of_rows(grad_CM: Tensor, targets_C: Tensor, hidden_TM: Tensor, dtype: torch.dtype) -> Tensor:
-    """[C, M] in `dtype` for a chunk's hidden states: in the memory of their own gradient, if there is to be one."""
-    shape = targets_C.shape[0], hidden_TM.shape[1]
-    if grad_CM.shape != shape:
-        return hidden_TM.new_empty(shape, dtype=dtype)
-    return grad_CM.view(-1).view(dtype)[: grad_CM.numel()].view(shape)
+def _accumulator(gradient: Tensor, several_chunks: bool) -> Tensor:
+    """What the chunks add up in: the stored gradient, unless that is 16 bits wide and there are several."""
+    if several_chunks and gradient.dtype == torch.bfloat16:
+        return torch.empty_like(gradient, dtype=torch.float32)
+    return gradient
+
+
+def _chunk_of(
+    matrix_TM: Tensor,
+    chunk_rows: slice,
+    rows_N: Tensor | None,
+    ignored_C1: Tensor,
+    gradient_NM: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The chunk's rows [C, M] in `dtype`, 0 where ignored: in the memory of their own gradient, where there is any."""
+    shape = len(ignored_C1), matrix_TM.shape[1]
+    if gradient_NM.shape[1] == 0 or gradient_NM.dtype.itemsize < dtype.itemsize:
+        chunk_CM = matrix_TM.new_empty(shape, dtype=dtype)
+    else:
+        gradient_CM = gradient_NM[chunk_rows]
+        chunk_CM = gradient_CM.view(-1).view(dtype)[: gradient_CM.numel()].view(shape)
+    if rows_N is None:
+        chunk_CM.copy_(matrix_TM[chunk_rows])
+    elif matrix_TM.dtype == dtype:
+        torch.index_select(matrix_TM, 0, rows_N[chunk_rows], out=chunk_CM)
+    else:
+        chunk_CM.copy_(matrix_TM.index_select(0, rows_N[chunk_rows]))
+    return chunk_CM.masked_fill_(ignored_C1, 0.0)
 
 
 def _matmul(a: Tensor, b: Tensor, out: Tensor, writes_float32: bool, *, accumulate: bool = False) -> None:
@@ -190,7 +245,11 @@ def _cast_rows(matrix: Tensor) -> int:
 
 # ------------------------------------------------------------------------------------------------ operators and fakes
 
-_INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? rows, Tensor? weights"
+_INPUTS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, Tensor targets, Tensor? rows, "
+    "Tensor? weights"
+)
+_NUM_INPUTS = _INPUTS.count(",") + 1
 _OUTPUTS = "Tensor, Tensor, Tensor, Tensor, Tensor"  # the fields of `RowOutputs`
 
 
@@ -198,7 +257,7 @@ _OUTPUTS = "Tensor, Tensor, Tensor, Tensor, Tensor"  # the fields of `RowOutputs
     "packsft::linear_cross_entropy",
     mutates_args=(),
     schema=f"({_INPUTS}, Tensor scale, {OPTIONS_SCHEMA}, ScalarType dtype, bool hidden_grad, bool weight_grad, "
-    f"bool bias_grad) -> ({_OUTPUTS}, Tensor, Tensor, Tensor)",
+    f"bool bias_grad, bool down_grad, bool up_grad) -> ({_OUTPUTS}, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _reduced_op(*args: Any) -> tuple[Tensor, ...]:
     """`(scale * loss).sum()`, the per-row outputs, and the gradients wanted."""
@@ -211,10 +270,11 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _reduced(loop: Callable[..., tuple[RowOutputs, Gradients]], *args: Any) -> tuple[Tensor, ...]:
-    (*inputs, scale), fields, (dtype, *wanted) = args[:7], args[7 : 7 + _NUM_FIELDS], args[7 + _NUM_FIELDS :]
+    inputs, scale, others = args[:_NUM_INPUTS], args[_NUM_INPUTS], args[_NUM_INPUTS + 1 :]
+    fields, (dtype, *wanted) = others[:_NUM_FIELDS], others[_NUM_FIELDS:]
     factor = scale if _folds(scale, dtype) else None
     with torch.autocast(scale.device.type, enabled=False):
-        outputs, gradients = loop(*inputs, factor, LossOptions(*fields), dtype, tuple(wanted))
+        outputs, gradients = loop(*inputs, factor, LossOptions(*fields), dtype, Wanted(*wanted))
     return (scaled_sum(outputs.loss, scale), *outputs[1:], *gradients)
 
 
@@ -240,19 +300,19 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _per_row(loop: Callable[..., tuple[RowOutputs, Gradients]], *args: Any) -> tuple[Tensor, ...]:
-    inputs, fields, dtype = args[:6], args[6:-1], args[-1]
+    inputs, fields, dtype = args[:_NUM_INPUTS], args[_NUM_INPUTS:-1], args[-1]
     with torch.autocast(inputs[0].device.type, enabled=False):
-        outputs, _ = loop(*inputs, None, LossOptions(*fields), dtype, (False, False, False))
+        outputs, _ = loop(*inputs, None, LossOptions(*fields), dtype, Wanted())
     return tuple(outputs)
 
 
 def _fake_chunk_loop(*args: Any) -> tuple[RowOutputs, Gradients]:
     """The chunk loop on fake tensors. Where a size is a symbol, so is the number of chunks, and no byte can be counted:
     there only what is returned is allocated, and no guard is laid on the sizes."""
-    hidden, weight, bias, targets, *_, options, dtype, wanted = args
+    hidden, weight, bias, down, up, targets, *_, options, dtype, wanted = args
     if has_symbolic_size(hidden, weight, targets):
         outputs = empty_outputs(hidden.new_empty(targets.shape[0], 0, dtype=dtype), options)
-        return outputs, _empty_gradients(hidden, weight, bias, targets.shape[0], wanted)
+        return outputs, _empty_gradients(hidden, weight, bias, down, up, targets.shape[0], wanted)
     return _chunk_loop(*args, row_pass=loss_rows_fake)
 
 
@@ -260,14 +320,13 @@ def _fake_chunk_loop(*args: Any) -> tuple[RowOutputs, Gradients]:
 
 
 def _reduced_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, _targets, rows, _weights, scale = inputs[:7]
-    dtype = inputs[7 + _NUM_FIELDS]
+    parameters, (rows, _, scale) = inputs[:_NUM_GRADIENTS], inputs[_NUM_GRADIENTS + 1 : _NUM_INPUTS + 1]
+    dtype = inputs[_NUM_INPUTS + 1 + _NUM_FIELDS]
     # Attributes, not saved tensors: hooks that offload saved tensors would carry dW to the host and back. Detached,
     # since an output that knows its node, held by that node, is never freed.
     ctx.gradients = Gradients(*(gradient.detach() for gradient in output[5:]))
     ctx.scale = None if _folds(scale, dtype) else scale
-    ctx.rows, ctx.num_tokens = rows, hidden.shape[0]
-    ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+    ctx.rows, ctx.num_tokens, ctx.dtypes = rows, parameters[0].shape[0], _dtypes(parameters)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -278,7 +337,7 @@ _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph",
 
 @differentiable_once
 def _reduced_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    grads: tuple[Tensor | None, ...] = (None, None, None)
+    grads: tuple[Tensor | None, ...] = (None,) * _NUM_GRADIENTS
     if upstream is not None:
         if ctx.gradients is None:
             raise RuntimeError(
@@ -291,7 +350,11 @@ def _reduced_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tenso
         if not keep:
             ctx.gradients = None
         grads = _scaled_gradients(gradients, factor, keep, ctx.needs_input_grad, ctx.rows, ctx.num_tokens, ctx.dtypes)
-    return (*grads, *[None] * (4 + _NUM_FIELDS + 4))
+    return (*grads, *[None] * (4 + _NUM_FIELDS + 1 + _NUM_GRADIENTS))
+
+
+def _dtypes(parameters: tuple[Tensor | None, ...]) -> list[torch.dtype | None]:
+    return [None if parameter is None else parameter.dtype for parameter in parameters]
 
 
 def _scaled_gradients(
@@ -301,9 +364,9 @@ def _scaled_gradients(
     needed: tuple[bool, ...],
     rows: Tensor | None,
     num_tokens: int,
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of hidden [T, M], weight and bias: times `factor` (None for 1), in the parameters' dtypes.
+    dtypes: list[torch.dtype | None],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of hidden [T, M], weight and so on: times `factor` (None for 1), in the parameters' dtypes.
 
     Takes each out of the list `gradients`, so that it is freed before the next one is scaled; the largest first.
     """
@@ -320,35 +383,35 @@ def _scaled_gradients(
         # Multiplied in float32, rounded once.
         return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
-    weight, hidden, bias = scaled(1), scaled(0), scaled(2)
-    if hidden is not None and rows is not None:
-        hidden = hidden.new_zeros(num_tokens, hidden.shape[1]).index_add_(0, rows, hidden)
-    return hidden, weight, bias
+    def to_tokens(gradient: Tensor | None) -> Tensor | None:
+        if gradient is None or rows is None:
+            return gradient
+        return gradient.new_zeros(num_tokens, gradient.shape[1]).index_add_(0, rows, gradient)
+
+    weight, hidden, bias, down, up = (scaled(index) for index in (1, 0, 2, 3, 4))
+    return to_tokens(hidden), weight, bias, to_tokens(down), up
 
 
 _reduced_op.register_autograd(_reduced_backward, setup_context=_reduced_setup_context)
 
 
 def _rows_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, dtype = inputs[:6] + inputs[-1:]
-    ctx.save_for_backward(*tensors)
-    ctx.fields, ctx.dtype = inputs[6:-1], dtype
+    ctx.save_for_backward(*inputs[:_NUM_INPUTS])
+    ctx.fields, ctx.dtype = inputs[_NUM_INPUTS:-1], inputs[-1]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 @differentiable_once
 def _rows_backward(ctx: Any, upstream_N: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    grads: tuple[Tensor | None, ...] = (None, None, None)
+    grads: tuple[Tensor | None, ...] = (None,) * _NUM_GRADIENTS
     if upstream_N is not None:
-        hidden, weight, bias, targets, rows, weights = ctx.saved_tensors
-        fields = (*ctx.fields[:-2], False, False)
-        needed = ctx.needs_input_grad[:3]
+        inputs = ctx.saved_tensors
+        parameters, rows = inputs[:_NUM_GRADIENTS], inputs[_NUM_GRADIENTS + 1]
+        fields, needed = (*ctx.fields[:-2], False, False), ctx.needs_input_grad[:_NUM_GRADIENTS]
         operator = torch.ops.packsft.linear_cross_entropy
-        args = hidden, weight, bias, targets, rows, weights, upstream_N, *fields, ctx.dtype, *needed
-        gradients = list(operator(*args)[5:])
-        dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        grads = _scaled_gradients(gradients, None, False, needed, rows, hidden.shape[0], dtypes)
+        gradients = list(operator(*inputs, upstream_N, *fields, ctx.dtype, *needed)[5:])
+        grads = _scaled_gradients(gradients, None, False, needed, rows, parameters[0].shape[0], _dtypes(parameters))
     return (*grads, *[None] * (3 + _NUM_FIELDS + 1))
 
 
@@ -366,15 +429,17 @@ def linear_cross_entropy(
     rows: Tensor | None = None,
     bias: Tensor | None = None,
     weights: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     options: LossOptions = _DEFAULT_OPTIONS,
     num_items: float | Tensor | None = None,
     reduction: str = "mean",
 ) -> LossOutput:
-    """Cross-entropy of `F.linear(hidden, weight, bias)[rows]` with `targets`, without ever holding all the logits.
+    """Cross-entropy of `(F.linear(hidden, weight, bias) + down @ up.T)[rows]` with `targets`, where `low_rank` is
+    `(down, up)`, without ever holding all the logits.
 
     The gradients of the scalar reductions are made in the forward. "none" makes the logits again in the backward
     (four GEMMs), since the upstream gradient is not known before. Under autocast the GEMMs run in its dtype; gradients
-    come back in the dtypes of `hidden`, `weight` and `bias`. float16 on the CPU is computed in float32.
+    come back in the dtypes of what they are of. float16 on the CPU is computed in float32.
 
     Args:
         hidden: [T, M], float64, float32, bfloat16 or float16.
@@ -383,6 +448,8 @@ def linear_cross_entropy(
         rows: [N] int32 or int64 positions in `hidden`; None for all T, then N = T. May repeat.
         bias: [V] or None.
         weights: [N] factor of each row's loss.
+        low_rank: `down` [T, R] and `up` [V, R], in any floating dtype: of a LoRA `scaling * F.linear(hidden, A)` and
+            `B`. Both are differentiable, so that what makes `down` of the hidden states is plain autograd.
         options: see `LossOptions`.
         num_items: what "mean" divides by, a number or a tensor of one element on the device (never read back); by
             default the number of rows that are not ignored (not the sum of the weights). 0 gives a loss of 0.
@@ -402,6 +469,12 @@ def linear_cross_entropy(
     check_argument(weight.dim() == 2 and weight.shape[1] == width, "weight", describe(weight), f"[V, {width}]")
     if bias is not None:
         check_argument(bias.shape == weight.shape[:1], "bias", describe(bias), f"[{weight.shape[0]}]")
+    down, up = (None, None) if low_rank is None else low_rank
+    if down is not None and up is not None:
+        for matrix, length in ((down, hidden.shape[0]), (up, weight.shape[0])):
+            fits = matrix.dim() == 2 and matrix.is_floating_point() and matrix.shape[1] == up.shape[-1]
+            if not fits or matrix.shape[0] != length:  # the message only then, or T would be a constant of the graph
+                raise ValueError(f"low_rank: got {describe(down)} and {describe(up)}, allowed: [T, R] and [V, R]")
     check_reduction(reduction, num_items)
     check_rows(rows, targets, weights, hidden.shape[0] if rows is None else rows.numel(), hidden.device)
 
@@ -415,20 +488,19 @@ def linear_cross_entropy(
         dtype = torch.float32
     weights = None if weights is None else weights.detach()
     fields = options.fields()
+    parameters = hidden, weight, bias, down, up
 
     if reduction == "none":
         outputs = RowOutputs(
-            *torch.ops.packsft.linear_cross_entropy_rows(hidden, weight, bias, targets, rows, weights, *fields, dtype)
+            *torch.ops.packsft.linear_cross_entropy_rows(*parameters, targets, rows, weights, *fields, dtype)
         )
         return to_loss_output(outputs.loss, outputs, options)
     if reduction == "mean":
         scale = inverse_items(targets, options, num_items)
     else:
         scale = torch.ones((), dtype=torch.float64, device=hidden.device)
-    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in parameters]
     outputs = RowOutputs(
-        *torch.ops.packsft.linear_cross_entropy(
-            hidden, weight, bias, targets, rows, weights, scale, *fields, dtype, *wanted
-        )[:5]
+        *torch.ops.packsft.linear_cross_entropy(*parameters, targets, rows, weights, scale, *fields, dtype, *wanted)[:5]
     )
     return to_loss_output(outputs.loss, outputs, options)

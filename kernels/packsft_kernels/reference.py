@@ -2,7 +2,7 @@
 
 Written to be read, to run in float64, and to be differentiated by autograd. Knows no chunk, no kernel and no speed.
 
-Legend: T tokens, N scored rows, V vocabulary, M model width.
+Legend: T tokens, N scored rows, V vocabulary, M model width, R rank.
 """
 
 import torch
@@ -77,17 +77,27 @@ def linear_cross_entropy(
     rows: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
     options: LossOptions = _DEFAULT_OPTIONS,
     num_items: int | torch.Tensor | None = None,
     reduction: str = "mean",
 ) -> LossOutput:
-    """Cross-entropy of `F.linear(hidden [T, M], weight [V, M], bias [V])` in the rows [N] with the targets [N]."""
-    if rows is not None:
-        hidden = hidden[rows.long()]
+    """Cross-entropy of `F.linear(hidden [T, M], weight [V, M], bias [V])` in the rows [N] with the targets [N].
+
+    `low_rank` is (down [T, R], up [V, R]), of which `down @ up.T` is added to the logits.
+    """
     # The rows that are ignored must not reach `weight.grad` either: 0 * NaN is NaN.
-    hidden = hidden.masked_fill((targets == options.ignore_index)[:, None], 0.0)
+    ignored_N1 = (targets == options.ignore_index)[:, None]
+
+    def scored(matrix: torch.Tensor) -> torch.Tensor:
+        return (matrix if rows is None else matrix[rows.long()]).masked_fill(ignored_N1, 0.0)
+
+    logits = F.linear(scored(hidden), weight, bias)
+    if low_rank is not None:
+        down, up = low_rank
+        logits = logits + F.linear(scored(down), up)
     return cross_entropy(
-        F.linear(hidden, weight, bias),
+        logits,
         targets=targets,
         weights=weights,
         options=options,

@@ -1,7 +1,7 @@
 """The operators' fakes allocate and free what the operators do, so that memory measured on fake tensors is true.
 
-T = 600 tokens of which N = 512 are scored, M = 160, V = 4,096: logits, gradients and weight are each far larger than
-what is kept per row. The head works in 4 chunks of 128 rows; the row pass in blocks of 8 rows, 128 KiB of scratch.
+T = 600 tokens of which N = 512 are scored, M = 160, V = 4,096, R = 96: logits, gradients and weight are each far larger
+than what is kept per row. The head works in 4 chunks of 128 rows; the row pass in blocks of 8 rows, 128 KiB of scratch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from packsft_kernels import LossOptions, cross_entropy, launch, linear_cross_ent
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-T, N, M, V = 600, 512, 160, 4096
+T, N, M, V, R = 600, 512, 160, 4096, 96
 CHUNK, BLOCK = 128, 8
 SCRATCH = BLOCK * V * 4
 OPTIONS = LossOptions(softcap=30.0, label_smoothing=0.1, z_loss=1e-3, entropy=True, correct=True)
@@ -36,6 +36,7 @@ def head(
     *trained: str,
     dtype: torch.dtype = torch.bfloat16,
     autocast: bool = False,
+    low_rank: bool = False,
     absent: tuple[str, ...] = ("bias",),
     reduction: str = "mean",
 ) -> Work:
@@ -48,15 +49,20 @@ def head(
         "rows": torch.arange(N),
         "weights": torch.ones(N),
     }
+    if low_rank:
+        given |= {"down": torch.ones(T, R, dtype=dtype), "up": torch.ones(V, R, dtype=given["weight"].dtype)}
     if "rows" in absent:
         given["hidden"] = given["hidden"][:N].clone()
     given = {name: value for name, value in given.items() if name not in absent}
     for name in trained:
         given[name].requires_grad_()
+    arguments = {name: value for name, value in given.items() if name not in ("down", "up")}
+    if low_rank:
+        arguments["low_rank"] = given["down"], given["up"]
 
     def work() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = linear_cross_entropy(**given, options=OPTIONS, reduction=reduction).loss
+            loss = linear_cross_entropy(**arguments, options=OPTIONS, reduction=reduction).loss
         if trained:
             torch.autograd.grad(loss.sum(), [given[name] for name in trained])
 
@@ -87,6 +93,11 @@ CASES: dict[str, Callable[[], Work]] = {
     "every row": lambda: head("hidden", "weight", absent=("rows", "bias", "weights")),
     "autocast": lambda: head("hidden", "weight", autocast=True),
     "autocast, float32 hidden": lambda: head("hidden", "weight", dtype=torch.float32, autocast=True),
+    "low rank": lambda: head("hidden", "down", "up", low_rank=True),
+    "low rank, float32": lambda: head("hidden", "down", "up", low_rank=True, dtype=torch.float32),
+    "low rank, autocast": lambda: head("hidden", "down", "up", low_rank=True, autocast=True),
+    "low rank, none": lambda: head("hidden", "down", "up", low_rank=True, reduction="none"),
+    "low rank, no gradient": lambda: head(low_rank=True),
     "none": lambda: head("hidden", "weight", reduction="none"),
     "none, no gradient": lambda: head(reduction="none"),
     "cross_entropy": lambda: loss(),

@@ -1,6 +1,7 @@
 """`linear_cross_entropy` keeps the numerical contract, its GEMMs and its memory, wherever it stands in a graph.
 
-T = 40 tokens of which N = 24 are scored, M = 32, V = 700; small chunks are forced where several are to be tested.
+T = 40 tokens of which N = 24 are scored, M = 32, V = 700, a low-rank addition of R = 6; small chunks are forced where
+several are to be tested.
 """
 
 import functools
@@ -20,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-T, N, M, V = 40, 24, 32, 700
+T, N, M, V, R = 40, 24, 32, 700, 6
+PARAMETERS = "hidden", "weight", "bias", "down", "up"
 OPTIONS = {
     "plain": LossOptions(),
     "all outputs": LossOptions(entropy=True, correct=True),
@@ -44,13 +46,28 @@ def inputs(dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def differentiate(function, given: dict, upstream: Tensor | float = 1.0, **kwargs) -> dict[str, Tensor]:
+def low_rank_inputs(dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+    """With an addition that is about as large as the logits it is added to."""
+    generator = seeded(seed + 100)
+    down, up = torch.randn(T, R, generator=generator), torch.randn(V, R, generator=generator)
+    return {**inputs(dtype, seed), "down": down.to(dtype), "up": up.to(dtype)}
+
+
+def differentiate(
+    function, given: dict, upstream: Tensor | float = 1.0, trained: tuple[str, ...] = PARAMETERS, **kwargs
+) -> dict[str, Tensor]:
+    """`down` and `up` are given to the function as `low_rank`."""
     given = {name: value.detach().clone() for name, value in given.items()}
-    parameters = {name: given[name].requires_grad_() for name in ("hidden", "weight", "bias") if name in given}
-    out = function(**given, **kwargs)
+    parameters = {name: given[name].requires_grad_() for name in trained if name in given}
+    out = function(**with_low_rank(given), **kwargs)
     out.loss.backward(torch.as_tensor(upstream).to(out.loss.dtype))
     outputs = {name: value.detach() for name, value in out._asdict().items() if value is not None}
     return {**outputs, **{f"{name}.grad": value.grad for name, value in parameters.items()}}
+
+
+def with_low_rank(given: dict) -> dict:
+    others = {name: value for name, value in given.items() if name not in ("down", "up")}
+    return {**others, "low_rank": (given["down"], given["up"])} if "down" in given else others
 
 
 def assert_contract(*draws: dict, **kwargs) -> None:
@@ -96,6 +113,47 @@ def test_contract_over_several_chunks(dtype: torch.dtype, reduction: str) -> Non
     assert_contract(*draws, reduction=reduction, upstream=upstream, options=OPTIONS["all outputs"])
 
 
+LORA = "hidden", "down", "up"  # what is trained where the weight is frozen
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("small_chunks")
+def test_contract_of_a_low_rank_addition(dtype: torch.dtype, reduction: str) -> None:
+    upstream = torch.randn(N, generator=seeded(1)) if reduction == "none" else 0.37
+    draws = (low_rank_inputs(dtype, seed) for seed in range(6))
+    assert_contract(*draws, reduction=reduction, upstream=upstream, options=OPTIONS["everything"], trained=LORA)
+
+
+@pytest.mark.parametrize("absent", [("rows",), ("bias",), ("bias", "weights")], ids=str)
+@pytest.mark.parametrize("trained", [PARAMETERS, ("up",), ("down",)], ids=str)
+def test_a_low_rank_addition_in_one_chunk(trained: tuple[str, ...], absent: tuple[str, ...]) -> None:
+    given = low_rank_inputs(torch.float64)
+    if "rows" in absent:
+        given |= {name: given[name][:N] for name in ("hidden", "down")}
+    for name in absent:
+        del given[name]
+    assert_contract(given, trained=trained)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "own"), [(torch.float64, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
+)
+@pytest.mark.usefixtures("small_chunks")
+def test_a_low_rank_addition_has_a_dtype_of_its_own(dtype: torch.dtype, own: torch.dtype) -> None:
+    """Adapters in float32 on a model in bf16 and the other way round: as if all were in the model's dtype."""
+    given = low_rank_inputs(own)
+    given = {n: x.to(dtype) if x.is_floating_point() and n not in ("down", "up") else x for n, x in given.items()}
+    same = given | {name: given[name].to(own).to(dtype) for name in ("down", "up")}
+    mixed, alike = differentiate(linear_cross_entropy, given), differentiate(linear_cross_entropy, same)
+    for name, value in alike.items():
+        expected = value.to(own) if name in ("down.grad", "up.grad") else value
+        assert mixed[name].dtype == expected.dtype
+        # a float32 sum of bf16 gradients is not rounded once more, and may only be nearer
+        wide = torch.finfo(torch.bfloat16 if torch.bfloat16 in (dtype, own) else torch.float32).eps
+        assert error(mixed[name], expected) <= (wide if name == "up.grad" else 0), name
+
+
 def test_weight_gradients_do_not_add_up_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """32 chunks of 16 rows with like hidden states, each a small step on a sum that is already large in bf16."""
     monkeypatch.setattr(launch, "rows_per_chunk", lambda *_, **__: 16)
@@ -104,8 +162,11 @@ def test_weight_gradients_do_not_add_up_in_bf16(monkeypatch: pytest.MonkeyPatch)
         "hidden": (1 + 0.1 * torch.randn(512, M, generator=generator)).bfloat16(),
         "weight": (0.3 * torch.randn(V, M, generator=generator)).bfloat16(),
         "targets": torch.randint(0, V, (512,), generator=generator),
+        "down": (1 + 0.1 * torch.randn(512, R, generator=generator)).bfloat16(),
+        "up": (0.3 * torch.randn(V, R, generator=generator)).bfloat16(),
     }
     assert_contract(given)
+    del given["down"], given["up"]
     given["bias"] = torch.zeros(V, dtype=torch.bfloat16)
     wide = {name: value.double() if value.is_floating_point() else value for name, value in given.items()}
     runs = differentiate(linear_cross_entropy, given), differentiate(reference.linear_cross_entropy, given)
@@ -152,12 +213,12 @@ def test_a_confident_target_keeps_its_gradient(gap: float) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_no_rows_give_zero_and_stay_in_the_graph(reduction: str) -> None:
-    given = inputs(torch.float32)
+    given = low_rank_inputs(torch.float32)
     given.update({name: given[name][:0] for name in ("targets", "rows", "weights")})
     upstream = torch.zeros(0) if reduction == "none" else 1.0
     out = differentiate(linear_cross_entropy, given, upstream, reduction=reduction)
     assert float(out["loss"].sum()) == 0
-    for name in ("hidden", "weight", "bias"):
+    for name in PARAMETERS:
         assert not out[f"{name}.grad"].any()
         assert out[f"{name}.grad"].shape == given[name].shape
 
@@ -165,10 +226,10 @@ def test_no_rows_give_zero_and_stay_in_the_graph(reduction: str) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_ignored_rows_may_hold_nan(reduction: str) -> None:
     """Not even through 0 * NaN in the weight's gradient."""
-    given = inputs(torch.float32)
+    given = low_rank_inputs(torch.float32)
     upstream = torch.ones(N) if reduction == "none" else 1.0
     clean = differentiate(linear_cross_entropy, given, upstream, reduction=reduction, options=OPTIONS["everything"])
-    given["hidden"][given["rows"][5]] = math.nan
+    given["hidden"][given["rows"][5]] = given["down"][given["rows"][5]] = math.nan
     dirty = differentiate(linear_cross_entropy, given, upstream, reduction=reduction, options=OPTIONS["everything"])
     for name, value in clean.items():
         assert torch.equal(dirty[name], value), name
@@ -216,6 +277,24 @@ def test_number_of_gemms(trained: tuple[str, ...], gemms: int, flops: list[int])
             loss.backward()
     assert flops == [gemms * 2 * N * M * V]
     assert outside.get_total_flops() == 0  # none in the backward
+
+
+@pytest.mark.parametrize(
+    ("trained", "wide", "narrow"),
+    [(LORA, 2, 3), (("down", "up"), 1, 3), ((*LORA, "weight"), 3, 3), ((), 1, 1)],
+    ids=str,
+)
+@pytest.mark.usefixtures("small_chunks")
+def test_a_low_rank_addition_costs_narrow_gemms(
+    trained: tuple[str, ...], wide: int, narrow: int, flops: list[int]
+) -> None:
+    given = low_rank_inputs(torch.float32)
+    for name in trained:
+        given[name].requires_grad_()
+    loss = linear_cross_entropy(**with_low_rank(given)).loss
+    if trained:
+        loss.backward()
+    assert flops == [2 * N * V * (wide * M + narrow * R)]
 
 
 def test_one_gemm_without_grad_mode_and_four_for_a_vector_of_losses(flops: list[int]) -> None:
@@ -389,13 +468,17 @@ def test_autocast_gives_gradients_in_the_parameters_dtypes(hidden_dtype: torch.d
             assert_accurate(ours[name], plain[name], exact, name)
 
 
-@pytest.mark.parametrize("absent", [(), ("rows",), ("bias",), ("weights",), ("rows", "bias", "weights")], ids=str)
+@pytest.mark.parametrize(
+    "absent",
+    [(), ("rows",), ("bias",), ("weights", "down", "up"), ("rows", "bias", "weights", "down", "up")],
+    ids=str,
+)
 def test_operators_are_registered_rightly(absent: tuple[str, ...]) -> None:
     """Schemas, fakes and autograd, as `torch.library.opcheck` checks them; torch.compile relies on all three."""
-    given: dict[str, Tensor | None] = {**inputs(torch.float32), **dict.fromkeys(absent)}
+    given: dict[str, Tensor | None] = {**low_rank_inputs(torch.float32), **dict.fromkeys(absent)}
     if given["rows"] is None:
-        given["hidden"] = given["hidden"][:N]
-    parameters = [given[name] for name in ("hidden", "weight", "bias")]
+        given |= {name: given[name][:N] for name in ("hidden", "down") if given[name] is not None}
+    parameters = [given[name] for name in PARAMETERS]
     for parameter in parameters:
         if parameter is not None:
             parameter.requires_grad_()
@@ -404,7 +487,8 @@ def test_operators_are_registered_rightly(absent: tuple[str, ...]) -> None:
     operators = torch.ops.packsft
     torch.library.opcheck(operators.linear_cross_entropy_rows.default, (*tensors, *fields, torch.float32))
     for scale in (torch.tensor(0.1), torch.rand(N)):
-        for wanted in ((True, True, given["bias"] is not None), (True, False, False), (False, True, False)):
+        for trained in (PARAMETERS, LORA, ("weight",)):
+            wanted = [name in trained and given[name] is not None for name in PARAMETERS]
             for parameter, needed in zip(parameters, wanted, strict=True):
                 if parameter is not None:
                     parameter.requires_grad_(needed)
@@ -443,12 +527,16 @@ def test_one_graph_serves_every_number_of_rows(reduction: str) -> None:
     counter, frames = CompileCounterWithBackend("aot_eager"), []
 
     @torch.compile(fullgraph=True, dynamic=True, backend=counter)
-    def head(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden, weight, targets, rows=rows, reduction=reduction).loss.sum()
+    def head(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor, up: Tensor) -> Tensor:
+        low_rank = hidden[:, :R], up
+        return linear_cross_entropy(
+            hidden, weight, targets, rows=rows, reduction=reduction, low_rank=low_rank
+        ).loss.sum()
 
     for count in (N, 3, 5000):
         hidden, weight = torch.randn(count + 7, M, requires_grad=True), torch.randn(V, M, requires_grad=True)
-        head(hidden, weight, torch.zeros(count, dtype=torch.int64), torch.arange(count)).backward()
+        up = torch.randn(V, R, requires_grad=True)
+        head(hidden, weight, torch.zeros(count, dtype=torch.int64), torch.arange(count), up).backward()
         frames.append(counter.frame_count)
     assert len(set(frames)) == 1
 
@@ -468,6 +556,9 @@ def test_one_graph_serves_every_number_of_rows(reduction: str) -> None:
         ("targets", {"targets": torch.zeros(N)}),
         ("rows", {"rows": torch.ones(N)}),
         ("weights", {"weights": torch.ones(N - 1)}),
+        ("low_rank", {"low_rank": (torch.ones(T, R), torch.ones(V, R + 1))}),
+        ("low_rank", {"low_rank": (torch.ones(N, R), torch.ones(V, R))}),
+        ("low_rank", {"low_rank": (torch.ones(T, R), torch.ones(R, V))}),
         ("reduction", {"reduction": "average"}),
         ("num_items", {"num_items": -1}),
         ("num_items", {"num_items": 3, "reduction": "sum"}),

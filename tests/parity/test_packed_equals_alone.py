@@ -1,7 +1,6 @@
 """Packed training is the same training: against plain transformers on one document at a time, in float64.
 
-The truth runs each document alone through the model's own forward (transformers' SDPA, no packsft code), sums the
-cross-entropy of its scored tokens and divides by their number over all documents.
+The truth is `documents_alone` of `tests/alone.py`.
 """
 
 import copy
@@ -9,78 +8,15 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
+from alone import assert_gradients_equal, documents_alone, packed_step
 from datasets import Dataset
 from numerics import EXACT, assert_accurate, error
 from runs import trainer
-from tiny import tiny_model, tiny_tokenizer, token_rows
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from tiny import tiny_model, token_rows
 
-from packsft import PackedSFTConfig, PackedSFTTrainer
-
+pytestmark = pytest.mark.usefixtures("rms_norm_keeps_float64")
 # Gemma 2's own attention, the truth here, takes its softmax in float32 (eager: SDPA has no softcap).
 TOLERANCE = dict.fromkeys(("gpt2", "opt", "llama", "qwen3", "stablelm"), EXACT) | {"gemma2": 1e-6}
-
-
-@pytest.fixture(autouse=True)
-def _rms_norm_keeps_float64(monkeypatch):
-    """transformers' RMSNorm rounds to float32 inside, also in float64. Where a last bit of its input differs, as it may
-    between a GEMM of three rows and one of thirty, its output differs by 6e-8. Taken out, of the truth as of us."""
-
-    def forward(norm, x):
-        return norm.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-
-    for norm in (LlamaRMSNorm, Qwen3RMSNorm):
-        rounds = norm.forward
-        chosen = lambda self, x, rounds=rounds: (forward if x.dtype == torch.float64 else rounds)(self, x)  # noqa: E731
-        monkeypatch.setattr(norm, "forward", chosen)
-
-
-def documents_alone(model, rows, dtype):
-    model = copy.deepcopy(model).to(dtype).train()
-    model.set_attn_implementation("eager" if "gemma" in model.config.model_type else "sdpa")
-    count = sum(label != -100 for row in rows for label in row["labels"][1:])
-    loss = 0.0
-    for row in rows:
-        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
-        labels = torch.tensor(row["labels"][1:])
-        loss = loss + F.cross_entropy(logits.to(torch.promote_types(dtype, torch.float32)), labels, reduction="sum")
-    loss = loss / count
-    loss.backward()
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def packed_step(model, rows, tmp_path, dtype, **options):
-    """Loss and gradients of all rows as one optimizer step of the trainer."""
-    defaults = {"max_length": 32, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
-    args = PackedSFTConfig(str(tmp_path), **defaults | options)
-    trainer = PackedSFTTrainer(
-        model=copy.deepcopy(model).to(dtype), args=args, train_dataset=rows, processing_class=tiny_tokenizer()
-    )
-    trainer.model.train()
-    batches = list(trainer.get_train_dataloader())
-    batches, num_items = trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)
-    trainer.current_gradient_accumulation_steps = len(batches)
-    loss = sum(trainer.training_step(trainer.model, batch, num_items) for batch in batches)
-    return trainer, loss, {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
-
-
-def assert_gradients_equal(grads, exact, tolerance):
-    """Per tensor, relative to its largest gradient; one that is zero in exact arithmetic (a key's bias does not change
-    a softmax) is rounding noise of 1e-20, measured against a millionth of the largest gradient instead."""
-    assert grads.keys() == exact.keys()
-    floor = 1e-6 * max(grad.abs().max() for grad in exact.values())
-    for name, grad in grads.items():
-        off = (grad - exact[name]).abs().max() / exact[name].abs().max().clamp(min=floor)
-        assert off < tolerance, f"{name}: {off:.2g}"
-
-
-@pytest.fixture(autouse=True)
-def _training_loss_is_not_filtered(monkeypatch):
-    # outside of train() there is no running loss that could stand in for one that is not finite
-    monkeypatch.setattr(PackedSFTTrainer, "_globalstep_last_logged", 0, raising=False)
-    monkeypatch.setattr(PackedSFTTrainer, "_tr_loss", torch.tensor(float("nan")), raising=False)
 
 
 @pytest.mark.parametrize("family", list(TOLERANCE))

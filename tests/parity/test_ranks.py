@@ -49,6 +49,7 @@ ONE = {
     "thirty, float64": sizes(5, 2, **THIRTY),
     "thirty, float32": sizes(5, 2, dtype="float32", **THIRTY),
     "by example": sizes(4, 4, **EXAMPLES),
+    "LoRA on the head": sizes(4, 4, lora_on_head=True),
 }
 TWO = {
     "unpacked": sizes(4, 2),
@@ -57,6 +58,7 @@ TWO = {
     "thirty, float32": sizes(1, 5, dtype="float32", **THIRTY, **STEP),
     "unpacked, by example": sizes(4, 2, **EXAMPLES),
     "step, by example": sizes(4, 2, **EXAMPLES, **STEP),
+    "LoRA on the head": sizes(4, 2, lora_on_head=True, **STEP),
 }
 
 
@@ -91,6 +93,11 @@ def test_two_processes_give_the_weights_of_one(how, one, two):
     # logged in float32, averaged over ranks
     assert two[how]["losses"] == pytest.approx(one["unpacked"]["losses"], rel=1e-5)
     assert two[how]["history"] == pytest.approx(one["unpacked"]["history"], rel=1e-9)
+
+
+def test_a_lora_on_the_head_is_trained_alike_on_two_processes(one, two):
+    assert_same_weights(two["LoRA on the head"], one["LoRA on the head"])
+    assert one["LoRA on the head"]["weights"]["base_model.model.lm_head.lora_B.default.weight"].abs().max() > 1e-3
 
 
 def test_an_evaluation_of_exact_steps_counts_no_row_twice(one, two):

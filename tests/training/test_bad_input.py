@@ -3,7 +3,6 @@
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PromptTuningConfig
 from runs import config, trainer
 from tiny import ROWS, tiny_model, tiny_tokenizer, token_rows
 from transformers import DataCollatorWithPadding, LlamaForSequenceClassification
@@ -58,10 +57,6 @@ def rows(*extra):
         ({"train_dataset": IterableDataset.from_generator(lambda: iter(()))}, "train_dataset is empty"),
         ({"train_dataset": Dataset.from_list([{"image": "x", "text": "why"}])}, "has the column 'image'"),
         ({"truncation_mode": "keep_middle"}, "truncation_mode='keep_middle' is unknown"),
-        (
-            {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)},
-            "prompt learning is not supported",
-        ),
         (
             {"model": tiny_model("stablelm"), "compute_metrics": lambda prediction: {}, "eval_dataset": token_rows(4)},
             "set eval_packing=False",

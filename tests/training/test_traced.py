@@ -10,6 +10,7 @@ import torch
 from allocations import FakeAllocations
 from numerics import error
 from packsft_kernels import LossOptions, launch
+from peft import LoraConfig, get_peft_model
 from tiny import ROWS, tiny_model
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import PreTrainedModel
@@ -20,8 +21,13 @@ from packsft.collator import PackingCollator
 from packsft.head import install_head
 
 
-def model_with_head(family: str = "llama", dtype: torch.dtype = torch.float64, **overrides) -> PreTrainedModel:
+def model_with_head(
+    family: str = "llama", dtype: torch.dtype = torch.float64, lora_on_head: bool = False, **overrides
+) -> PreTrainedModel:
     model = tiny_model(family, dtype, **overrides)
+    if lora_on_head:
+        config = LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
+        model = get_peft_model(model, config).get_base_model()
     model.set_attn_implementation("packsft")
     assert install_head(model, LossOptions()) is None
     return model
@@ -32,17 +38,19 @@ def packed(rows: list[dict]) -> dict:
     return model_inputs(batch) | loss_inputs(batch)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_a_model_compiles_into_one_graph(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "lora_on_head"), [("llama", False), ("gpt2", False), ("gemma2", False), ("llama", True)]
+)
+def test_a_model_compiles_into_one_graph(family: str, lora_on_head: bool) -> None:
     """Loss and every gradient are what they are without torch.compile."""
-    model = model_with_head(family)
+    model = model_with_head(family, lora_on_head=lora_on_head)
     gradients = []
     for function in (model.forward, torch.compile(model.forward, fullgraph=True, backend="aot_eager")):
         model.zero_grad()
         with packed_forward():
             output = function(**packed(ROWS))
         output.loss.backward()
-        gradients.append([output.loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+        gradients.append([output.loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
     for eager, compiled in zip(*gradients, strict=True):
         assert error(compiled, eager) < 1e-12
 

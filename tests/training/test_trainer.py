@@ -142,7 +142,7 @@ def test_a_saved_model_gives_the_same_logits_without_packsft(tmp_path):
 
 
 @pytest.mark.parametrize("on_head", [False, True], ids=["on the layers", "on lm_head too"])
-def test_a_lora_adapter_is_trained(tmp_path, on_head, caplog):
+def test_a_lora_adapter_is_trained(tmp_path, on_head):
     from peft import LoraConfig
 
     lora = LoraConfig(
@@ -155,7 +155,7 @@ def test_a_lora_adapter_is_trained(tmp_path, on_head, caplog):
     moved = {n for n, p in ours.model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == {n for n, p in ours.model.named_parameters() if p.requires_grad}
     assert any("lm_head" in n for n in moved) == on_head
-    assert ("an adapter sits on the language-model head" in caplog.text) == on_head
+    assert ours.why_compact is None
 
 
 @pytest.mark.parametrize("options", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}], ids=str)

@@ -1,0 +1,141 @@
+"""A language-model head with a PEFT adapter on it, as a plain linear layer and narrow products beside it.
+
+A LoRA adds `scaling * dropout(hidden) @ A.T @ B.T` to the logits; rows of the weight that alone are trained
+(`trainable_token_indices`) are such a product too. Neither needs a matrix of the vocabulary by the model's width. Knows
+PEFT's layers (0.16 to 0.21), which keep their own forward for everything else; knows nothing of losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from packsft.compat import knows_peft
+
+_KNOWS_PEFT = knows_peft()
+
+
+class Addition(NamedTuple):
+    """`down @ up.T`, which is added to the logits of a linear head."""
+
+    parameters: tuple[Tensor | None, ...]
+    product: Callable[..., tuple[Tensor, Tensor]]
+    """Of the hidden states [T, M], the head's weight and the parameters, as they are once gathered: down and up."""
+    idle: Tensor
+    """What makes the addition 0 before the first step."""
+    tokens: tuple[int, ...] = ()
+    """Those of the vocabulary that alone are changed; none for all."""
+
+
+def split_head(head: Any) -> tuple[nn.Linear, list[Addition]] | str:
+    """The head's linear layer and what its active adapters add, else why it is not made like that.
+
+    To be asked on each call: adapters are switched, merged and disabled, and wrappers take the place of their layers.
+    """
+    additions: list[Addition] = []
+    if _KNOWS_PEFT:  # an older one hides no head: its wrappers are no Linear
+        from peft.tuners.lora import Linear as LoraLinear
+        from peft.tuners.trainable_tokens import TrainableTokensLayer
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+
+        if isinstance(head, ModulesToSaveWrapper):
+            active = [name for name in head.active_adapters if name in head.modules_to_save]
+            head = head.modules_to_save[active[0]] if active and not head.disable_adapters else head.original_module
+        elif isinstance(head, TrainableTokensWrapper):
+            head = head.token_adapter
+        if type(head) in (LoraLinear, TrainableTokensLayer):
+            if head.disable_adapters and head.merged:
+                head.unmerge()  # as the layer's own forward does
+            add = _lora if type(head) is LoraLinear else _trained_tokens
+            for name in [] if head.disable_adapters or head.merged else head.active_adapters:
+                addition = add(head, name)
+                if isinstance(addition, str):
+                    return addition
+                additions += [] if addition is None else [addition]
+            head = head.base_layer
+        elif isinstance(head, BaseTunerLayer):
+            return f"the adapter on the language-model head is a {_name(head)}, not a plain LoRA"
+    if type(head) is not nn.Linear:
+        return f"the head is a {_name(head)}, not a plain Linear"
+    if not head.weight.is_floating_point():
+        return f"the head's weight is quantised ({head.weight.dtype})"
+    return head, additions
+
+
+def _name(module: nn.Module) -> str:
+    """With its module: PEFT calls most of its layers `Linear`."""
+    return f"{type(module).__module__}.{type(module).__qualname__}".removeprefix("torch.nn.modules.linear.")
+
+
+def _lora(layer: Any, name: str) -> Addition | str | None:
+    if name not in layer.lora_A:
+        return None
+    if name in layer.lora_variant:
+        return (
+            f"the adapter on the language-model head is no plain LoRA ({layer.lora_variant[name].__class__.__name__})"
+        )
+    A, B, dropout, scaling = (kept[name] for kept in (layer.lora_A, layer.lora_B, layer.lora_dropout, layer.scaling))
+    if not type(A) is type(B) is nn.Linear:
+        return f"the LoRA on the language-model head is made of a {_name(A)} and a {_name(B)}"
+
+    if hasattr(A.weight, "ds_id"):  # gathered for its module's own backward, of which there would be none
+        return "ZeRO-3 partitions the LoRA on the language-model head"
+
+    def product(hidden: Tensor, _: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        if not torch.is_autocast_enabled(hidden.device.type):  # which would only cast back what is cast here
+            hidden = hidden.to(down.dtype)
+        down_TR = F.linear(dropout(hidden), down) * scaling
+        if bias is None:
+            return down_TR, up
+        return F.pad(down_TR, (0, 1), value=scaling), torch.cat([up, bias[:, None]], 1)
+
+    return Addition((A.weight, B.weight, B.bias), product, B.weight)
+
+
+def _trained_tokens(layer: Any, name: str) -> Addition | None:
+    """New rows of the weight in the place of old ones: their difference times a row of the unit matrix for each."""
+    if name not in layer.trainable_tokens_delta:
+        return None
+    tokens = layer.token_indices[name]
+
+    def product(hidden: Tensor, weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        index = torch.tensor(tokens, device=weight.device)
+        up_VR = weight.new_zeros(weight.shape[0], len(tokens)).scatter_(0, index[None], 1.0)
+        return F.linear(hidden, delta.to(weight.dtype) - weight[index]), up_VR
+
+    delta = layer.trainable_tokens_delta[name]
+    return Addition((delta,), product, delta, tuple(tokens))
+
+
+def low_rank_of(
+    additions: Sequence[Addition], gathered: Sequence[Tensor | None], hidden_TM: Tensor, weight_VM: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """All additions as one product; `gathered` are their parameters, one after the other."""
+    rest, products = list(gathered), []
+    for addition in additions:
+        own, rest = rest[: len(addition.parameters)], rest[len(addition.parameters) :]
+        products.append(addition.product(hidden_TM, weight_VM, *own))
+    if len(products) <= 1:
+        return products[0] if products else None
+    downs, ups = zip(*products, strict=True)
+    return torch.cat(downs, 1), torch.cat(ups, 1)
+
+
+@contextmanager
+def exercised(additions: Sequence[Addition]) -> Iterator[None]:
+    """For the length of the context no addition is 0, as a new one is: it would show nothing. Under `no_grad`."""
+    kept = [(addition.idle, addition.idle.clone()) for addition in additions]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for parameter, _ in kept:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+        yield
+    finally:
+        for parameter, value in kept:
+            parameter.copy_(value)

@@ -1,0 +1,64 @@
+"""One optimizer step of the trainer, and its truth: plain PyTorch on one document at a time."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from tiny import tiny_tokenizer
+
+from packsft import PackedSFTConfig, PackedSFTTrainer
+
+
+def copied(model, dtype=None):
+    model = copy.deepcopy(model)
+    return model if dtype is None else model.to(dtype)  # which quantised weights refuse
+
+
+def documents_alone(model, rows, dtype=None):
+    """Each document through the model's own forward (transformers' SDPA, no packsft code): the cross-entropies of the
+    scored tokens over their number in all documents, and the gradients."""
+    model = copied(model, dtype).train()
+    model.set_attn_implementation("eager" if "gemma" in model.config.model_type else "sdpa")
+    count = sum(label != -100 for row in rows for label in row["labels"][1:])
+    loss = 0.0
+    for row in rows:
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        labels = torch.tensor(row["labels"][1:])
+        loss = loss + F.cross_entropy(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum"
+        )
+    loss = loss / count
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def packed_step(model, rows, tmp_path, dtype=None, **options):
+    """Loss and gradients of all rows as one optimizer step of the trainer."""
+    defaults = {"max_length": 32, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
+    args = PackedSFTConfig(str(tmp_path), **defaults | options)
+    trainer = PackedSFTTrainer(
+        model=copied(model, dtype), args=args, train_dataset=rows, processing_class=tiny_tokenizer()
+    )
+    return trainer, *one_step(trainer)
+
+
+def one_step(trainer):
+    """Loss and gradients of all of the trainer's rows, ours or TRL's, outside of `train()`."""
+    trainer.model.train()
+    # what the loss is taken for where it is not finite: the running one, of which there is none here
+    trainer._globalstep_last_logged, trainer._tr_loss = 0, torch.tensor(float("nan"))
+    batches = list(trainer.get_train_dataloader())
+    batches, num_items = trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)
+    trainer.current_gradient_accumulation_steps = len(batches)
+    loss = sum(trainer.training_step(trainer.model, batch, num_items) for batch in batches)
+    return loss, {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def assert_gradients_equal(grads, exact, tolerance):
+    """Per tensor, relative to its largest gradient; one that is zero in exact arithmetic (a key's bias does not change
+    a softmax) is rounding noise of 1e-20, measured against a millionth of the largest gradient instead."""
+    assert grads.keys() == exact.keys()
+    floor = 1e-6 * max(grad.abs().max() for grad in exact.values())
+    for name, grad in grads.items():
+        off = (grad - exact[name]).abs().max() / exact[name].abs().max().clamp(min=floor)
+        assert off < tolerance, f"{name}: {off:.2g}"
