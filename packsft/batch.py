@@ -14,7 +14,11 @@ Everything about a pack is worked out once, on the host, by the collator. Nothin
 | `loss_targets`                 | `[N]` int64     | `labels[t + 1]` of those positions                                |
 | `loss_weights`                 | `[N]` float64   | weight of each position's loss; only where examples count equally |
 | `num_items`                    | int or float    | N, or the sum of the weights: what alone the loss is divided by   |
+| `num_scored`                   | int             | N                                                                 |
 | `num_tokens`                   | int             | tokens of the documents, without padding                          |
+| `num_documents`                | int             | D                                                                 |
+
+For `torch.compile` the collator pads T, D and N (`fixed_shapes`): the counts are those without what is padded.
 
 A padded batch (for models that cannot keep packed documents apart) has `[B, S]` `input_ids` and `labels`, and its
 `loss_rows` count through the flattened rows; it has no boundaries, since right padding comes after what it could hurt.
@@ -39,10 +43,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 IGNORE_INDEX = -100  # a label that is not scored
 LOSS_KEYS = ("loss_rows", "loss_targets", "loss_weights")  # read by the head, unknown to the models
-HOST_KEYS = ("labels", "num_items", "num_tokens")  # for the trainer; labels would make the model compute its own loss
+# for the trainer; labels would make the model compute its own loss
+HOST_KEYS = ("labels", "num_items", "num_scored", "num_tokens", "num_documents")
 
 
 @dataclass
@@ -55,11 +61,6 @@ class StepRows:
     tokens_per_pass: int
 
 
-def count_scored(batch: Mapping[str, Any]) -> int:
-    """N, the tokens that the loss scores: a shape, so no device is read."""
-    return batch["loss_rows"].numel()
-
-
 def loss_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """What the head takes beside the model's own inputs."""
     return {key: batch[key] for key in LOSS_KEYS if key in batch}
@@ -68,3 +69,12 @@ def loss_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """What the model's own forward takes."""
     return {key: value for key, value in batch.items() if key not in LOSS_KEYS + HOST_KEYS}
+
+
+def mark_sizes(batch: Mapping[str, Any]) -> None:
+    """Tell `torch.compile` that the sizes vary, so that its first graph serves all of them (0 and 1 it never shares)."""
+    for tensor in batch.values():
+        if isinstance(tensor, torch.Tensor):
+            for dim in range(tensor.dim()):
+                if tensor.shape[dim] > 1:
+                    torch._dynamo.maybe_mark_dynamic(tensor, dim)
