@@ -72,7 +72,7 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mark_sizes(batch: Mapping[str, Any]) -> None:
-    """Tell `torch.compile` that the sizes vary, so that its first graph serves all of them (0 and 1 it never shares)."""
+    """Tell `torch.compile` that sizes vary, so that its first graph serves all of them (0 and 1 it never shares)."""
     for tensor in batch.values():
         if isinstance(tensor, torch.Tensor):
             for dim in range(tensor.dim()):

@@ -94,7 +94,16 @@ def varlen_attention(
         return BACKENDS[name].run(q, k, v, cu_seqlens, max_seqlen, scale, sinks, spec)
 
 
-@torch.compiler.assume_constant_result  # asked once per graph: what is installed and cached is not for a tracer
+def _asked_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For tracers, whose graph holds the answer: what is installed and cached is not for them to look at.
+
+    `torch.compiler.assume_constant_result`, which does this and imports the compiler (1.2 s).
+    """
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function
+
+
+@_asked_once
 def _chosen(backend: str, *asked: Any) -> str:  # the fields, since torch 2.10 cannot hand over a dataclass
     return choose_backend(AttentionSpec(*asked), backend)
 
@@ -297,7 +306,7 @@ def _torch_varlen(
     return out
 
 
-@torch.compiler.assume_constant_result
+@_asked_once
 def _varlen_attn_takes(parameter: str) -> bool:
     return parameter in _varlen_attn_parameters()
 
