@@ -114,7 +114,8 @@ class PackingCollator(DataCollatorForLanguageModeling):
         longest = int(lengths.max())
         if self.fixed_shapes:
             boundaries = np.pad(boundaries, (0, rounded_size(len(lengths)) - len(lengths)), mode="edge")  # empty ones
-            longest = max(self.max_length or 0, 1 << (longest - 1).bit_length())
+            known = self.max_length is not None and longest <= self.max_length
+            longest = self.max_length if known else 1 << (longest - 1).bit_length()
         cu_seq_lens = torch.from_numpy(boundaries.astype(np.int32))
         return {
             "input_ids": torch.from_numpy(ids)[None],
