@@ -43,7 +43,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 IGNORE_INDEX = -100  # a label that is not scored
 LOSS_KEYS = ("loss_rows", "loss_targets", "loss_weights")  # read by the head, unknown to the models
@@ -69,12 +68,3 @@ def loss_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """What the model's own forward takes."""
     return {key: value for key, value in batch.items() if key not in LOSS_KEYS + HOST_KEYS}
-
-
-def mark_sizes(batch: Mapping[str, Any]) -> None:
-    """Tell `torch.compile` that sizes vary, so that its first graph serves all of them (0 and 1 it never shares)."""
-    for tensor in batch.values():
-        if isinstance(tensor, torch.Tensor):
-            for dim in range(tensor.dim()):
-                if tensor.shape[dim] > 1:
-                    torch._dynamo.maybe_mark_dynamic(tensor, dim)

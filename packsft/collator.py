@@ -114,8 +114,8 @@ class PackingCollator(DataCollatorForLanguageModeling):
         longest = int(lengths.max())
         if self.fixed_shapes:
             boundaries = np.pad(boundaries, (0, rounded_size(len(lengths)) - len(lengths)), mode="edge")  # empty ones
-            known = self.max_length is not None and longest <= self.max_length
-            longest = self.max_length if known else 1 << (longest - 1).bit_length()
+            bound = self.max_length or 0
+            longest = bound if longest <= bound else 1 << (longest - 1).bit_length()
         cu_seq_lens = torch.from_numpy(boundaries.astype(np.int32))
         return {
             "input_ids": torch.from_numpy(ids)[None],
@@ -169,6 +169,15 @@ def rounded_size(size: int) -> int:
     """The next multiple of 8, and from 256 on of a sixteenth of the power of two below."""
     step = max(8, 1 << size.bit_length() >> 5)
     return max(step, size + -size % step)
+
+
+def mark_sizes(batch: Mapping[str, Any]) -> None:
+    """Tell `torch.compile` that sizes vary, so that its first graph serves all of them (0 and 1 it never shares)."""
+    for tensor in batch.values():
+        if isinstance(tensor, torch.Tensor):
+            for dim in range(tensor.dim()):
+                if tensor.shape[dim] > 1:
+                    torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 def join_passes(parts: Sequence[torch.Tensor], value: float, padded: bool) -> torch.Tensor:

@@ -32,8 +32,8 @@ from trl import SFTConfig, SFTTrainer
 
 from packsft import attention, compat
 from packsft.arguments import check_adapter, check_arguments, check_parallelism, check_tokenizer, own_arguments
-from packsft.batch import IGNORE_INDEX, loss_inputs, mark_sizes, model_inputs
-from packsft.collator import PackingCollator, join_passes
+from packsft.batch import IGNORE_INDEX, loss_inputs, model_inputs
+from packsft.collator import PackingCollator, join_passes, mark_sizes
 from packsft.config import has_bf16
 from packsft.dataset import PackedDataset, PackSampler, StepDataset, pack_dataset
 from packsft.head import HeadOutput, count_embeddings, install_head
