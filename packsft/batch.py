@@ -18,7 +18,7 @@ Everything about a pack is worked out once, on the host, by the collator. Nothin
 | `num_tokens`                   | int             | tokens of the documents, without padding                          |
 | `num_documents`                | int             | D                                                                 |
 
-For `torch.compile` the collator pads T, D and N (`fixed_shapes`): the counts are those without what is padded.
+For `torch.compile` the collator pads T, D and N (`round_sizes`): the counts are those without what is padded.
 
 A padded batch (for models that cannot keep packed documents apart) has `[B, S]` `input_ids` and `labels`, and its
 `loss_rows` count through the flattened rows; it has no boundaries, since right padding comes after what it could hurt.

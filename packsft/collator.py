@@ -28,10 +28,10 @@ class PackingCollator(DataCollatorForLanguageModeling):
         vocab_size: ids and labels must be below it; None for no check.
         padded: one right-padded row per document instead of one packed row.
         pad_to_multiple_of: pads the packed row, by one more document, or the rows of a padded batch.
-        fixed_shapes: for `torch.compile`, which makes code anew for sizes of 0 and 1 and for integers that vary: the
-            sizes T, D, N and that of padded rows are padded to multiples of 8, sixteen to each power of two from 256 on
-            (6% at most), and `max_length_q` is `max_length`. What is padded is not scored.
-        max_length: no document is longer, None for not known: then powers of two are the bounds.
+        round_sizes: for `torch.compile`, which makes code anew for sizes of 0 and 1 and for integers that vary:
+            T, D, N and the width of padded rows are padded as `rounded_size` says, and `max_length_q` is `max_length`.
+            What is added is not scored.
+        max_length: the most tokens of a document, or None. A longer one has the next power of two as `max_length_q`.
         per_example: every document counts the same however many of its tokens are scored, each of which weighs one
             over their number (Bai et al., LongAlign, arXiv 2401.18058). A row's `loss_weights`, one number per
             document, take its place: of a document that is a part of an example, for instance.
@@ -42,7 +42,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
 
     vocab_size: int | None = None
     padded: bool = False
-    fixed_shapes: bool = False
+    round_sizes: bool = False
     max_length: int | None = None
     per_example: bool = False
 
@@ -112,7 +112,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
         seq_idx = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
         position_ids = np.arange(len(ids)) - boundaries[:-1][seq_idx]
         longest = int(lengths.max())
-        if self.fixed_shapes:
+        if self.round_sizes:
             boundaries = np.pad(boundaries, (0, rounded_size(len(lengths)) - len(lengths)), mode="edge")  # empty ones
             bound = self.max_length or 0
             longest = bound if longest <= bound else 1 << (longest - 1).bit_length()
@@ -143,7 +143,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
         }
 
     def _padded_length(self, num_tokens: int) -> int:
-        length = rounded_size(num_tokens) if self.fixed_shapes else num_tokens
+        length = rounded_size(num_tokens) if self.round_sizes else num_tokens
         return length + -length % (self.pad_to_multiple_of or 1)
 
     def _loss_positions(
@@ -158,7 +158,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
         if self.per_example:
             weights = np.array([weight for *_, weight in documents])
             positions["loss_weights"] = weights[document_of[scored]]
-        if self.fixed_shapes:  # rows whose target is not scored count for nothing, whatever their position and weight
+        if self.round_sizes:  # rows whose target is not scored count for nothing, whatever their position and weight
             pad = (0, rounded_size(len(scored)) - len(scored))
             unscored = {"loss_targets": IGNORE_INDEX}
             positions = {k: np.pad(v, pad, constant_values=unscored.get(k, 0)) for k, v in positions.items()}
@@ -166,7 +166,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
 
 
 def rounded_size(size: int) -> int:
-    """The next multiple of 8, and from 256 on of a sixteenth of the power of two below."""
+    """The next multiple of 8, and from 256 on of a sixteenth of the power of two below, which adds 6% at most."""
     step = max(8, 1 << size.bit_length() >> 5)
     return max(step, size + -size % step)
 

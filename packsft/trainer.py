@@ -96,7 +96,7 @@ class PackedSFTTrainer(SFTTrainer):
             pad_to_multiple_of=self.args.pad_to_multiple_of,
             vocab_size=self._vocab_size,
             padded=not self.isolation.isolated,
-            fixed_shapes=self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
+            round_sizes=self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
             max_length=self.args.max_length,
             per_example=getattr(args, "loss_normalization", "token") == "example",
         )
@@ -340,7 +340,7 @@ class PackedSFTTrainer(SFTTrainer):
         """The parent's loss, whole and ours: sum over scored tokens / `num_items_in_batch` (default: of this batch)."""
         mode = "train" if self.model.training else "eval"
         num_items = (inputs["num_items"] or 1) if num_items_in_batch is None else num_items_in_batch
-        if self.data_collator.fixed_shapes:
+        if self.data_collator.round_sizes:
             mark_sizes(inputs)
             if not isinstance(num_items, Tensor):  # a number that varies would be compiled into the graph
                 num_items = torch.full((), num_items, dtype=torch.float64, device=inputs["input_ids"].device)

@@ -70,8 +70,8 @@ def test_a_padded_batch_scores_the_same_tokens():
     assert "cu_seq_lens_q" not in padded
 
 
-def test_fixed_shapes_pad_every_size_to_a_multiple_of_eight_and_score_nothing_more():
-    batch, plain = collate(ROWS[0], ROWS[2], ROWS[1], fixed_shapes=True, max_length=5), collate(*ROWS[:3])
+def test_round_sizes_pads_every_size_to_a_multiple_of_eight_and_scores_nothing_more():
+    batch, plain = collate(ROWS[0], ROWS[2], ROWS[1], round_sizes=True, max_length=5), collate(*ROWS[:3])
     assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 1, 8, 9, 1, 7, 1, 0, 0, 0, 0, 0, 0]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 0, 1, 2, 3, 4, 0]]  # pads are no longer
     assert batch["cu_seq_lens_q"].tolist() == [0, 5, 8, 10, 15, 16, 16, 16, 16]  # than max_length; three empty ones
@@ -91,12 +91,12 @@ def test_sixteen_sizes_are_enough_for_a_power_of_two():
 
 
 def test_max_length_is_a_power_of_two_where_it_is_not_known():
-    assert collate(ROWS[0], fixed_shapes=True)["max_length_q"] == 8
-    assert collate({"input_ids": [3] * 9}, fixed_shapes=True, max_length=5)["max_length_q"] == 16  # the user's own pack
+    assert collate(ROWS[0], round_sizes=True)["max_length_q"] == 8
+    assert collate({"input_ids": [3] * 9}, round_sizes=True, max_length=5)["max_length_q"] == 16  # the user's own pack
 
 
-def test_padded_rows_of_fixed_shapes_are_as_wide_as_a_multiple_of_eight():
-    batch = collate(*ROWS, padded=True, fixed_shapes=True, per_example=True)
+def test_padded_rows_are_as_wide_as_a_multiple_of_eight_too():
+    batch = collate(*ROWS, padded=True, round_sizes=True, per_example=True)
     assert batch["input_ids"].shape == batch["labels"].shape == (5, 8)
     assert len(batch["loss_rows"]) == len(batch["loss_targets"]) == len(batch["loss_weights"]) == 8
     assert batch["num_items"] == batch["loss_weights"].sum() == 4  # of five documents; one has no scored token
