@@ -48,7 +48,7 @@ def test_with_dropout_a_graph_breaks_and_no_boundary_is_compiled_into_it() -> No
     torch._dynamo.reset()
     counter = CompileCounter()
 
-    @torch.compile(backend=counter, dynamic=True)
+    @torch.compile(backend=counter)
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         return varlen_attention(q.sin(), k, v, cu_seqlens, 12, dropout=0.1).cos()
 
