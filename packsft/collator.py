@@ -65,7 +65,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
         if not documents:  # nothing is left for this rank, but the others wait for it: one token, not scored
             documents = [(np.array([self.pad_token_id]), np.array([IGNORE_INDEX]), 0.0)]
         batch = self._padded(documents) if self.padded else self._packed(documents)
-        num_scored = int((batch["loss_targets"] != IGNORE_INDEX).sum())
+        num_scored = sum(int((labels != IGNORE_INDEX).sum()) for _, labels, _ in documents)
         return batch | {
             "num_items": float(batch["loss_weights"].sum()) if self.per_example else num_scored,
             "num_scored": num_scored,
