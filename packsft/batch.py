@@ -14,7 +14,11 @@ Everything about a pack is worked out once, on the host, by the collator. Nothin
 | `loss_targets`                 | `[N]` int64     | `labels[t + 1]` of those positions                                |
 | `loss_weights`                 | `[N]` float64   | weight of each position's loss; only where examples count equally |
 | `num_items`                    | int or float    | N, or the sum of the weights: what alone the loss is divided by   |
+| `num_scored`                   | int             | N                                                                 |
 | `num_tokens`                   | int             | tokens of the documents, without padding                          |
+| `num_documents`                | int             | D                                                                 |
+
+For `torch.compile` the collator pads T, D and N (`round_sizes`): the counts are those without what is padded.
 
 A padded batch (for models that cannot keep packed documents apart) has `[B, S]` `input_ids` and `labels`, and its
 `loss_rows` count through the flattened rows; it has no boundaries, since right padding comes after what it could hurt.
@@ -43,7 +47,8 @@ import numpy as np
 
 IGNORE_INDEX = -100  # a label that is not scored
 LOSS_KEYS = ("loss_rows", "loss_targets", "loss_weights")  # read by the head, unknown to the models
-HOST_KEYS = ("labels", "num_items", "num_tokens")  # for the trainer; labels would make the model compute its own loss
+# for the trainer; labels would make the model compute its own loss
+HOST_KEYS = ("labels", "num_items", "num_scored", "num_tokens", "num_documents")
 
 
 @dataclass
@@ -54,11 +59,6 @@ class StepRows:
     examples: np.ndarray | list[dict[str, Any]]
     num_items: int | float
     tokens_per_pass: int
-
-
-def count_scored(batch: Mapping[str, Any]) -> int:
-    """N, the tokens that the loss scores: a shape, so no device is read."""
-    return batch["loss_rows"].numel()
 
 
 def document_lengths(batch: Mapping[str, Any]) -> Any:

@@ -113,7 +113,7 @@ class PassWalker:
 
     def _smaller(self, passes: list[dict[str, Any]], error: RuntimeError) -> int:
         """Half the tokens of the fullest pass that holds more than one document."""
-        divisible = [batch["input_ids"].numel() for batch in passes if _num_documents(batch) > 1]
+        divisible = [batch["input_ids"].numel() for batch in passes if batch["num_documents"] > 1]
         most = max(divisible, default=0)
         smaller = max(1, most // 2)
         if not divisible or smaller >= self.tokens_per_pass:  # of one document and its padding, none is smaller
@@ -156,7 +156,3 @@ class PassWalker:
         fitting = int(self._accelerator.gather(tokens).min())
         logger.warning("tokens_per_pass='auto': passes of at most %d tokens fit on %s", fitting, device)
         return fitting
-
-
-def _num_documents(batch: dict[str, Any]) -> int:
-    return batch["cu_seq_lens_q"].numel() - 1 if "cu_seq_lens_q" in batch else batch["input_ids"].shape[0]

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import DynamoBackend, is_peft_model
 from datasets import Dataset, IterableDataset
 from packsft_kernels import LossOptions
 from packsft_kernels.version import __version__
@@ -32,9 +32,9 @@ from trl import SFTConfig, SFTTrainer
 
 from packsft import attention, compat
 from packsft.arguments import check_arguments, check_parallelism, check_tokenizer, own_arguments
-from packsft.batch import IGNORE_INDEX, count_scored, document_lengths, loss_inputs, model_inputs
+from packsft.batch import IGNORE_INDEX, document_lengths, loss_inputs, model_inputs
 from packsft.claims import PackingCheck, check_claims, first_documents
-from packsft.collator import PackingCollator, join_passes
+from packsft.collator import PackingCollator, join_passes, mark_sizes
 from packsft.config import has_bf16
 from packsft.dataset import PackedDataset, PackSampler, StepDataset, pack_dataset
 from packsft.head import HeadOutput, count_embeddings, install_head
@@ -99,6 +99,8 @@ class PackedSFTTrainer(SFTTrainer):
             pad_to_multiple_of=self.args.pad_to_multiple_of,
             vocab_size=self._vocab_size,
             padded=not self.isolation.isolated,
+            round_sizes=self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
+            max_length=self.args.max_length,
             per_example=getattr(args, "loss_normalization", "token") == "example",
             masked=self.aux_loss_enabled,
         )
@@ -386,6 +388,10 @@ class PackedSFTTrainer(SFTTrainer):
         num_items = (inputs["num_items"] or 1) if num_items_in_batch is None else num_items_in_batch
         if self.neftune_noise_alpha is not None:
             self._document_lengths = document_lengths(inputs)
+        if self.data_collator.round_sizes:
+            mark_sizes(inputs)
+            if not isinstance(num_items, Tensor):  # a number that varies would be compiled into the graph
+                num_items = torch.full((), num_items, dtype=torch.float64, device=inputs["input_ids"].device)
         if callable(self.compute_loss_func):  # deprecated in TRL; it wants logits, which costs a second forward
             with self._packed_forward():
                 outputs = model(**model_inputs(inputs), use_cache=False)
@@ -397,7 +403,7 @@ class PackedSFTTrainer(SFTTrainer):
             loss = output.loss
         self._sums[mode].add(
             output,
-            scored=count_scored(inputs),
+            scored=inputs["num_scored"],
             tokens=inputs["num_tokens"],
             items=inputs["num_items"],
             mean_loss=loss.detach() if mode == "eval" else None,

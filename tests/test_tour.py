@@ -18,7 +18,6 @@ from runs import trainer
 from tiny import ROWS, tiny_model
 
 from packsft import PackedSFTTrainer, plan_packs
-from packsft.batch import count_scored
 from packsft.loss import items_in_step
 
 HOW_IT_WORKS = Path(__file__).parents[1] / "docs" / "how-it-works.md"
@@ -78,7 +77,9 @@ def test_packs_to_batches(batches):
         "loss_rows": [1, 2, 3, 5, 6],
         "loss_targets": [5, 6, 1, 9, 1],
         "num_items": 5,
+        "num_scored": 5,
         "num_tokens": 8,
+        "num_documents": 2,
     }
     assert second == {
         "input_ids": [[11, 12, 13, 1, 7, 1]],
@@ -92,7 +93,9 @@ def test_packs_to_batches(batches):
         "loss_rows": [1, 2, 4],
         "loss_targets": [13, 1, 1],
         "num_items": 3,
+        "num_scored": 3,
         "num_tokens": 6,
+        "num_documents": 2,
     }
 
 
@@ -116,7 +119,7 @@ def test_batch_to_mask(batches, attend):
 
 
 def test_batches_to_denominator(batches):
-    assert [count_scored(batch) for batch in batches] == [5, 3]
+    assert [batch["num_scored"] for batch in batches] == [5, 3]
     assert items_in_step(batches, accelerator=None, across_ranks=False) == 8
 
 

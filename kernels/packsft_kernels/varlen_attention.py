@@ -80,11 +80,11 @@ def varlen_attention(
     _check_arguments(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, sinks, dropout)
     dtype = _compute_dtype(q, k, v)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    spec = AttentionSpec(
+    asked = (
         q.device.type, dtype, max(q.shape[-1], v.shape[-1]), q.shape[-1] == v.shape[-1],
         causal, window, softcap, sinks is not None, dropout,
     )  # fmt: skip
-    name = choose_backend(spec, backend)
+    name, spec = _chosen(backend, *asked), AttentionSpec(*asked)
     if name != "sdpa":
         q, k, v, cu_seqlens = _aligned(q), _aligned(k), _aligned(v), cu_seqlens.contiguous()
         # At 1, flash-attention 2 takes grouped q for [D, H, K], which fails where a document is empty.
@@ -92,6 +92,20 @@ def varlen_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):  # the dtype is chosen: autocast would undo a back end's own
         return BACKENDS[name].run(q, k, v, cu_seqlens, max_seqlen, scale, sinks, spec)
+
+
+def _asked_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For tracers, whose graph holds the answer: what is installed and cached is not for them to look at.
+
+    `torch.compiler.assume_constant_result`, which does this and imports the compiler (1.2 s).
+    """
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function
+
+
+@_asked_once
+def _chosen(backend: str, *asked: Any) -> str:  # the fields, since torch 2.10 cannot hand over a dataclass
+    return choose_backend(AttentionSpec(*asked), backend)
 
 
 def choose_backend(spec: AttentionSpec, backend: str = "auto") -> str:
@@ -149,7 +163,7 @@ def why_not(name: str, spec: AttentionSpec) -> str | None:
         "window": spec.window is not None,
         "sinks": spec.sinks,
     }
-    if name == "torch_varlen" and spec.window is not None and "window_size" not in _varlen_attn_parameters():
+    if name == "torch_varlen" and spec.window is not None and not _varlen_attn_takes("window_size"):
         return f"torch {torch.__version__}'s varlen_attn has no window"
     if missing := [feature for feature, wanted in asked.items() if wanted and feature not in backend.features]:
         return f"it has no {' and no '.join(missing)}"
@@ -275,21 +289,26 @@ def _torch_varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {}
-    if "window_size" in _varlen_attn_parameters():  # since torch 2.11, in which causal is the window (-1, 0)
+    if _varlen_attn_takes("window_size"):  # since torch 2.11, in which causal is the window (-1, 0)
         options["window_size"] = _window_pair(spec)
     else:
         options["is_causal"] = spec.causal
-    if "scale" in _varlen_attn_parameters():
+    if _varlen_attn_takes("scale"):
         options["scale"] = scale
     else:  # torch 2.10 always takes K ** -0.5
         q = q * (scale * q.shape[-1] ** 0.5)
-    if "enable_gqa" in _varlen_attn_parameters():
+    if _varlen_attn_takes("enable_gqa"):
         options["enable_gqa"] = q.shape[1] != k.shape[1]
     elif q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     out = varlen_attn(q, k, v, cu, cu, longest, longest, **options)
     assert isinstance(out, Tensor)  # no auxiliary outputs were asked for
     return out
+
+
+@_asked_once
+def _varlen_attn_takes(parameter: str) -> bool:
+    return parameter in _varlen_attn_parameters()
 
 
 @cache

@@ -25,11 +25,13 @@ CPU_FLOAT32_LENGTH = 512
 def sdpa(
     q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, sinks: Tensor | None, spec: AttentionSpec
 ) -> Tensor:
-    # Tracers and fake tensors have no boundaries to read: for them the whole is one operator. (It makes the forward
-    # again in the backward, and so has no dropout.)
-    if (torch.compiler.is_compiling() or isinstance(cu, FakeTensor)) and not spec.dropout:
+    # Tracers and fake tensors have no boundaries to read: for them the whole is one operator. It makes the forward
+    # again in the backward, and so has no dropout: with dropout, a compiled graph breaks here.
+    compiling = torch.compiler.is_compiling()
+    if (compiling or isinstance(cu, FakeTensor)) and not spec.dropout:
         return torch.ops.packsft.varlen_sdpa(q, k, v, cu, sinks, longest, scale, spec.causal, spec.window, spec.softcap)
-    return _per_document(q, k, v, cu, longest, scale, sinks, spec)
+    run = _outside_of_graphs if compiling else _per_document
+    return run(q, k, v, cu, longest, scale, sinks, spec)
 
 
 @torch.library.custom_op("packsft::varlen_sdpa", mutates_args=())
@@ -125,6 +127,10 @@ def _per_document(
         for (count, _), q_run, k_run, v_run in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
     ]
     return torch.cat(outs) if outs else q
+
+
+# `torch.compiler.disable`, which imports the compiler (1.2 s) here and now; this one does when it is called.
+_outside_of_graphs = torch._disable_dynamo(_per_document)
 
 
 def _equal_length_runs(boundaries: list[int], num_tokens: int, max_seqlen: int) -> list[tuple[int, int]]:

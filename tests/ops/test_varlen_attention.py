@@ -16,7 +16,8 @@ from packsft_kernels.varlen_attention import BACKENDS, AttentionSpec, choose_bac
 
 MODULE = sys.modules["packsft_kernels.varlen_attention"]  # the function has its name
 SINKS = torch.linspace(-1, 1, 4, dtype=torch.float64)
-LENGTHS = (25, 1, 25, 25, 0, 70)  # equal neighbours, a single token, an empty document, a longer one
+# equal neighbours, a single token, an empty document, a longer one, and two empty ones that pad the boundaries
+LENGTHS = (25, 1, 25, 25, 0, 70, 0, 0)
 
 
 def inputs(lengths, heads=4, key_heads=2, head_dim=16, dtype=torch.float32):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from numerics import error
 from packsft_kernels.varlen_attention import varlen_attention
+from torch._dynamo.testing import CompileCounter
 
 CU_SEQLENS = torch.tensor([0, 5, 5, 6, 12], dtype=torch.int32)
 OPTIONS = {
@@ -41,6 +42,21 @@ def test_it_compiles_into_one_graph_and_gives_what_eager_gives(name: str) -> Non
         results.append((out, *torch.autograd.grad(out.sum(), given)))
     for eager, compiled in zip(*results, strict=True):
         assert error(compiled.detach(), eager.detach()) < 1e-14
+
+
+def test_with_dropout_a_graph_breaks_and_no_boundary_is_compiled_into_it() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter)
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        return varlen_attention(q.sin(), k, v, cu_seqlens, 12, dropout=0.1).cos()
+
+    compiled = []
+    for first in range(2, 8):
+        attend(*tensors(), torch.tensor([0, first, 8, 12], dtype=torch.int32))
+        compiled.append(counter.frame_count)
+    assert compiled[0] == compiled[-1] > 0
 
 
 @pytest.mark.parametrize("cu_seqlens", [CU_SEQLENS, CU_SEQLENS[[0, -1]]], ids=["four documents", "one document"])

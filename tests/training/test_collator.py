@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny import ROWS
 
-from packsft.collator import PackingCollator
+from packsft.collator import PackingCollator, rounded_size
 
 
 def collate(*rows, **options):
@@ -68,6 +68,38 @@ def test_a_padded_batch_scores_the_same_tokens():
     predicted_by = padded["input_ids"].flatten()[padded["loss_rows"] + 1]
     assert predicted_by.tolist() == padded["loss_targets"].tolist()
     assert "cu_seq_lens_q" not in padded
+
+
+def test_round_sizes_pads_every_size_to_a_multiple_of_eight_and_scores_nothing_more():
+    batch, plain = collate(ROWS[0], ROWS[2], ROWS[1], round_sizes=True, max_length=5), collate(*ROWS[:3])
+    assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 1, 8, 9, 1, 7, 1, 0, 0, 0, 0, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 0, 1, 2, 3, 4, 0]]  # pads are no longer
+    assert batch["cu_seq_lens_q"].tolist() == [0, 5, 8, 10, 15, 16, 16, 16, 16]  # than max_length; three empty ones
+    assert batch["max_length_q"] == batch["max_length_k"] == 5
+    assert batch["loss_rows"].tolist() == [1, 2, 3, 5, 6, 8, 0, 0]
+    assert batch["loss_targets"].tolist() == [5, 6, 1, 9, 1, 1, -100, -100]
+    for key in ("num_items", "num_scored", "num_tokens", "num_documents"):
+        assert batch[key] == plain[key]
+
+
+def test_sixteen_sizes_are_enough_for_a_power_of_two():
+    assert [rounded_size(size) for size in (0, 1, 8, 9, 255, 256, 257, 1000, 1024)] == [
+        8, 8, 8, 16, 256, 256, 272, 1024, 1024,
+    ]  # fmt: skip
+    assert len({rounded_size(size) for size in range(1025, 2049)}) == 16
+    assert max(rounded_size(size) / size for size in range(256, 5000)) < 1 + 1 / 16
+
+
+def test_max_length_is_a_power_of_two_where_it_is_not_known():
+    assert collate(ROWS[0], round_sizes=True)["max_length_q"] == 8
+    assert collate({"input_ids": [3] * 9}, round_sizes=True, max_length=5)["max_length_q"] == 16  # the user's own pack
+
+
+def test_padded_rows_are_as_wide_as_a_multiple_of_eight_too():
+    batch = collate(*ROWS, padded=True, round_sizes=True, per_example=True)
+    assert batch["input_ids"].shape == batch["labels"].shape == (5, 8)
+    assert len(batch["loss_rows"]) == len(batch["loss_targets"]) == len(batch["loss_weights"]) == 8
+    assert batch["num_items"] == batch["loss_weights"].sum() == 4  # of five documents; one has no scored token
 
 
 def test_padding_is_not_counted_as_tokens():
