@@ -7,7 +7,9 @@ reference run: what cannot be reached has a gradient of exactly zero in any dtyp
 
 The source is the last document, since from the first one a causal leak would read 0.0.
 
-A third forward, unpacked, asks what only a mask says: some models tell their attention layers of a sliding window or of
+Then the first layer has to be given the same as for the document alone, or its positions are not its own.
+
+A last forward, unpacked, asks what only a mask says: some models tell their attention layers of a sliding window or of
 chunks by the mask alone, and packed attention has none.
 """
 
@@ -15,8 +17,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,11 +61,15 @@ def check_isolation(
     try:
         with torch.random.fork_rng(devices), eval_mode(model), autocast():
             verdict = _leak(model, ids)
+            if verdict.isolated:
+                verdict = _positions(model, ids)
             if verdict.isolated and model.config._attn_implementation == ATTENTION_NAME:
                 verdict = _lost_mask(
                     model, ids[:, : DOCUMENT_LENGTHS[0]], sys.maxsize if max_length is None else max_length
                 )
-    except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
+    except (
+        TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError, AssertionError,
+    ) as error:  # fmt: skip
         # Whatever a model of somebody else raises at a packed row, it trains as padded passes: the reason is passed on.
         return IsolationVerdict(False, f"a packed forward raised {type(error).__name__}: {error}")
     return verdict
@@ -73,10 +80,14 @@ def _random_ids(model: PreTrainedModel, count: int) -> Tensor:
     return torch.randint(count_embeddings(model), (1, count), generator=generator)
 
 
+def _packed(model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
+    batch = PackingCollator(pad_token_id=0)([{"input_ids": ids[0].tolist(), "seq_lengths": list(DOCUMENT_LENGTHS)}])
+    return {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in model_inputs(batch).items()}
+
+
 def _leak(model: PreTrainedModel, ids: Tensor) -> IsolationVerdict:
     """Whether anything reaches the last document, or one of its middle rows, that must not."""
-    batch = PackingCollator(pad_token_id=0)([{"input_ids": ids[0].tolist(), "seq_lengths": list(DOCUMENT_LENGTHS)}])
-    inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in model_inputs(batch).items()}
+    inputs = _packed(model, ids)
     begin = sum(DOCUMENT_LENGTHS[:-1])
     middle = begin + DOCUMENT_LENGTHS[-1] // 2
     with _embedding_leaf(model) as leaf, watch_layers(model) as layers, torch.enable_grad():
@@ -94,6 +105,43 @@ def _leak(model: PreTrainedModel, ids: Tensor) -> IsolationVerdict:
             if last is not None and gradient[last:].any():
                 return IsolationVerdict(False, "a position sees the ones after it", float(gradient[last:].max()))
     return IsolationVerdict(True)
+
+
+@torch.no_grad()
+def _positions(model: PreTrainedModel, ids: Tensor) -> IsolationVerdict:
+    """Whether the first layer is given the same for the last document as for that document alone.
+
+    Some models count positions through the row whatever `position_ids` say (BART's decoder), others begin at another
+    number than 0 (RoBERTa). Where positions count only by their distance, the first layer does not see them.
+    """
+    begin = sum(DOCUMENT_LENGTHS[:-1])
+    given: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if not given and isinstance(hidden, Tensor):
+            given.append(hidden)
+
+    seen = []
+    alone = {"input_ids": ids[:, begin:].to(model.device)}
+    for batch, context in ((_packed(model, ids), packed_forward()), (alone, nullcontext())):
+        given.clear()
+        stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+        handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for stack in stacks for layer in stack]
+        try:
+            with context:
+                model(**batch, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        seen += given
+    if len(seen) < 2 or seen[0][:, begin:].shape != seen[1].shape:
+        return IsolationVerdict(True)
+    packed, single = seen[0][:, begin:], seen[1]
+    rounding = 4 * torch.finfo(single.dtype).eps * single.abs().max()  # RoCBert projects its embeddings
+    if (packed - single).abs().max() <= rounding:
+        return IsolationVerdict(True)
+    return IsolationVerdict(False, "a packed document gets other positions than it has alone")
 
 
 @torch.no_grad()
@@ -146,7 +194,7 @@ def _embedding_leaf(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
     def detach(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         leaf.append(output.detach().requires_grad_())
-        return leaf[-1]
+        return leaf[-1].clone()  # CTRL scales it in place, which a leaf does not take
 
     handle = model.get_input_embeddings().register_forward_hook(detach)
     try:
