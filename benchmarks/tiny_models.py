@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-VOCAB_SIZE = 64
+VOCAB_SIZE = 64  # that of `shapes.tiny_tokenizer`
 # Smaller than the documents, so that a window inside of them counts
 WINDOW = 4
 KINDS = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types", "attention_layers", "attn_layers")
@@ -39,7 +39,8 @@ SIZES: dict[str, Any] = {
     **_named(4, "qk_rope_head_dim rotary_dim"),
     **_named(12, "qk_head_dim"),
     **_named(16, "q_lora_rank kv_lora_rank o_lora_rank gated_norm_rank hc_lowrank laurel_rank d_rel"),
-    **_named(48, "intermediate_size ffn_dim d_inner dff dim_ff ffn_hidden_size decoder_ffn_dim encoder_ffn_dim n_inner"),
+    **_named(48, "intermediate_size ffn_dim d_inner dff dim_ff ffn_hidden_size decoder_ffn_dim encoder_ffn_dim"),
+    **_named(48, "n_inner"),
     **_named(48, "intermediate_size_mlp dense_intermediate_size feed_forward_size prefix_dense_intermediate_size"),
     **_named(16, "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size"),
     **_named(16, "shared_intermediate_size expert_ffn_hidden_size moe_shared_expert_intermediate_size"),
@@ -70,10 +71,11 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 1,
     "bos_token_id": 3,
 }  # fmt: skip
-LAYERS = (
+LAYERS = _named(
+    2,
     "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers num_encoder_layers "
-    "num_blocks num_layers_per_stack"
-).split()
+    "num_blocks num_layers_per_stack",
+)
 
 _MLA = {"num_key_value_heads": 4}
 _CONVOLUTION = {"layer_types": ["conv", "full_attention"]}
@@ -147,12 +149,18 @@ def families() -> list[str]:
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
+def is_adapted(model_type: str) -> bool:
+    """Whether it is the decoder of an encoder-decoder, or an encoder with a causal mask: no decoder by default."""
+    default = CONFIG_MAPPING[model_type]().to_dict()
+    return "is_decoder" in default or default.get("is_encoder_decoder", False)
+
+
 def tiny_config(model_type: str) -> PreTrainedConfig:
     return CONFIG_MAPPING[model_type](**_shrunk(CONFIG_MAPPING[model_type]))
 
 
 def tiny_model(model_type: str) -> PreTrainedModel:
-    """Random weights from a fixed seed, none of them zero: a bias, a sink or a gate that is not there proves nothing."""
+    """Random weights from a fixed seed, none of them zero: a bias or a sink that is not there proves nothing."""
     torch.manual_seed(0)
     # transformers' grouped product of experts takes no float64
     model = AutoModelForCausalLM.from_config(
@@ -186,7 +194,7 @@ def _shrunk(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     if "use_sliding_window" in values:  # from it, the configuration tells the kinds by itself
         fields |= {"use_sliding_window": True, "sliding_window": WINDOW}
         kinds.pop("layer_types", None)
-    layers = max(2, *map(len, kinds.values())) if kinds else 2
+    layers = max([2, *map(len, kinds.values())])
     fields |= {name: [each[i % len(each)] for i in range(layers)] for name, each in kinds.items()}
     fields |= {name: layers for name in LAYERS if isinstance(values.get(name), int)}
     for name in config_class.sub_configs:
