@@ -103,7 +103,7 @@ def rounding(model: Any, row: Result, loss: float, truth: Any) -> Result | None:
         if not rounds_to_float32(watched):
             return None
         own_loss, own = alone(model, row)
-    except RuntimeError as error:  # a float32 meets a weight in float64
+    except (RuntimeError, ValueError) as error:  # a float32 meets a weight in float64
         return {"error": _message(error)}
     found = ours(model, row, own_loss, own)
     errors = ("error", "loss_error", "gradient_error")
@@ -253,15 +253,16 @@ def main() -> None:
         results[name] = result
         print(f"{len(results):3}/{len(names)} {name}: {status(result)}", flush=True)
     file = results_file(transformers.__version__)
+    seconds = round(time.monotonic() - started)
     if options.save and options.families and file.exists():  # some families anew
-        results = read(file)["families"] | results
+        seconds, results = read(file)["seconds"], read(file)["families"] | results
     report = {
         "date": f"{datetime.date.today()}",
         "versions": {
             "packsft": __version__, "transformers": transformers.__version__, "trl": trl.__version__,
             "torch": torch.__version__,
         },
-        "seconds": round(time.monotonic() - started),
+        "seconds": seconds,
         "families": {name: results[name] for name in families() if name in results},
     }  # fmt: skip
     if options.json:
