@@ -125,6 +125,8 @@ EXTRAS: dict[str, dict[str, Any]] = {
     },
     "reformer": {"axial_pos_embds": False, "num_buckets": 4},
     "xmod": {"default_language": "en_XX"},
+    "xlm": {"causal": True},
+    "xlnet": {"attn_type": "uni"},
     "zamba": {
         "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4, "attention_hidden_size": 64,
         "attention_head_dim": 16, "num_key_value_heads": 4,
@@ -151,8 +153,10 @@ def families() -> list[str]:
 
 def is_adapted(model_type: str) -> bool:
     """Whether it is the decoder of an encoder-decoder, or an encoder with a causal mask: no decoder by default."""
-    default = CONFIG_MAPPING[model_type]().to_dict()
-    return "is_decoder" in default or default.get("is_encoder_decoder", False)
+    if model_type.startswith("gpt_neox"):  # a decoder whose configuration has the field all the same
+        return False
+    default = CONFIG_MAPPING[model_type]()
+    return default.is_encoder_decoder or getattr(default, "is_decoder", None) is False
 
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
@@ -188,11 +192,13 @@ def _shrunk(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
         fields["head_dim"] = 8
     if fields.get("kv_lora_rank"):  # MLA: keys are made for every head
         fields |= {"num_key_value_heads": 4} | ({"head_dim": 4} if "head_dim" in values else {})
+    if "sliding_window" in values:
+        fields["sliding_window"] = WINDOW
     if values.get("is_decoder") is False:
         fields["is_decoder"] = True
     kinds = {name: list(dict.fromkeys(values[name])) for name in KINDS if isinstance(values.get(name), list)}
     if "use_sliding_window" in values:  # from it, the configuration tells the kinds by itself
-        fields |= {"use_sliding_window": True, "sliding_window": WINDOW}
+        fields["use_sliding_window"] = True
         kinds.pop("layer_types", None)
     layers = max([2, *map(len, kinds.values())])
     fields |= {name: [each[i % len(each)] for i in range(layers)] for name, each in kinds.items()}
