@@ -7,17 +7,16 @@ reference run: what cannot be reached has a gradient of exactly zero in any dtyp
 
 The source is the last document, since from the first one a causal leak would read 0.0.
 
-Then the first layer has to be given the same as for the document alone, or its positions are not its own.
-
-A last forward, unpacked, asks what only a mask says: some models tell their attention layers of a sliding window or of
-chunks by the mask alone, and packed attention has none.
+A second forward is of the last document alone. The first layer has to be given the same in both, or positions are not
+the document's own. And it tells what only a mask says: some models tell their attention layers of a sliding window or
+of chunks by the mask alone, and packed attention has none.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from packsft.attention import ATTENTION_NAME, packed_forward, watch_masks
+from packsft.attention import packed_forward, watch_masks
 from packsft.batch import model_inputs
 from packsft.collator import PackingCollator
 from packsft.head import count_embeddings
@@ -60,13 +59,15 @@ def check_isolation(
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices), eval_mode(model), autocast():
-            verdict = _leak(model, ids)
+            with _first_layer_input(model) as packed:
+                verdict = _leak(model, ids)
             if verdict.isolated:
-                verdict = _positions(model, ids)
-            if verdict.isolated and model.config._attn_implementation == ATTENTION_NAME:
-                verdict = _lost_mask(
-                    model, ids[:, : DOCUMENT_LENGTHS[0]], sys.maxsize if max_length is None else max_length
-                )
+                with _first_layer_input(model) as alone:
+                    verdict = _lost_mask(
+                        model, ids[:, -DOCUMENT_LENGTHS[-1] :], sys.maxsize if max_length is None else max_length
+                    )
+                if not _same_positions(packed, alone):
+                    verdict = IsolationVerdict(False, "a packed document gets other positions than it has alone")
     except (
         TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError, AssertionError,
     ) as error:  # fmt: skip
@@ -80,14 +81,10 @@ def _random_ids(model: PreTrainedModel, count: int) -> Tensor:
     return torch.randint(count_embeddings(model), (1, count), generator=generator)
 
 
-def _packed(model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
-    batch = PackingCollator(pad_token_id=0)([{"input_ids": ids[0].tolist(), "seq_lengths": list(DOCUMENT_LENGTHS)}])
-    return {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in model_inputs(batch).items()}
-
-
 def _leak(model: PreTrainedModel, ids: Tensor) -> IsolationVerdict:
     """Whether anything reaches the last document, or one of its middle rows, that must not."""
-    inputs = _packed(model, ids)
+    batch = PackingCollator(pad_token_id=0)([{"input_ids": ids[0].tolist(), "seq_lengths": list(DOCUMENT_LENGTHS)}])
+    inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in model_inputs(batch).items()}
     begin = sum(DOCUMENT_LENGTHS[:-1])
     middle = begin + DOCUMENT_LENGTHS[-1] // 2
     with _embedding_leaf(model) as leaf, watch_layers(model) as layers, torch.enable_grad():
@@ -107,41 +104,19 @@ def _leak(model: PreTrainedModel, ids: Tensor) -> IsolationVerdict:
     return IsolationVerdict(True)
 
 
-@torch.no_grad()
-def _positions(model: PreTrainedModel, ids: Tensor) -> IsolationVerdict:
+def _same_positions(packed: list[Tensor], alone: list[Tensor]) -> bool:
     """Whether the first layer is given the same for the last document as for that document alone.
 
     Some models count positions through the row whatever `position_ids` say (BART's decoder), others begin at another
     number than 0 (RoBERTa). Where positions count only by their distance, the first layer does not see them.
     """
-    begin = sum(DOCUMENT_LENGTHS[:-1])
-    given: list[Tensor] = []
-
-    def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs.get("hidden_states")
-        if not given and isinstance(hidden, Tensor):
-            given.append(hidden)
-
-    seen = []
-    alone = {"input_ids": ids[:, begin:].to(model.device)}
-    for batch, context in ((_packed(model, ids), packed_forward()), (alone, nullcontext())):
-        given.clear()
-        stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-        handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for stack in stacks for layer in stack]
-        try:
-            with context:
-                model(**batch, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        seen += given
-    if len(seen) < 2 or seen[0][:, begin:].shape != seen[1].shape:
-        return IsolationVerdict(True)
-    packed, single = seen[0][:, begin:], seen[1]
-    rounding = 4 * torch.finfo(single.dtype).eps * single.abs().max()  # RoCBert projects its embeddings
-    if (packed - single).abs().max() <= rounding:
-        return IsolationVerdict(True)
-    return IsolationVerdict(False, "a packed document gets other positions than it has alone")
+    if not packed or not alone or packed[0].shape[1] <= DOCUMENT_LENGTHS[-1]:
+        return True
+    last = packed[0].detach()[:, -DOCUMENT_LENGTHS[-1] :]
+    if last.shape != alone[0].shape:
+        return True
+    rounding = 4 * torch.finfo(last.dtype).eps * last.abs().max()  # RoCBert projects its embeddings
+    return bool((last - alone[0]).abs().max() <= rounding)
 
 
 @torch.no_grad()
@@ -201,6 +176,25 @@ def _embedding_leaf(model: PreTrainedModel) -> Iterator[list[Tensor]]:
         yield leaf
     finally:
         handle.remove()
+
+
+@contextmanager
+def _first_layer_input(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The hidden states that the layer which runs first is given, as the only item of the list."""
+    given: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if not given and isinstance(hidden, Tensor):
+            given.append(hidden)
+
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for stack in stacks for layer in stack]
+    try:
+        yield given
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -56,23 +56,6 @@ def lora(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
-@pytest.mark.parametrize(
-    "family", ["bart", "roberta"]
-)  # counts through the row whatever `position_ids` say; begins at the id of the pad + 1
-def test_positions_other_than_those_of_the_document_alone_are_found(family):
-    assert check(tiny_family(family).float()).reason == "a packed document gets other positions than it has alone"
-
-
-@pytest.mark.parametrize("family", ["ctrl", "roc_bert"])  # scales its embeddings in place; projects them
-def test_what_is_done_to_the_embeddings_does_not_mislead_the_check(family):
-    assert check(tiny_family(family).float()).isolated
-
-
-def test_a_model_that_refuses_a_mode_is_trained_padded():
-    verdict = check_isolation(tiny_family("reformer").float(), nullcontext)  # asserts that it is not in eval mode
-    assert verdict.reason.startswith("a packed forward raised AssertionError")
-
-
 def test_the_check_leaves_no_trace(dtype, adapter, checkpointing):
     # Llama's head is tied to its embeddings
     model = tiny_model("llama", dtype)
@@ -150,5 +133,22 @@ def test_a_check_at_construction_takes_one_forward_and_two_backwards_of_at_most_
     grad = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: backwards.append(1) or grad(*args, **kwargs))
     trainer(tmp_path, model=model, train_dataset=token_rows(4))
-    assert forwards == [34, 9, 8, 8]  # isolation; masks; the head's probe, its own and the fused
+    assert forwards == [34, 11, 8, 8]  # isolation; positions and masks; the head's probe, its own and the fused
     assert len(backwards) == 2
+
+
+@pytest.mark.parametrize(
+    "family", ["bart", "roberta"]
+)  # counts through the row whatever `position_ids` say; begins at the id of the pad + 1
+def test_positions_other_than_those_of_the_document_alone_are_found(family):
+    assert check(tiny_family(family).float()).reason == "a packed document gets other positions than it has alone"
+
+
+@pytest.mark.parametrize("family", ["ctrl", "roc_bert"])  # scales its embeddings in place; projects them
+def test_what_is_done_to_the_embeddings_does_not_mislead_the_check(family):
+    assert check(tiny_family(family).float()).isolated
+
+
+def test_a_model_that_refuses_a_mode_is_trained_padded():
+    verdict = check_isolation(tiny_family("reformer").float(), nullcontext)  # asserts that it is not in eval mode
+    assert verdict.reason.startswith("a packed forward raised AssertionError")
