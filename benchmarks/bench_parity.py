@@ -246,8 +246,8 @@ def ten_steps(
 
 
 @contextmanager
-def trainer_of(peer: str, model: Any, tokenizer: Any, rows: Sequence[Row]) -> Iterator[Any]:
-    """A trainer over packs that are already made, in the dtype of the model."""
+def trainer_of(peer: str, model: Any, tokenizer: Any, rows: Sequence[Row], **arguments: Any) -> Iterator[Any]:
+    """A trainer over packs that are already made, in the dtype of the model; `arguments` are of its configuration."""
     from datasets import Dataset
 
     model.zero_grad(set_to_none=True)
@@ -260,6 +260,7 @@ def trainer_of(peer: str, model: Any, tokenizer: Any, rows: Sequence[Row]) -> It
             folder,
             bf16=False,
             dataset_kwargs={"skip_prepare_dataset": True},
+            **arguments,
         )
     gc.collect()
 

@@ -147,9 +147,10 @@ def watch_masks() -> Iterator[list[tuple[str, int]]]:
     found: list[tuple[str, int]] = []
     made: dict[int, tuple[int, Tensor]] = {}  # storage: (window, mask), kept so that no other mask takes its place
 
-    def watched_mask(*args: Any, **kwargs: Any) -> Tensor:
+    def watched_mask(*args: Any, **kwargs: Any) -> Tensor | None:
         mask = sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
-        made[mask.untyped_storage().data_ptr()] = kwargs.get("local_size") or sys.maxsize, mask
+        if mask is not None:  # of BART's cross attention there is none
+            made[mask.untyped_storage().data_ptr()] = kwargs.get("local_size") or sys.maxsize, mask
         return mask
 
     def watched_attention(

@@ -59,7 +59,7 @@ class PackedSFTConfig(SFTConfig):
             `"flash_attn_4"`, `"flash_attn_3"`, `"flash_attn_2"`, `"torch_varlen"`, `"sdpa"`.
         check_packing (`str`, *optional*, defaults to `"on"`):
             Whether to check at construction, on the model itself, that packed documents cannot see each other: `"on"`
-            or `"off"`. It costs a forward and two backwards of 34 tokens, and a forward of 9.
+            or `"off"`. It costs a forward and two backwards of 34 tokens, and a forward of 11.
             `PackedSFTTrainer.check_packing()` and `packsft check` prove more.
         on_unpackable (`str`, *optional*, defaults to `"pad"`):
             What to do with a model on which they can: `"pad"` trains the same examples as right-padded rows,

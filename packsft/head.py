@@ -96,7 +96,7 @@ def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss
         # looked up on each call: wrappers replace the head, and another adapter on it may be active by now
         head = split_head(self.get_output_embeddings())
         if why_compact is None and not isinstance(head, str):
-            hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+            hidden = _backbone(self)(*args, use_cache=False, **kwargs).last_hidden_state
             return _reduce(_fused_loss(head, hidden, rows, targets, weights, fused_options, num_items))
         outputs, logits = _compact_logits(functools.partial(own_forward, self), rows, *args, use_cache=False, **kwargs)
         # the logits are ours alone, so that their gradient may take their place
@@ -113,6 +113,14 @@ def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss
 
     model.forward = types.MethodType(forward, model)
     return why_compact
+
+
+def _backbone(model: PreTrainedModel) -> nn.Module:
+    """The model without its head."""
+    if model.base_model is not model:
+        return model.base_model
+    # Llama 4 and Mllama: their prefix is that of the larger model which holds them
+    return next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
 
 
 def _fused_loss(
@@ -161,15 +169,15 @@ def _reduce(output: LossOutput, aux_loss: Tensor | None = None) -> HeadOutput:
 
 def _logit_transform(config: Any) -> dict[str, Any]:
     """How the model makes logits of its head's output, as `LossOptions` fields; transformers has no one name for it."""
-    scale = 1.0
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if (value := getattr(config, name, None)) is not None:
-            scale = float(value)
-            break
-    else:
-        if (divisor := getattr(config, "logits_scaling", None)) is not None:
-            scale = float(divisor) if config.model_type == "hyperclovax" else 1.0 / divisor
-    return {"softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": scale}
+
+    def first_of(*names: str) -> float | None:
+        return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+    scale = first_of("logit_scale", "output_multiplier", "lm_head_multiplier")
+    if scale is None and (divisor := first_of("logits_scaling", "logits_mup_width_multiplier")) is not None:
+        scale = divisor if config.model_type == "hyperclovax" else 1.0 / divisor
+    softcap = first_of("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return {"softcap": softcap, "logit_scale": 1.0 if scale is None else float(scale)}
 
 
 @torch.no_grad()
@@ -190,7 +198,7 @@ def _why_not_fused(model: PreTrainedModel, options: LossOptions) -> str | None:
         plain = replace(options, label_smoothing=0.0, z_loss=0.0, dft=False)
         with exercised(additions):
             logits = model(input_ids=ids, use_cache=False).logits[0]
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = _backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
             ours = _fused_loss(head, hidden, rows, targets, None, plain, None).log_prob
         theirs = logits[:7].double().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:

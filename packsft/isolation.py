@@ -7,8 +7,9 @@ reference run: what cannot be reached has a gradient of exactly zero in any dtyp
 
 The source is the last document, since from the first one a causal leak would read 0.0.
 
-A third forward, unpacked, asks what only a mask says: some models tell their attention layers of a sliding window or of
-chunks by the mask alone, and packed attention has none.
+A second forward is of the last document alone. The first layer has to be given the same in both, or positions are not
+the document's own. And it tells what only a mask says: some models tell their attention layers of a sliding window or
+of chunks by the mask alone, and packed attention has none.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from packsft.attention import ATTENTION_NAME, packed_forward, watch_masks
+from packsft.attention import packed_forward, watch_masks
 from packsft.batch import model_inputs
 from packsft.collator import PackingCollator
 from packsft.head import count_embeddings
@@ -57,12 +59,18 @@ def check_isolation(
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices), eval_mode(model), autocast():
-            verdict = _leak(model, ids)
-            if verdict.isolated and model.config._attn_implementation == ATTENTION_NAME:
-                verdict = _lost_mask(
-                    model, ids[:, : DOCUMENT_LENGTHS[0]], sys.maxsize if max_length is None else max_length
-                )
-    except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
+            with _first_layer_input(model) as packed:
+                verdict = _leak(model, ids)
+            if verdict.isolated:
+                with _first_layer_input(model) as alone:
+                    verdict = _lost_mask(
+                        model, ids[:, -DOCUMENT_LENGTHS[-1] :], sys.maxsize if max_length is None else max_length
+                    )
+                if not _same_positions(packed, alone):
+                    verdict = IsolationVerdict(False, "a packed document gets other positions than it has alone")
+    except (
+        TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError, AssertionError,
+    ) as error:  # fmt: skip
         # Whatever a model of somebody else raises at a packed row, it trains as padded passes: the reason is passed on.
         return IsolationVerdict(False, f"a packed forward raised {type(error).__name__}: {error}")
     return verdict
@@ -94,6 +102,21 @@ def _leak(model: PreTrainedModel, ids: Tensor) -> IsolationVerdict:
             if last is not None and gradient[last:].any():
                 return IsolationVerdict(False, "a position sees the ones after it", float(gradient[last:].max()))
     return IsolationVerdict(True)
+
+
+def _same_positions(packed: list[Tensor], alone: list[Tensor]) -> bool:
+    """Whether the first layer is given the same for the last document as for that document alone.
+
+    Some models count positions through the row whatever `position_ids` say (BART's decoder), others begin at another
+    number than 0 (RoBERTa). Where positions count only by their distance, the first layer does not see them.
+    """
+    if not packed or not alone or packed[0].shape[1] <= DOCUMENT_LENGTHS[-1]:
+        return True
+    last = packed[0].detach()[:, -DOCUMENT_LENGTHS[-1] :]
+    if last.shape != alone[0].shape:
+        return True
+    rounding = 4 * torch.finfo(last.dtype).eps * last.abs().max()  # RoCBert projects its embeddings
+    return bool((last - alone[0]).abs().max() <= rounding)
 
 
 @torch.no_grad()
@@ -146,13 +169,32 @@ def _embedding_leaf(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
     def detach(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         leaf.append(output.detach().requires_grad_())
-        return leaf[-1]
+        return leaf[-1].clone()  # CTRL scales it in place, which a leaf does not take
 
     handle = model.get_input_embeddings().register_forward_hook(detach)
     try:
         yield leaf
     finally:
         handle.remove()
+
+
+@contextmanager
+def _first_layer_input(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The hidden states that the layer which runs first is given, as the only item of the list."""
+    given: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if not given and isinstance(hidden, Tensor):
+            given.append(hidden)
+
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for stack in stacks for layer in stack]
+    try:
+        yield given
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -410,8 +410,8 @@ class PackedSFTTrainer(SFTTrainer):
         )
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // ranks_per_batch(self.accelerator))  # DDP averages
-        if self.aux_loss_enabled and not callable(self.compute_loss_func):  # whose loss is whole, as in TRL
-            assert output.aux_loss is not None
+        # Llama 4 and Doge have the coefficient, but no such loss; a loss function of the user's is whole, as in TRL
+        if self.aux_loss_enabled and output.aux_loss is not None and not callable(self.compute_loss_func):
             passes = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             share = 1 / passes if inputs["num_tokens"] else 0.0  # a rank's empty pass routes a token that is none
             loss = loss + self.router_aux_loss_coef * output.aux_loss * share

@@ -6,6 +6,7 @@ import pytest
 import torch
 from runs import trainer
 from tiny import VOCAB, tiny_model, token_rows
+from tiny_models import tiny_model as tiny_family
 from transformers import AutoModelForCausalLM, Llama4TextConfig, PhimoeConfig, Qwen2MoeConfig
 
 from packsft import attention
@@ -132,5 +133,22 @@ def test_a_check_at_construction_takes_one_forward_and_two_backwards_of_at_most_
     grad = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: backwards.append(1) or grad(*args, **kwargs))
     trainer(tmp_path, model=model, train_dataset=token_rows(4))
-    assert forwards == [34, 9, 8, 8]  # isolation; masks; the head's probe, its own and the fused
+    assert forwards == [34, 11, 8, 8]  # isolation; positions and masks; the head's probe, its own and the fused
     assert len(backwards) == 2
+
+
+@pytest.mark.parametrize(
+    "family", ["bart", "roberta"]
+)  # counts through the row whatever `position_ids` say; begins at the id of the pad + 1
+def test_positions_other_than_those_of_the_document_alone_are_found(family):
+    assert check(tiny_family(family).float()).reason == "a packed document gets other positions than it has alone"
+
+
+@pytest.mark.parametrize("family", ["ctrl", "roc_bert"])  # scales its embeddings in place; projects them
+def test_what_is_done_to_the_embeddings_does_not_mislead_the_check(family):
+    assert check(tiny_family(family).float()).isolated
+
+
+def test_a_model_that_refuses_a_mode_is_trained_padded():
+    verdict = check_isolation(tiny_family("reformer").float(), nullcontext)  # asserts that it is not in eval mode
+    assert verdict.reason.startswith("a packed forward raised AssertionError")

@@ -9,6 +9,7 @@ from datasets import Dataset
 from packsft_kernels import LossOptions
 from runs import DEFAULTS, losses, trainer
 from tiny import tiny_model, tiny_tokenizer, token_rows
+from tiny_models import tiny_model as tiny_family
 from trl import SFTConfig, SFTTrainer
 
 from packsft import PackedSFTTrainer, head
@@ -257,6 +258,12 @@ def test_a_mixture_of_experts_gets_its_auxiliary_loss_as_in_trl(tmp_path, caplog
         assert ours == pytest.approx(theirs, rel=2e-5)
 
 
+def test_a_model_with_a_coefficient_but_no_auxiliary_loss_is_trained(tmp_path):
+    ours = trainer(tmp_path, model=tiny_family("doge").float(), train_dataset=token_rows(4), max_steps=1)
+    ours.train()  # Doge has the coefficient also where it is dense
+    assert len(losses(ours)) == 1
+
+
 def test_a_loss_function_of_the_users_gets_the_logits(tmp_path):
     def loss_of_logits(outputs, labels, num_items_in_batch=None):
         logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
@@ -322,3 +329,10 @@ def test_the_head_is_fused_whatever_the_size_of_its_log_probabilities(vocabulary
 def test_a_head_whose_scale_is_missed_is_not_fused(monkeypatch):
     monkeypatch.setattr(head, "_logit_transform", lambda config: {"softcap": None, "logit_scale": 1.001})
     assert "log-probabilities would be off by" in install_head(tiny_model(vocab_size=49_152), LossOptions())
+
+
+@pytest.mark.parametrize(
+    "family", ["llama4_text", "mllama", "inkling_text", "recurrent_gemma", "xlstm"]
+)  # backbone, backbone, scale, softcap, softcap: each by a name of its own
+def test_the_head_is_fused_on_families_that_name_its_parts_differently(family):
+    assert install_head(tiny_family(family).float(), LossOptions()) is None

@@ -1,0 +1,276 @@
+"""Does packed training give what every family of transformers gives alone? Each of them, small, in float64 on the CPU.
+
+    python benchmarks/models.py [FAMILY ...] [--save] [--json FILE]
+
+A family is measured in a process of its own, so that a crash costs one family. `docs/models.md` is made from what
+`--save` keeps. Knows trainers and models; how a model is shrunk is in `tiny_models.py`, and the page is written by
+`models_page.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import datetime
+import logging
+import math
+import multiprocessing
+import multiprocessing.connection
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers
+import trl
+from bench_parity import documents_alone, gradients, loss_error, packed, trainer_of
+from datasets import Dataset
+from models_page import DOCUMENT, LIMIT, page, results_file, status
+from packsft_kernels.version import __version__
+from report import read, write
+from shapes import packed_row, split_row, tiny_tokenizer
+from tiny_models import LEFT_OUT, Float64Throughout, families, is_adapted, tiny_model
+from trainers import EXACT, TRL_PACKED, build_trainer
+
+from packsft import attention, isolation
+from packsft.geometry import rounds_to_float32
+
+# One and two tokens take other code paths; 7 to 14 are longer than a window of 4; passes of 32 hold some of them each.
+LENGTHS = (7, 1, 14, 2, 12, 5, 3, 11, 9)
+TOKENS_PER_PASS = 32
+SECONDS = 240  # for a family
+AT_ONCE = 2
+
+Result = dict[str, Any]
+
+
+def measure(family: str) -> Result:
+    """What the table says of a family; `error` for one that is not measured."""
+    if family in LEFT_OUT:
+        return {"error": LEFT_OUT[family]}
+    row = packed_row(LENGTHS, 64, seed=0)
+    with Float64Throughout():
+        try:
+            model = tiny_model(family)
+            loss, truth = alone(model, row)
+        except Exception as error:
+            return {"error": f"not built: {_message(error)}"}
+        result = {
+            "class": type(model).__name__,
+            "adapted": is_adapted(family),
+            "causal": is_causal(model),
+            "own_attention": model.config._attn_implementation,
+            "packsft": ours(model, row, loss, truth),
+            "trl": theirs(model, row, loss, truth),
+        }
+        text = model.config.get_text_config()
+        if hasattr(text, "output_router_logits") and getattr(text, "router_aux_loss_coef", 0.0):
+            # too small to count: of this loss, which is one of all tokens of a pass, only that it disturbs nothing
+            result["router_loss_on"] = ours(model, row, loss, truth, router_loss=1e-30)
+    return result | {"rounding": rounding(model, row, loss, truth)}
+
+
+def alone(model: Any, row: Result) -> tuple[float, Any]:
+    """Loss and gradients of each document by itself, through the model as transformers gives it."""
+    model = copy.deepcopy(model)  # Recurrent Gemma keeps a state
+    loss = documents_alone(model, row)
+    return loss, gradients(model)
+
+
+def is_causal(model: Any) -> bool:
+    """Whether what follows leaves unchanged what earlier positions say."""
+    model = copy.deepcopy(model)
+    ids = torch.arange(4, 16)[None]
+    with torch.no_grad():
+        first, whole = (model(input_ids=part, use_cache=False).logits[0, :7] for part in (ids[:, :7], ids))
+    return bool((first - whole).abs().max() <= LIMIT * whole.abs().max())
+
+
+def rounding(model: Any, row: Result, loss: float, truth: Any) -> Result | None:
+    """The errors where the model's casts to float32 stay in, beside the model's own: alone with them and without.
+
+    None for a model that has no such casts.
+    """
+    watched = copy.deepcopy(model)
+    watched.config.use_cache = False  # BLT's cache wants a number of layers that its configuration does not have
+    try:
+        if not rounds_to_float32(watched):
+            return None
+        own_loss, own = alone(model, row)
+    except (RuntimeError, ValueError) as error:  # a float32 meets a weight in float64
+        return {"error": _message(error)}
+    found = ours(model, row, own_loss, own)
+    errors = ("error", "loss_error", "gradient_error")
+    own_errors = {"own_loss_error": loss_error([own_loss], [loss]), "own_gradient_error": _gradient_error(own, truth)}
+    return {name: found[name] for name in errors if name in found} | own_errors
+
+
+def ours(model: Any, row: Result, loss: float, truth: Any, *, router_loss: float = 0.0) -> Result:
+    """One optimizer step of all documents through `PackedSFTTrainer`, in passes of 32 tokens."""
+    calls: Counter[str] = Counter()
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls["attention"] += 1
+        return varlen_attention(*args, **kwargs)
+
+    varlen_attention = attention.varlen_attention
+    try:
+        with (
+            exact_trainer(model, row, router_loss) as trainer,
+            mock.patch.object(attention, "varlen_attention", counted),
+        ):
+            calls.clear()
+            found = one_step(trainer)
+            return {
+                "way": "padded" if trainer.data_collator.padded else "varlen",
+                "why_padded": trainer.isolation.reason,
+                "attention": trainer.model.config._attn_implementation,
+                "attention_calls": calls["attention"],
+                "head": "fused" if trainer.why_compact is None else "compact",
+                "why_compact": trainer.why_compact,
+                "loss_error": loss_error([found], [loss]),
+                "gradient_error": _gradient_error(gradients(trainer.model), truth),
+            }
+    except Exception as error:
+        return {"error": _message(error)}
+
+
+@contextlib.contextmanager
+def exact_trainer(model: Any, row: Result, router_loss: float) -> Iterator[Any]:
+    """packsft as it is by default, the documents of the row being one step."""
+    documents = [{key: document[key] for key in ("input_ids", "labels")} for document in split_row(row)]
+    with tempfile.TemporaryDirectory() as folder:
+        yield build_trainer(
+            EXACT, copy.deepcopy(model), tiny_tokenizer(), Dataset.from_list(documents), folder, bf16=False,
+            max_length=TOKENS_PER_PASS, per_device_train_batch_size=len(documents), logging_nan_inf_filter=False,
+            router_aux_loss_coef=router_loss,
+        )  # fmt: skip
+
+
+def one_step(trainer: Any) -> float:
+    """The loss of a step; gradients are left in the model."""
+    trainer.model.train()
+    batches = list(trainer.get_train_dataloader())
+    batches, num_items = trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)
+    return sum(float(trainer.training_step(trainer.model, batch, num_items)) for batch in batches)
+
+
+def theirs(model: Any, row: Result, loss: float, truth: Any) -> Result:
+    """The same documents as one pack through TRL's trainer: does the last one's gradient reach the others' input?"""
+    try:
+        with trainer_of(TRL_PACKED, model, tiny_tokenizer(), [row], router_aux_loss_coef=0.0) as trainer:
+            inputs = trainer._prepare_inputs(trainer.data_collator([dict(row)]))
+            inputs.pop("labels")
+            begin = sum(LENGTHS[:-1])
+            with isolation._embedding_leaf(trainer.model) as leaf:
+                logits = trainer.model(**inputs, use_cache=False).logits
+            reached = isolation._gradient(logits[0, begin:], leaf[0])[:begin]
+            found = packed(trainer, [row])
+            errors = {
+                "loss_error": loss_error([found], [loss]),
+                "gradient_error": _gradient_error(gradients(trainer.model), truth),
+            }
+    except Exception as error:
+        return {"verdict": "raises", "error": _message(error)}
+    if reached.any() or reached.isnan().any():
+        return {"verdict": "leaks"} | errors
+    right = max(errors.values()) <= LIMIT  # False for what is no number
+    return {"verdict": "clean" if right else "differs"} | errors
+
+
+def _gradient_error(found: Any, truth: Any) -> float:
+    """As in bench_parity, but for a gradient that is zero in exact arithmetic (a key's bias changes no softmax): it is
+    measured against a millionth of the largest, and one that is missing is taken for zero."""
+    floor = 1e-6 * max(float(grad.abs().max()) for grad in truth.values())
+    whole = {name: found.get(name, torch.zeros_like(grad)) for name, grad in truth.items()}
+    added = {name: grad for name, grad in found.items() if name not in truth and grad.abs().max() > 0}
+    if added:
+        return math.inf
+    return max(
+        float((whole[name] - grad).abs().max() / grad.abs().max().clamp(min=floor)) for name, grad in truth.items()
+    )
+
+
+def _message(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+def sweep(names: Sequence[str]) -> Iterator[tuple[str, Result]]:
+    """(family, what was measured) as they finish, each in a fork of this process, which has imported what it takes."""
+    context = multiprocessing.get_context("fork")
+    waiting, running = list(names), {}
+    while waiting or running:
+        while waiting and len(running) < AT_ONCE:
+            receive, send = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(waiting[0], send))
+            process.start()
+            send.close()  # here, so that the end of the process is the end of the pipe
+            running[receive] = waiting.pop(0), process, time.monotonic()
+        ready = multiprocessing.connection.wait(list(running), timeout=1)
+        for receive, (name, process, started) in list(running.items()):
+            if receive in ready:
+                try:
+                    result = receive.recv()
+                except EOFError:
+                    process.join()
+                    result = {"error": f"crashed: the process ended with {process.exitcode}"}
+            elif time.monotonic() - started > SECONDS:
+                process.kill()
+                result = {"error": f"took more than {SECONDS} seconds"}
+            else:
+                continue
+            process.join()
+            del running[receive]
+            yield name, result
+
+
+def _child(family: str, send: Any) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    transformers.logging.disable_progress_bar()
+    send.send(measure(family))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("families", nargs="*", help="model types; default: every one that transformers knows")
+    parser.add_argument("--save", action="store_true", help=f"keep the results, and write {DOCUMENT.name} anew")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    options = parser.parse_args()
+    names = options.families or families()
+    if unknown := set(names) - set(families()):
+        parser.error(f"transformers {transformers.__version__} has no causal language model {', '.join(unknown)}")
+    started, results = time.monotonic(), {}
+    for name, result in sweep(names):
+        results[name] = result
+        print(f"{len(results):3}/{len(names)} {name}: {status(result)}", flush=True)
+    file = results_file(transformers.__version__)
+    seconds = round(time.monotonic() - started)
+    if options.save and options.families and file.exists():  # some families anew
+        seconds, results = read(file)["seconds"], read(file)["families"] | results
+    report = {
+        "date": f"{datetime.date.today()}",
+        "versions": {
+            "packsft": __version__, "transformers": transformers.__version__, "trl": trl.__version__,
+            "torch": torch.__version__,
+        },
+        "seconds": seconds,
+        "families": {name: results[name] for name in families() if name in results},
+    }  # fmt: skip
+    if options.json:
+        write(report, options.json)
+    if options.save:
+        write(report, file)
+        DOCUMENT.write_text(page(report), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""The table of models is what is measured: some families anew, one for each mechanism, and the page as a whole."""
+
+import pytest
+import transformers
+import trl
+from models import measure
+from models_page import DOCUMENT, is_right, page, results_file, within_rounding
+from report import read
+from tiny_models import families
+
+FILE = results_file(transformers.__version__)
+REPORT = read(FILE) if FILE.exists() else None
+MEASURED = {
+    "gpt2": "learned positions",
+    "opt": "learned positions with an offset; TRL leaks",
+    "bart": "positions counted through the row",
+    "bloom": "ALiBi",
+    "gemma2": "softcaps and windows",
+    "cohere2": "a logit scale, windows, layers without rotary positions",
+    "gpt_oss": "sinks and experts; TRL leaks",
+    "mixtral": "experts, and the loss of their router",
+    "deepseek_v3": "MLA",
+    "deepseek_v32": "MLA with an indexer that needs a mask",
+    "mamba": "a scan that runs through documents",
+    "falcon_h1": "a scan and attention side by side",
+    "recurrent_gemma": "a recurrence and windows",
+    "stablelm": "arguments that do not reach the attention",
+    "llama4_text": "experts whose auxiliary loss never comes",
+    "gemma3": "a vision-language model on text",
+}
+
+needs_results = pytest.mark.skipif(REPORT is None, reason=f"no table for transformers {transformers.__version__}")
+
+
+@needs_results
+@pytest.mark.parametrize("family", MEASURED)
+def test_a_family_measured_anew_is_what_the_table_says(family):
+    found, recorded = measure(family), REPORT["families"][family]
+    kept = ("way", "why_padded", "head", "why_compact", "attention", "attention_calls")
+    assert {key: found["packsft"][key] for key in kept} == {key: recorded["packsft"][key] for key in kept}
+    if trl.__version__ == REPORT["versions"]["trl"]:
+        assert found["trl"]["verdict"] == recorded["trl"]["verdict"]
+    assert (is_right(found), within_rounding(found)) == (is_right(recorded), within_rounding(recorded))
+
+
+@needs_results
+def test_every_causal_language_model_of_transformers_is_in_the_table():
+    assert list(REPORT["families"]) == families()
+    assert all(result.get("error") != "" for result in REPORT["families"].values())  # left out only with a reason
+
+
+@needs_results
+def test_the_page_is_written_from_the_results():
+    assert DOCUMENT.read_text(encoding="utf-8") == page(REPORT)
