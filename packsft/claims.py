@@ -3,8 +3,8 @@
 Isolation is exact (`isolation.py`). The others compare two ways to the same numbers, in the dtype of the training:
 
 - *alone*: every document through the model by itself, the loss by its definition on the model's own logits;
-- *rounded*: the same documents as one right-padded batch whose embeddings are rounded otherwise, so that the model's
-  difference from itself is known;
+- *rounded*: the same documents as one right-padded batch in which embeddings, each layer's hidden states and the logits
+  are rounded otherwise, so that the model's difference from itself is known;
 - *packed*: the batches of the training, the loss by its definition on the model's own logits;
 - *trained*: the batches of the training through the head that is trained, in one pass, in two, and one per document.
 
@@ -29,17 +29,17 @@ from torch import Tensor, nn
 from packsft.batch import IGNORE_INDEX, loss_inputs, model_inputs
 from packsft.collator import PackingCollator
 from packsft.geometry import rounds_to_float32
-from packsft.isolation import IsolationVerdict, eval_mode, watch_layers
+from packsft.isolation import IsolationVerdict, decoder_layers, eval_mode, watch_layers
 
 Row = Mapping[str, Any]
 Numbers = dict[str, Tensor]  # the loss and the gradient of every parameter, by name
 
 LOSS = "the loss"  # its name among the numbers
-# What a tensor may differ by: so many times what the model differs by from itself, and so many roundings. Products of
-# half precision are added up in float32 and rounded once; in float32 and float64 the sums round as well.
-NOISE = 4
-ROUNDED_AWAY = 100  # a gradient so many times smaller than the largest may be its rounding
+# What a tensor may differ by: twice what it changes by where the model rounds otherwise, and so many roundings. Sums of
+# half-precision products are kept in float32 and rounded once; those of float32 and float64 round as they grow.
+NOISE = 2
 ROUNDINGS = {torch.float64: 8, torch.float32: 8, torch.bfloat16: 2, torch.float16: 2}
+ROUNDED_AWAY = 100  # a gradient so many times smaller than the largest may be its rounding
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def check_claims(
     ways = _Ways(model, documents, collator, prepare, loss, autocast, packed_forward, options)
     devices = [ways.device] if ways.device.type == "cuda" else []
     with torch.random.fork_rng(devices), eval_mode(model):
-        rounding = ROUNDINGS[ways.dtype] * torch.finfo(ways.dtype).eps
+        rounding = ways.rounding
         logits = _compare("hidden states and logits are those of the documents alone", *ways.logits(), rounding)
         alone, rounded = ways.alone(), ways.rounded()
         noise = {name: _norm(rounded[name] - alone[name]) for name in alone}
@@ -207,6 +207,10 @@ class _Ways:
             dtype = torch.float32
         return dtype
 
+    @property
+    def rounding(self) -> float:
+        return ROUNDINGS[self.dtype] * torch.finfo(self.dtype).eps
+
     # ---- hidden states and logits ----
 
     @torch.no_grad()
@@ -215,7 +219,7 @@ class _Ways:
         off by."""
         each = [self._hidden([document], input_ids=_ids(document)) for document in self._documents]
         alone = {name: torch.cat([hidden[name] for hidden in each]) for name in each[0]}
-        with self._rounded_embeddings():
+        with self._rounded_otherwise():
             rounded = self._hidden(self._documents, **self._padded())
         noise = {name: _norm(rounded[name] - alone[name]) for name in alone}
         with self._packed_forward():
@@ -240,20 +244,48 @@ class _Ways:
         return {"input_ids": nn.utils.rnn.pad_sequence(ids, batch_first=True), "attention_mask": mask.long()}
 
     @contextmanager
-    def _rounded_embeddings(self) -> Iterator[None]:
-        """What comes out of the input embeddings is off by up to one unit in the last place of the forward's dtype."""
+    def _rounded_otherwise(self) -> Iterator[None]:
+        """Embeddings and hidden states of each layer are off by up to `rounding`, and the head's sums by a rounding of the
+        terms they are made of, which may be far larger (outlier features cancel in a softmax)."""
         generator = torch.Generator(self.device).manual_seed(0)
-        eps = torch.finfo(self.dtype).eps
 
-        def round_otherwise(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            off = torch.rand(output.shape, generator=generator, device=output.device, dtype=torch.float64) * 2 - 1
-            return (output * (1 + eps * off)).to(output.dtype)
+        def off(like: Tensor) -> Tensor:
+            return torch.rand(like.shape, generator=generator, device=like.device, dtype=torch.float64) * 2 - 1
 
-        handle = self._model.get_input_embeddings().register_forward_hook(round_otherwise)
+        def round_otherwise(module: nn.Module, args: tuple, output: Any) -> Any:
+            hidden, *others = output if isinstance(output, tuple) else (output,)
+            hidden = (hidden * (1 + self.rounding * off(hidden))).to(hidden.dtype)
+            return (hidden, *others) if isinstance(output, tuple) else hidden
+
+        def round_sums(head: nn.Module, args: tuple, logits: Tensor) -> Tensor | None:
+            hidden, weight = args[0], getattr(head, "weight", None)
+            if weight is None or not weight.is_floating_point():  # quantised
+                return None
+            weight_VM = weight.detach()
+            eps = torch.finfo(torch.promote_types(self.dtype, torch.float32)).eps
+            # a sum of n terms that are as large is off by some sqrt(n) roundings (Higham and Mary, 2019)
+            forward_eps, backward_eps = (eps * math.sqrt(n) for n in (weight_VM.shape[1], weight_VM.shape[0]))
+            terms = hidden.detach().norm(dim=-1, keepdim=True) * weight_VM.norm(dim=1)
+            logits = logits + (forward_eps * off(logits) * terms).to(logits.dtype)
+            if logits.requires_grad and hidden.requires_grad:
+                sizes: list[Tensor] = []
+                largest_M = torch.linalg.vector_norm(weight_VM, math.inf, dim=0)
+
+                def round_gradient(gradient: Tensor) -> Tensor:
+                    return gradient + (backward_eps * off(gradient) * sizes[-1] * largest_M).to(gradient.dtype)
+
+                logits.register_hook(lambda gradient: sizes.append(gradient.abs().sum(-1, keepdim=True)))
+                hidden.register_hook(round_gradient)
+            return logits
+
+        places = [self._model.get_input_embeddings(), *(layer for _, layer in decoder_layers(self._model))]
+        handles = [place.register_forward_hook(round_otherwise) for place in places]
+        handles.append(self._model.get_output_embeddings().register_forward_hook(round_sums))
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     # ---- loss and gradients ----
 
@@ -261,7 +293,7 @@ class _Ways:
         return self._add(self._own_loss([document], input_ids=_ids(document)) for document in self._documents)
 
     def rounded(self) -> Numbers:
-        with self._rounded_embeddings():
+        with self._rounded_otherwise():
             return self._add([self._own_loss(self._documents, **self._padded())])
 
     def packed(self) -> Numbers:

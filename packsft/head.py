@@ -200,6 +200,8 @@ def _why_not_fused(model: PreTrainedModel, options: LossOptions) -> str | None:
             logits = model(input_ids=ids, use_cache=False).logits[0]
             hidden = _backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
             ours = _fused_loss(head, hidden, rows, targets, None, plain, None).log_prob
+        with gathered_parameters(linear.weight) as (weight,):
+            terms = float(weight.norm(dim=1).max() * hidden.norm(dim=-1).max())
         theirs = logits[:7].double().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         return f"the probe of the head failed: {error}"
@@ -207,10 +209,11 @@ def _why_not_fused(model: PreTrainedModel, options: LossOptions) -> str | None:
         for module, training in modes:
             module.training = training
     # Both round the logits to their dtype (PEFT what it adds to the adapter's), and ours each log-probability, whose
-    # size the vocabulary decides: a few units in the last place of the largest is all they may differ by.
+    # size the vocabulary decides: a few units in the last place of the largest is all they may differ by; and by those
+    # of the terms that a logit is the sum of, in what sums are kept in.
     eps = max(torch.finfo(tensor.dtype).eps for tensor in (logits, *(addition.idle for addition in additions)))
     allowed = 4 * eps * float(logits.abs().max().clamp(min=1))
-    allowed += 4 * torch.finfo(ours.dtype).eps * float(theirs.abs().max())
+    allowed += 4 * torch.finfo(ours.dtype).eps * (float(theirs.abs().max()) + options.logit_scale * terms)
     difference = float((ours.double() - theirs).abs().max())
     if not difference <= allowed:
         return f"its log-probabilities would be off by {difference:.2g} nats (allowed {allowed:.2g})"

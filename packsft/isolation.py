@@ -197,22 +197,28 @@ def _first_layer_input(model: nn.Module) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
+def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, layer) of the stack of layers with the most parameters."""
+    stacks = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not stacks:
+        return []
+    stack_name, stack = max(stacks, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return [(f"{stack_name}.{index}", layer) for index, layer in enumerate(stack)]
+
+
 @contextmanager
 def watch_layers(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
     """(name, hidden states) of each decoder layer, in the order in which they ran."""
-    stacks = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
     outputs: list[tuple[str, Tensor]] = []
     handles = []
-    if stacks:
-        stack_name, stack = max(stacks, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-        for index, layer in enumerate(stack):
+    for layer_name, layer in decoder_layers(model):
 
-            def keep(module: nn.Module, args: tuple, output: object, name: str = f"{stack_name}.{index}") -> None:
-                hidden = output[0] if isinstance(output, tuple) else output
-                if isinstance(hidden, Tensor):
-                    outputs.append((name, hidden))
+        def keep(module: nn.Module, args: tuple, output: object, name: str = layer_name) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if isinstance(hidden, Tensor):
+                outputs.append((name, hidden))
 
-            handles.append(layer.register_forward_hook(keep))
+        handles.append(layer.register_forward_hook(keep))
     try:
         yield outputs
     finally:

@@ -473,7 +473,7 @@ class PackedSFTTrainer(SFTTrainer):
         self._sums["train"].skip(time.perf_counter() - started)
         totals = self._sums["eval"].drain(self.accelerator)
         if totals:
-            aux_loss = self.router_aux_loss_coef * totals["aux_loss"] if self.aux_loss_enabled else 0.0
+            aux_loss = self.router_aux_loss_coef * totals.get("aux_loss", 0.0) if self.aux_loss_enabled else 0.0
             output.metrics[f"{metric_key_prefix}_loss"] = totals["loss"] + aux_loss
             # TRL's keys start with "eval_" whichever of several evaluation sets they are of
             prefix = "eval" if metric_key_prefix.startswith("eval") else metric_key_prefix
