@@ -245,8 +245,8 @@ class _Ways:
 
     @contextmanager
     def _rounded_otherwise(self) -> Iterator[None]:
-        """Embeddings and hidden states of each layer are off by up to `rounding`, and the head's sums by a rounding of the
-        terms they are made of, which may be far larger (outlier features cancel in a softmax)."""
+        """Embeddings and hidden states of each layer are off by up to `rounding`, and the head's sums by roundings of
+        the terms they are made of, which may be far larger (outlier features cancel in a softmax)."""
         generator = torch.Generator(self.device).manual_seed(0)
 
         def off(like: Tensor) -> Tensor:
