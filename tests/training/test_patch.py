@@ -49,6 +49,15 @@ def test_a_script_runs_as_it_would_by_itself(tmp_path):
     assert said.read_text() == "PackedSFTTrainer __main__ ['--packing', 'true']"
 
 
+def test_a_test_file_of_somebody_elses_runs_against_it(tmp_path):
+    tests = tmp_path / "test_theirs.py"
+    tests.write_text(
+        "from trl import SFTTrainer\ndef test_it():\n    assert SFTTrainer.__name__ == 'PackedSFTTrainer'\n"
+    )
+    done = packsft("run", str(Path(pytest.__file__).with_name("__main__.py")), "-q", "-c", os.devnull, str(tests))
+    assert "1 passed" in done.stdout, done.stderr
+
+
 def test_a_script_that_is_not_there_is_one_line(capsys):
     assert main(["run", "nowhere.py"]) == 2
     assert capsys.readouterr().err == "packsft: error: nowhere.py: there is no such file\n"
