@@ -116,21 +116,21 @@ def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
         )
 
 
-def _skips_preparation(args: SFTConfig) -> bool:
+def skips_preparation(args: SFTConfig) -> bool:
     return bool((args.dataset_kwargs or {}).get("skip_prepare_dataset"))
 
 
 def _takes_exact_steps(args: SFTConfig) -> bool:
-    return args.packing and args.packing_strategy == "step" and not _skips_preparation(args)
+    return args.packing and args.packing_strategy == "step" and not skips_preparation(args)
 
 
 def _warn_of_idle_settings(args: SFTConfig) -> None:
     idle: dict[str, Any] = {} if _takes_exact_steps(args) else {"tokens_per_pass": None}
-    if _skips_preparation(args):  # packs that the user made are taken as they are
+    if skips_preparation(args):  # packs that the user made are taken as they are
         idle |= {"overlong": None, "max_lost_fraction": 1.0}
     given = [f"{name}={getattr(args, name)!r}" for name, unset in idle.items() if getattr(args, name, unset) != unset]
     if given:
-        why = "packs of your own" if _skips_preparation(args) else "a packing_strategy other than 'step'"
+        why = "packs of your own" if skips_preparation(args) else "a packing_strategy other than 'step'"
         logger.warning("%s: no effect on %s", " and ".join(given), why)
 
 

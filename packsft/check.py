@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from packsft_kernels.varlen_attention import BACKENDS
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments
 from transformers.utils import is_peft_available
 
 from packsft.claims import PackingCheck, random_documents
@@ -52,6 +52,8 @@ def check_model(
         from peft import PeftModel
 
         network = PeftModel.from_pretrained(network, adapter, is_trainable=True)
+    device = TrainingArguments("unused", report_to="none", use_cpu=not torch.accelerator.is_available()).device
+    network = network.to(device)
     try:
         with torch.no_grad():
             network(input_ids=torch.tensor([[0, 1]], device=network.device))
@@ -81,9 +83,9 @@ def _load(model: str, dtype: torch.dtype, attn: str | None, *, needs_tokenizer: 
         return network, tokenizer
     options = {} if attn is None else {"attn_implementation": attn}
     network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options)
+    if not needs_tokenizer:
+        return network, number_tokenizer(count_embeddings(network))
     try:
         return network, AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        if needs_tokenizer:
-            raise ValueError(f"{model}: its tokenizer, which data needs, could not be loaded: {error}") from error
-        return network, number_tokenizer(count_embeddings(network))
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"{model}: its tokenizer, which data needs, could not be loaded: {error}") from error

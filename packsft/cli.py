@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run = {"demo": _demo, "inspect": _inspect, "check": _check, "trl": _trl, "run": _run}[options.command]
         return run(options, sys.argv[1:] if arguments is None else arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"packsft: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
@@ -97,6 +97,9 @@ def _check(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         return _check_geometry(options)
     if options.model is None:
         raise ValueError("say what to check: --model, or --geometry")
+    if options.steps is not None:
+        raise ValueError("--steps has no meaning without --geometry")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # see _demo
     from rich.console import Console
 
     from packsft.check import check_model
@@ -108,7 +111,7 @@ def _check(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         attn=options.attn,
         dtype=options.dtype or "float32",
         data=options.data,
-        max_length=options.max_length,
+        max_length=options.max_length or 1024,
     )
     if options.json:
         print(json.dumps(result.as_dict(), indent=2))
@@ -121,15 +124,17 @@ def _check(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def _check_geometry(options: argparse.Namespace) -> int:
-    for name in ("adapter", "attn", "dtype", "data"):
+    for name in ("adapter", "attn", "dtype", "data", "max_length"):
         if getattr(options, name) is not None:
-            raise ValueError(f"--{name} has no meaning with --geometry, which trains in float64 on tokens at random")
+            raise ValueError(
+                f"--{name.replace('_', '-')} has no meaning with --geometry: it trains in float64 on tokens at random"
+            )
     from rich.console import Console
 
     from packsft.geometry import certificate
     from packsft.tables import print_table
 
-    results = certificate(options.model, num_steps=options.steps)
+    results = certificate(options.model, num_steps=options.steps or 10)
     if options.json:
         print(json.dumps([result.as_dict() for result in results], indent=2))
     else:
@@ -277,11 +282,9 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--dtype", choices=("float32", "float64", "bfloat16", "float16"), help="what to compute in (default: float32)"
     )
     check.add_argument("--data", help="as `packsft inspect` takes it; default: tokens at random")
-    check.add_argument("--max-length", type=_at_least(2), default=1024, help="tokens (default: %(default)s)")
+    check.add_argument("--max-length", type=_at_least(2), help="where documents are cut (default: 1024)")
     check.add_argument("--geometry", action="store_true", help="that how a step is cut changes no weight")
-    check.add_argument(
-        "--steps", type=_at_least(1), default=10, help="optimizer steps of --geometry (default: %(default)s)"
-    )
+    check.add_argument("--steps", type=_at_least(1), help="optimizer steps of --geometry (default: 10)")
     check.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 

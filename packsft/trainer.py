@@ -31,7 +31,13 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTConfig, SFTTrainer
 
 from packsft import attention, compat
-from packsft.arguments import check_arguments, check_parallelism, check_tokenizer, own_arguments
+from packsft.arguments import (
+    check_arguments,
+    check_parallelism,
+    check_tokenizer,
+    own_arguments,
+    skips_preparation,
+)
 from packsft.batch import IGNORE_INDEX, document_lengths, loss_inputs, model_inputs
 from packsft.claims import PackingCheck, check_claims, first_documents
 from packsft.collator import PackingCollator, join_passes, mark_sizes
@@ -247,9 +253,10 @@ class PackedSFTTrainer(SFTTrainer):
             model.set_attn_implementation(attention.ATTENTION_NAME)
         if getattr(self.args, "check_packing", "on") == "off":
             return IsolationVerdict(True, NOT_CHECKED)
-        verdict = check_isolation(model, self.accelerator.autocast, self.args.max_length)
+        verdict = self._check_isolation(model)
         failed = torch.tensor(0 if verdict.isolated else 1, device=self.accelerator.device)
-        if verdict.isolated and int(self.accelerator.reduce(failed, reduction="sum")):
+        anywhere = int(self.accelerator.reduce(failed, reduction="sum"))  # every rank waits for the others here
+        if verdict.isolated and anywhere:
             verdict = IsolationVerdict(False, "it failed on another rank")
         if verdict.isolated:
             return verdict
@@ -263,6 +270,10 @@ class PackedSFTTrainer(SFTTrainer):
             model.set_attn_implementation(own_attention)
         return verdict
 
+    def _check_isolation(self, model: PreTrainedModel) -> IsolationVerdict:
+        longest = None if skips_preparation(self.args) else self.args.max_length
+        return check_isolation(model, self.accelerator.autocast, longest)
+
     def check_packing(self) -> PackingCheck:
         """Prove on this model and the first documents of its data that packed training is the same training.
 
@@ -271,13 +282,12 @@ class PackedSFTTrainer(SFTTrainer):
         """
         documents = first_documents(self.train_dataset, self.args.max_length)
         model = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        padded = self.data_collator.padded
+        if not self.data_collator.padded:
+            self.isolation = self._check_isolation(model)
         claims = check_claims(
             self.model,
             documents,
-            isolation=self.isolation
-            if padded
-            else check_isolation(model, self.accelerator.autocast, self.args.max_length),
+            isolation=self.isolation,
             collator=self.data_collator,
             prepare=self._prepare_inputs,
             loss=lambda batch, num_items: self._forward_head(self.model, batch, num_items).loss,
@@ -297,8 +307,10 @@ class PackedSFTTrainer(SFTTrainer):
             rows = f"padded: {self.isolation.reason}"
         elif self.isolation.reason == NOT_CHECKED:
             rows = "packed; whether documents see each other was not checked"
-        else:
+        elif self.isolation.isolated:
             rows = "packed, and none sees another: checked on this model"
+        else:
+            rows = f"packed, although {self.isolation.reason}"
         head = "fused" if self.why_compact is None else f"the logits of scored tokens: {self.why_compact}"
         return {"documents": rows, "attention": self._describe_attention(), "head": head}
 

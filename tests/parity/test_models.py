@@ -8,8 +8,8 @@ from models_page import DOCUMENT, is_right, page, results_file, within_rounding
 from report import read
 from tiny_models import families
 
-FILE = results_file(transformers.__version__)
-REPORT = read(FILE) if FILE.exists() else None
+REPORT = read(max(results_file("0").parent.glob(results_file("*").name), key=lambda file: file.stat().st_mtime))
+SAME_VERSION = REPORT["versions"]["transformers"] == transformers.__version__
 MEASURED = {
     "gpt2": "learned positions",
     "opt": "learned positions with an offset; TRL leaks",
@@ -29,26 +29,25 @@ MEASURED = {
     "gemma3": "a vision-language model on text",
 }
 
-needs_results = pytest.mark.skipif(REPORT is None, reason=f"no table for transformers {transformers.__version__}")
 
-
-@needs_results
 @pytest.mark.parametrize("family", MEASURED)
 def test_a_family_measured_anew_is_what_the_table_says(family):
     found, recorded = measure(family), REPORT["families"][family]
+    assert is_right(found)
+    if not SAME_VERSION:  # another release of transformers may take another way
+        return
     kept = ("way", "why_padded", "head", "why_compact", "attention", "attention_calls")
     assert {key: found["packsft"][key] for key in kept} == {key: recorded["packsft"][key] for key in kept}
     if trl.__version__ == REPORT["versions"]["trl"]:
         assert found["trl"]["verdict"] == recorded["trl"]["verdict"]
-    assert (is_right(found), within_rounding(found)) == (is_right(recorded), within_rounding(recorded))
+    assert within_rounding(found) == within_rounding(recorded)
 
 
-@needs_results
+@pytest.mark.skipif(not SAME_VERSION, reason=f"the table is not of transformers {transformers.__version__}")
 def test_every_causal_language_model_of_transformers_is_in_the_table():
     assert list(REPORT["families"]) == families()
     assert all(result.get("error") != "" for result in REPORT["families"].values())  # left out only with a reason
 
 
-@needs_results
 def test_the_page_is_written_from_the_results():
     assert DOCUMENT.read_text(encoding="utf-8") == page(REPORT)

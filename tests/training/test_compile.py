@@ -115,7 +115,7 @@ def test_compiled_gradients_and_recomputed_layers_are_the_same(backend, toleranc
         )
         for chosen in (None, backend)
     )
-    assert list(compilations().values()) == [1]
+    assert set(compilations().values()) == {1}  # the first run of inductor may compile something of its own
     assert not counters["graph_break"]
     assert_the_same_training(compiled, plain, tolerance)
 

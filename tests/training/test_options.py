@@ -320,8 +320,10 @@ def head_gradients(fused, dtype, scale, num_items):
     options = LossOptions()
     if fused:  # the operator, as on a GPU: the public function would compute float16 on the CPU in float32
         share = torch.tensor(1 / num_items, dtype=torch.float64)
-        given = hidden, weight, None, targets, None, None, share
-        loss = torch.ops.packsft.linear_cross_entropy(*given, *options.fields(), dtype, True, True, False)[0]
+        given = hidden, weight, None, None, None, targets, None, None, share
+        loss = torch.ops.packsft.linear_cross_entropy(
+            *given, *options.fields(), dtype, True, True, False, False, False
+        )[0]
     else:
         logits = hidden @ weight.t()
         loss = cross_entropy(
