@@ -5,10 +5,12 @@ import transformers
 import trl
 from models import measure
 from models_page import DOCUMENT, is_right, page, results_file, within_rounding
+from packaging.version import Version
 from report import read
 from tiny_models import families
 
-REPORT = read(max(results_file("0").parent.glob(results_file("*").name), key=lambda file: file.stat().st_mtime))
+FILES = results_file("0").parent.glob(results_file("*").name)
+REPORT = max(map(read, FILES), key=lambda report: Version(report["versions"]["transformers"]))
 SAME_VERSION = REPORT["versions"]["transformers"] == transformers.__version__
 MEASURED = {
     "gpt2": "learned positions",

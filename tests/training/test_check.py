@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from runs import trainer
 from tiny import tiny_model, token_rows
 
@@ -168,6 +169,15 @@ def test_the_documents_are_the_first_of_the_data_set_cut_as_in_training():
     assert [(list(d["input_ids"]), list(d["labels"])) for d in first_documents([pack], None)] == [
         ([1, 2], [-100, 2]), ([3], [-100]),
     ]  # fmt: skip
+
+
+def test_one_document_and_prompts_longer_than_what_is_read_are_checked(tmp_path):
+    rows = [{"input_ids": [3] * 300 + [4] * 20, "labels": [-100] * 300 + [4] * 20}]
+    for data in (rows, rows * 4):
+        checked = trainer(tmp_path, model=tiny_model("llama", max_position_embeddings=512), max_length=512,
+                          train_dataset=Dataset.from_list(data))  # fmt: skip
+        assert failing(checked.check_packing()) == []
+    assert [len(one["input_ids"]) for one in first_documents(rows * 4, 512)] == [128, 128]
 
 
 def test_a_stream_is_checked_on_its_first_documents_and_trained_from_its_start(tmp_path):
