@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from packsft.batch import IGNORE_INDEX, loss_inputs, model_inputs
 from packsft.collator import PackingCollator
 from packsft.geometry import rounds_to_float32
-from packsft.isolation import IsolationVerdict, decoder_layers, eval_mode, watch_layers
+from packsft.head import eval_mode
+from packsft.isolation import IsolationVerdict, decoder_layers, watch_layers
 
 Row = Mapping[str, Any]
 Numbers = dict[str, Tensor]  # the loss and the gradient of every parameter, by name
@@ -89,61 +90,30 @@ class PackingCheck:
         ]  # fmt: skip
 
 
-def check_claims(
-    model: nn.Module,
-    documents: Sequence[Row],
-    *,
-    isolation: IsolationVerdict,
-    collator: PackingCollator,
-    prepare: Callable[[dict[str, Any]], dict[str, Any]],
-    loss: Callable[[dict[str, Any], float], Tensor],
-    autocast: Callable[[], AbstractContextManager],
-    packed_forward: Callable[[], AbstractContextManager],
-    options: LossOptions,
-) -> tuple[Claim, ...]:
-    """Measure every claim. Parameters, gradients, modes and random state stay as they are.
+def check_claims(ways: Ways, isolation: IsolationVerdict) -> tuple[Claim, ...]:
+    """Measure every claim; the first is what `check_isolation` found.
 
-    Args:
-        model: as it is trained.
-        documents: rows of one document each, `input_ids` and `labels`.
-        isolation: what `check_isolation` found.
-        collator: of the training.
-        prepare: brings a batch to the device.
-        loss: of a batch, divided by the number, through the head that is trained.
-        autocast: the context that training runs its forward in.
-        packed_forward: the context of a forward on a batch of the training, `loss` apart.
-        options: of the loss.
-
-    Raises:
-        ValueError: no document has a token to score.
+    Parameters, gradients, modes and random state stay as they are. Takes the memory of three sets of gradients of all
+    trained parameters, in float32 at least.
     """
-    ways = _Ways(model, documents, collator, prepare, loss, autocast, packed_forward, options)
     devices = [ways.device] if ways.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), eval_mode(model):
+    with torch.random.fork_rng(devices), eval_mode(ways.model):
         rounding = ways.rounding
         logits = _compare("hidden states and logits are those of the documents alone", *ways.logits(), rounding)
         alone, rounded = ways.alone(), ways.rounded()
         noise = {name: _norm(rounded[name] - alone[name]) for name in alone}
         del rounded  # each of these is as large as the parameters that are trained
-        trained = ways.trained([documents])
+        trained = ways.trained([ways.documents])
         as_alone = _compare("loss and gradients are those of the documents alone", trained, alone, noise, rounding)
         del alone
-        head, two, each = (
-            _compare(claim, found(), truth(), noise, rounding)
-            for claim, found, truth in (
-                ("the head gives the model's own loss and gradients", lambda: trained, ways.packed),
-                (
-                    "two passes give the loss and gradients of one",
-                    lambda: ways.trained([rows for rows in (documents[::2], documents[1::2]) if rows]),
-                    lambda: trained,
-                ),
-                (
-                    "a pass per document gives the loss and gradients of one",
-                    lambda: ways.trained([[document] for document in documents]),
-                    lambda: trained,
-                ),
-            )
-        )
+        own = "the head gives the model's own loss and gradients"
+        head = _compare(own, trained, ways.packed(), noise, rounding)
+        halves = [rows for rows in (ways.documents[::2], ways.documents[1::2]) if rows]
+        two_passes = "two passes give the loss and gradients of one"
+        two = _compare(two_passes, ways.trained(halves), trained, noise, rounding)
+        each_document = "a pass per document gives the loss and gradients of one"
+        singles = [[document] for document in ways.documents]
+        each = _compare(each_document, ways.trained(singles), trained, noise, rounding)
     reason = isolation.reason or ""
     apart = Claim("documents in one row do not see each other", isolation.isolated, isolation.leak, 0.0, reason)
     return apart, logits, head, two, each, as_alone
@@ -187,39 +157,49 @@ def _split(rows: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
             yield {"input_ids": ids[stop - length : stop], "labels": labels[stop - length : stop]}
 
 
-class _Ways:
-    """The ways to the numbers of an optimizer step over all documents."""
+@dataclass
+class Ways:
+    """The ways to the numbers of an optimizer step over all documents.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        documents: Sequence[Row],
-        collator: PackingCollator,
-        prepare: Callable[[dict[str, Any]], dict[str, Any]],
-        loss: Callable[[dict[str, Any], float], Tensor],
-        autocast: Callable[[], AbstractContextManager],
-        packed_forward: Callable[[], AbstractContextManager],
-        options: LossOptions,
-    ) -> None:
-        self._model: Any = model
-        self._documents, self._loss, self._options = documents, loss, options
-        self._collator, self._prepare = collator, prepare
-        self._autocast, self._packed_forward = autocast, packed_forward
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.device = next(model.parameters()).device
-        self._num_items = sum(collator([document])["num_items"] for document in documents)
+    Args:
+        model: as it is trained.
+        documents: rows of one document each, `input_ids` and `labels`.
+        collator: of the training.
+        prepare: brings a batch to the device.
+        loss: of a batch, divided by the number, through the head that is trained.
+        autocast: the context that training runs its forward in.
+        packed_forward: the context of a forward on a batch of the training, `loss` apart.
+        options: of the loss.
+
+    Raises:
+        ValueError: no document has a token to score.
+    """
+
+    model: Any
+    documents: Sequence[Row]
+    collator: PackingCollator
+    prepare: Callable[[dict[str, Any]], dict[str, Any]]
+    loss: Callable[[dict[str, Any], float], Tensor]
+    autocast: Callable[[], AbstractContextManager]
+    packed_forward: Callable[[], AbstractContextManager]
+    options: LossOptions
+
+    def __post_init__(self) -> None:
+        self._parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.device = next(self.model.parameters()).device
+        self._num_items = sum(self.collator([document])["num_items"] for document in self.documents)
         if not self._num_items:
             raise ValueError("none of the documents has a token to score: all their labels are -100")
 
     @functools.cached_property
     def dtype(self) -> torch.dtype:
         """The lowest precision that the forward uses."""
-        dtypes = {parameter.dtype for parameter in self._model.parameters() if parameter.dtype in ROUNDINGS}
-        with self._autocast():
+        dtypes = {parameter.dtype for parameter in self.model.parameters() if parameter.dtype in ROUNDINGS}
+        with self.autocast():
             if torch.is_autocast_enabled(self.device.type):
                 dtypes = {torch.get_autocast_dtype(self.device.type)}
         dtype = max(dtypes, key=lambda one: torch.finfo(one).eps)
-        if dtype == torch.float64 and rounds_to_float32(self._model):
+        if dtype == torch.float64 and rounds_to_float32(self.model):
             dtype = torch.float32
         return dtype
 
@@ -233,29 +213,29 @@ class _Ways:
     def logits(self) -> tuple[Numbers, Numbers, dict[str, float]]:
         """Those of each layer and the logits, by name, documents end to end: packed, alone, and what rounded ones are
         off by."""
-        each = [self._hidden([document], input_ids=_ids(document)) for document in self._documents]
+        each = [self._hidden([document], input_ids=_ids(document)) for document in self.documents]
         alone = {name: torch.cat([hidden[name] for hidden in each]) for name in each[0]}
         with self._rounded_otherwise():
-            rounded = self._hidden(self._documents, **self._padded())
+            rounded = self._hidden(self.documents, **self._padded())
         noise = {name: _norm(rounded[name] - alone[name]) for name in alone}
-        with self._packed_forward():
-            packed = self._hidden(self._documents, **model_inputs(self._batch(self._documents)))
+        with self.packed_forward():
+            packed = self._hidden(self.documents, **model_inputs(self._batch(self.documents)))
         return packed, alone, noise
 
     def _hidden(self, rows: Sequence[Row], **inputs: Any) -> Numbers:
-        with self._autocast(), watch_layers(self._model) as layers:
+        with self.autocast(), watch_layers(self.model) as layers:
             logits = self._own_logits(**inputs)
         named = [*((name, hidden) for name, hidden in layers if hidden.dim() == 3), ("logits", logits)]
         return {name: _end_to_end(hidden, rows) for name, hidden in named}
 
     def _own_logits(self, **inputs: Any) -> Tensor:
         inputs = {name: x.to(self.device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
-        return self._model(use_cache=False, **inputs).logits
+        return self.model(use_cache=False, **inputs).logits
 
     def _padded(self) -> dict[str, Tensor]:
         """Documents below each other, as everybody's collator lays them out."""
-        lengths = torch.tensor([len(document["input_ids"]) for document in self._documents])
-        ids = [_ids(document)[0] for document in self._documents]
+        lengths = torch.tensor([len(document["input_ids"]) for document in self.documents])
+        ids = [_ids(document)[0] for document in self.documents]
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         return {"input_ids": nn.utils.rnn.pad_sequence(ids, batch_first=True), "attention_mask": mask.long()}
 
@@ -297,9 +277,9 @@ class _Ways:
                 hidden.register_hook(round_gradient)
             return logits
 
-        places = [self._model.get_input_embeddings(), *(layer for _, layer in decoder_layers(self._model))]
+        places = [self.model.get_input_embeddings(), *(layer for _, layer in decoder_layers(self.model))]
         handles = [place.register_forward_hook(round_otherwise) for place in places]
-        handles.append(self._model.get_output_embeddings().register_forward_hook(round_sums))
+        handles.append(self.model.get_output_embeddings().register_forward_hook(round_sums))
         try:
             yield
         finally:
@@ -309,35 +289,35 @@ class _Ways:
     # ---- loss and gradients ----
 
     def alone(self) -> Numbers:
-        return self._add(self._own_loss([document], input_ids=_ids(document)) for document in self._documents)
+        return self._add(self._own_loss([document], input_ids=_ids(document)) for document in self.documents)
 
     def rounded(self) -> Numbers:
         with self._rounded_otherwise():
-            return self._add([self._own_loss(self._documents, **self._padded())])
+            return self._add([self._own_loss(self.documents, **self._padded())])
 
     def packed(self) -> Numbers:
-        with self._packed_forward():
-            return self._add([self._own_loss(self._documents, **model_inputs(self._batch(self._documents)))])
+        with self.packed_forward():
+            return self._add([self._own_loss(self.documents, **model_inputs(self._batch(self.documents)))])
 
     def trained(self, passes: Iterable[Sequence[Row]]) -> Numbers:
         return self._add(self._trained_loss(rows) for rows in passes)
 
     def _trained_loss(self, rows: Sequence[Row]) -> Tensor:
-        with self._autocast():
-            return self._loss(self._batch(rows), self._num_items)
+        with self.autocast():
+            return self.loss(self._batch(rows), self._num_items)
 
     def _batch(self, rows: Sequence[Row]) -> dict[str, Any]:
-        return self._prepare(self._collator(list(rows)))
+        return self.prepare(self.collator(list(rows)))
 
     def _own_loss(self, rows: Sequence[Row], **inputs: Any) -> Tensor:
         """By its definition, from the model's own logits."""
-        with self._autocast():
+        with self.autocast():
             logits_TV = _end_to_end(self._own_logits(**inputs), rows)
-        scored = loss_inputs(self._prepare(replace(self._collator, padded=False)(list(rows))))
+        scored = loss_inputs(self.prepare(replace(self.collator, padded=False)(list(rows))))
         return reference.cross_entropy(
             logits_TV.double(),  # or the rounding of this loss would be taken for the head's
             rows=scored["loss_rows"], targets=scored["loss_targets"], weights=scored.get("loss_weights"),
-            options=self._options, num_items=self._num_items,
+            options=self.options, num_items=self._num_items,
         ).loss  # fmt: skip
 
     def _add(self, losses: Iterable[Tensor]) -> Numbers:

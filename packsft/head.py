@@ -16,6 +16,8 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,6 +53,18 @@ def count_embeddings(model: PreTrainedModel) -> int:
     """Entries of the vocabulary as the model embeds it, an adapter on the embeddings or not."""
     embedding = model.get_input_embeddings()
     return getattr(embedding, "base_layer", embedding).weight.shape[0]
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """`model.eval()` for the length of the context; each module's own flag comes back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss: bool = False) -> str | None:
@@ -187,8 +201,6 @@ def _why_not_fused(model: PreTrainedModel, options: LossOptions) -> str | None:
     if isinstance(head, str):
         return head
     linear, additions = head
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(linear.weight.shape[0], (1, 8), generator=generator).to(model.device)
@@ -196,7 +208,7 @@ def _why_not_fused(model: PreTrainedModel, options: LossOptions) -> str | None:
         targets = torch.cat([ids.new_tensor(changed, dtype=ids.dtype), ids[0]])[:7]
         rows = torch.arange(7, dtype=torch.int32, device=ids.device)
         plain = replace(options, label_smoothing=0.0, z_loss=0.0, dft=False)
-        with exercised(additions):
+        with eval_mode(model), exercised(additions):
             logits = model(input_ids=ids, use_cache=False).logits[0]
             hidden = _backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
             ours = _fused_loss(head, hidden, rows, targets, None, plain, None).log_prob
@@ -205,9 +217,6 @@ def _why_not_fused(model: PreTrainedModel, options: LossOptions) -> str | None:
         theirs = logits[:7].double().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         return f"the probe of the head failed: {error}"
-    finally:
-        for module, training in modes:
-            module.training = training
     # Both round the logits to their dtype (PEFT what it adds to the adapter's), and ours each log-probability, whose
     # size the vocabulary decides: a few units in the last place of the largest is all they may differ by; and by those
     # of the terms that a logit is the sum of, in what sums are kept in.

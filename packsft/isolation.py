@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from packsft.attention import packed_forward, watch_masks
 from packsft.batch import model_inputs
 from packsft.collator import PackingCollator
-from packsft.head import count_embeddings
+from packsft.head import count_embeddings, eval_mode
 
 NOT_CHECKED = "not checked"
 DOCUMENT_LENGTHS = (9, 14, 11)  # unequal, and none of them what another starts or ends at
@@ -149,17 +149,6 @@ def _first_leak(layers: list[tuple[str, Tensor]], leaf: Tensor, begin: int) -> s
         ):
             return f" (first in {name})"
     return ""
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

@@ -39,7 +39,7 @@ from packsft.arguments import (
     skips_preparation,
 )
 from packsft.batch import IGNORE_INDEX, document_lengths, loss_inputs, model_inputs
-from packsft.claims import PackingCheck, check_claims, first_documents
+from packsft.claims import PackingCheck, Ways, check_claims, first_documents
 from packsft.collator import PackingCollator, join_passes, mark_sizes
 from packsft.config import has_bf16
 from packsft.dataset import PackedDataset, PackSampler, StepDataset, pack_dataset
@@ -284,10 +284,9 @@ class PackedSFTTrainer(SFTTrainer):
         model = self.model.get_base_model() if is_peft_model(self.model) else self.model
         if not self.data_collator.padded:
             self.isolation = self._check_isolation(model)
-        claims = check_claims(
+        ways = Ways(
             self.model,
             documents,
-            isolation=self.isolation,
             collator=self.data_collator,
             prepare=self._prepare_inputs,
             loss=lambda batch, num_items: self._forward_head(self.model, batch, num_items).loss,
@@ -295,6 +294,7 @@ class PackedSFTTrainer(SFTTrainer):
             packed_forward=self._packed_forward,
             options=self._loss_options(),
         )
+        claims = check_claims(ways, self.isolation)
         tokens = sum(len(document["input_ids"]) for document in documents)
         self._check = PackingCheck(
             claims, self._describe_model() | {"checked on": f"{len(documents)} documents of {tokens} tokens"}
