@@ -38,8 +38,8 @@ from shapes import packed_row, split_row, tiny_tokenizer
 from tiny_models import LEFT_OUT, Float64Throughout, families, is_adapted, tiny_model
 from trainers import EXACT, TRL_PACKED, build_trainer
 
-from packsft import attention, isolation
-from packsft.geometry import rounds_to_float32
+from packsft.model import attention, isolation
+from packsft.proof.invariance import rounds_to_float32
 
 # One and two tokens take other code paths; 7 to 14 are longer than a window of 4; passes of 32 hold some of them each.
 LENGTHS = (7, 1, 14, 2, 12, 5, 3, 11, 9)

@@ -100,7 +100,7 @@ def smollm2(dtype: torch.dtype) -> tuple[Any, Any]:
 @functools.cache
 def _loaded_smollm2(dtype: torch.dtype) -> tuple[Any, Any]:
     """Read once a process: that takes twenty seconds, most of them for the tokenizer."""
-    from packsft.smollm2 import load_smollm2
+    from packsft.app.smollm2 import load_smollm2
 
     return load_smollm2(dtype)
 

@@ -73,7 +73,7 @@ class Competitor:
         packsft's attention is handed a mask outside of `packed_forward`, for which TRL would build one in vain; inside
         it raises an error where boundaries do not arrive.
         """
-        from packsft.attention import packed_forward
+        from packsft.model.attention import packed_forward
 
         module = vars(sys.modules[type(model).__module__])
         before = dict(module)

@@ -8,12 +8,12 @@ What imports torch is imported when it is first used, so that `import packsft` c
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from packsft.stdlib_docstrings import stdlib_docstrings  # here, or its module would take the function's place
+from packsft.app.stdlib_docstrings import stdlib_docstrings  # here, or its module would take the function's place
 
 if TYPE_CHECKING:
+    from packsft.app.patch import patch_trl
     from packsft.config import PackedSFTConfig
     from packsft.packing import PackPlan, plan_packs
-    from packsft.patch import patch_trl
     from packsft.trainer import PackedSFTTrainer
 
 _HOMES = {
@@ -21,7 +21,7 @@ _HOMES = {
     "PackedSFTConfig": "packsft.config",
     "PackedSFTTrainer": "packsft.trainer",
     "__version__": "packsft_kernels.version",
-    "patch_trl": "packsft.patch",
+    "patch_trl": "packsft.app.patch",
     "plan_packs": "packsft.packing",
 }
 

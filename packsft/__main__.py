@@ -2,6 +2,6 @@
 
 import sys
 
-from packsft.cli import main
+from packsft.app.cli import main
 
 sys.exit(main())

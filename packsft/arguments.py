@@ -17,7 +17,7 @@ from transformers.utils import is_kernels_available
 from trl import SFTConfig
 
 from packsft.config import PackedSFTConfig
-from packsft.memory import can_measure
+from packsft.step.memory import can_measure
 
 STRATEGIES = ("step", "bfd", "bfd_split", "wrapped")
 

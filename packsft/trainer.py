@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTConfig, SFTTrainer
 
-from packsft import attention, compat
+from packsft import compat
 from packsft.arguments import (
     check_arguments,
     check_parallelism,
@@ -38,19 +38,20 @@ from packsft.arguments import (
     own_arguments,
     skips_preparation,
 )
-from packsft.batch import IGNORE_INDEX, document_lengths, loss_inputs, model_inputs
-from packsft.claims import PackingCheck, Ways, check_claims, first_documents
-from packsft.collator import PackingCollator, join_passes, mark_sizes
 from packsft.config import has_bf16
-from packsft.dataset import PackedDataset, PackSampler, StepDataset, pack_dataset
-from packsft.head import HeadOutput, count_embeddings, install_head
-from packsft.isolation import NOT_CHECKED, IsolationVerdict, check_isolation
-from packsft.loss import items_in_step, ranks_per_batch
-from packsft.metrics import MetricSums
+from packsft.data.batch import IGNORE_INDEX, document_lengths, loss_inputs, model_inputs
+from packsft.data.collator import PackingCollator, join_passes, mark_sizes
+from packsft.data.packs import PackedDataset, PackSampler, StepDataset, pack_dataset
+from packsft.data.streams import PackedStream, StepStream
+from packsft.model import attention
+from packsft.model.head import HeadOutput, count_embeddings, install_head
+from packsft.model.isolation import NOT_CHECKED, IsolationVerdict, check_isolation
 from packsft.notices import PackingNotice, cost_of_logits
 from packsft.packing import PackingReport, describe_losses, packing_report
-from packsft.passes import PassWalker
-from packsft.stream import PackedStream, StepStream
+from packsft.proof.claims import PackingCheck, Ways, check_claims, first_documents
+from packsft.step.metrics import MetricSums
+from packsft.step.normalization import items_in_step, ranks_per_batch
+from packsft.step.passes import PassWalker
 
 logger = logging.getLogger("packsft")
 

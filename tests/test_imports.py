@@ -19,49 +19,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# What each file of packsft imports beside the standard library, packsft itself and what is there for type checkers.
-# A name in brackets is imported inside a function, when it is needed. Adding to this table is a decision.
-KNOWS = {
-    "packsft/__init__.py": "",
-    "packsft/__main__.py": "",
-    "packsft/adapters.py": "torch (peft)",
-    "packsft/arguments.py": "transformers trl accelerate datasets",
-    "packsft/attention.py": "torch transformers packsft_kernels",
-    "packsft/batch.py": "numpy",
-    "packsft/check.py": "torch datasets transformers packsft_kernels (peft)",
-    "packsft/claims.py": "numpy torch packsft_kernels",
-    "packsft/cli.py": "packsft_kernels (datasets) (rich)",
-    "packsft/collator.py": "numpy torch trl",
-    "packsft/compat.py": "torch transformers trl accelerate datasets packaging",
-    "packsft/config.py": "torch trl packsft_kernels",
-    "packsft/dataset.py": "numpy torch datasets",
-    "packsft/demo.py": "torch transformers datasets rich (trl) (matplotlib)",
-    "packsft/drawing.py": "numpy (matplotlib)",
-    "packsft/geometry.py": "numpy torch accelerate datasets tokenizers transformers",
-    "packsft/head.py": "torch transformers packsft_kernels",
-    "packsft/inspection.py": "numpy pyarrow datasets rich (trl) (transformers)",
-    "packsft/isolation.py": "torch transformers",
-    "packsft/loss.py": "torch",
-    "packsft/memory.py": "torch accelerate",
-    "packsft/metrics.py": "torch",
-    "packsft/notices.py": "transformers",
-    "packsft/packing/__init__.py": "",
-    "packsft/packing/balance.py": "numpy",
-    "packsft/packing/losses.py": "",
-    "packsft/packing/max_length.py": "numpy",
-    "packsft/packing/plan.py": "numpy",
-    "packsft/packing/report.py": "numpy",
-    "packsft/packing/segments.py": "numpy",
-    "packsft/packing/steps.py": "numpy",
-    "packsft/packing/stream.py": "",
-    "packsft/passes.py": "torch accelerate",
-    "packsft/patch.py": "",
-    "packsft/smollm2.py": "(tokenizers) (transformers)",
-    "packsft/stdlib_docstrings.py": "(datasets)",
-    "packsft/stream.py": "numpy torch datasets",
-    "packsft/tables.py": "rich",
-    "packsft/trainer.py": "torch transformers trl accelerate datasets packsft_kernels",
-}
+# From the top down. A folder, or a file beside the folders, may import what stands below it. What stands in one line
+# does not know its neighbours, and `packsft` itself is asked for names by nobody but the top.
+FLOORS = (
+    "app",
+    "trainer",
+    "arguments notices",
+    "proof step",
+    "model",
+    "data",
+    "config",
+    "packing compat",
+)
+PACKING_MAY_KNOW = {"numpy"}
 KERNELS_MAY_KNOW = {"torch", "triton", "flash_attn", "flash_attn_interface", "packsft_kernels"}
 
 
@@ -92,35 +62,28 @@ def packages(path: Path) -> set[tuple[str, bool]]:
     return {(top, inside) for top, inside in tops if top not in sys.stdlib_module_names}
 
 
-SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "packsft").rglob("*.py"))
+PACKAGE = ROOT / "packsft"
+SOURCES = sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "__init__.py", PACKAGE / "__main__.py"})
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 
 
-def test_the_table_lists_every_file():
-    assert sorted(KNOWS) == SOURCES
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(source):
+    own = source.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for name in (name for name, _ in imports(source) if name.startswith("packsft.")):
+        room = name.split(".")[1]  # or a public name, as in `from packsft import PackedSFTTrainer`
+        assert FLOOR_OF.get(room, 0) > FLOOR_OF[own] or room == own or own == "app", name
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_a_file_knows_what_the_table_says(source):
-    found = {(top, inside) for top, inside in packages(ROOT / source) if top != "packsft"}
-    found = {(top, inside) for top, inside in found if not inside or (top, False) not in found}
-    assert {f"({top})" if inside else top for top, inside in found} == set(KNOWS[source].split())
+def test_packing_knows_lengths_alone():
+    for path in (ROOT / "packsft" / "packing").glob("*.py"):
+        assert {top for top, _ in packages(path)} <= PACKING_MAY_KNOW | {"packsft"}, path.name
 
 
-def test_the_kernels_know_tensors_and_nothing_above_them():
-    paths = list((ROOT / "kernels" / "packsft_kernels").glob("*.py"))
-    assert len(paths) > 5
-    for path in paths:
-        assert {top for top, _ in packages(path)} <= KERNELS_MAY_KNOW, path.name
-
-
-def test_the_modules_of_packsft_import_each_other_in_one_direction():
-    modules = {source.removesuffix(".py").removesuffix("/__init__").replace("/", "."): source for source in SOURCES}
-    graph = {}
-    for module, source in modules.items():
-        named = {name for name, _ in imports(ROOT / source) if name in modules}
-        graph[module] = named - {module, "packsft"}  # `from packsft import x` names the package beside its module
-    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
-    assert order.index("packsft.trainer") > order.index("packsft.head") > order.index("packsft.batch")
+def test_the_files_of_a_room_import_each_other_in_one_direction():
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in SOURCES}
+    graph = {module: {name for name, _ in imports(path) if name in modules} for module, path in modules.items()}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
 # ---- fresh interpreters ----
@@ -239,5 +202,5 @@ def test_importing_packsft_is_lighter_than_importing_trl(tmp_path):
     """
     ours, theirs = (python(program.format(name), tmp_path) for name in ("packsft", "trl"))
     assert len(ours) < len(theirs)
-    own = {"packsft", "packsft.stdlib_docstrings"}
+    own = {"packsft", "packsft.app", "packsft.app.stdlib_docstrings"}
     assert {name for name in ours if name.partition(".")[0] not in sys.stdlib_module_names} == own

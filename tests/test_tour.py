@@ -18,7 +18,7 @@ from runs import trainer
 from tiny import ROWS, tiny_model
 
 from packsft import PackedSFTTrainer, plan_packs
-from packsft.loss import items_in_step
+from packsft.step.normalization import items_in_step
 
 HOW_IT_WORKS = Path(__file__).parents[1] / "docs" / "how-it-works.md"
 

@@ -1,7 +1,7 @@
 """Packing: lengths in, plans out. Knows numpy, not tokens, tensors or models."""
 
+from .account import check_losses, check_max_lost_fraction, describe_losses
 from .balance import attention_costs, balanced_order, cost_imbalance
-from .losses import check_losses, check_max_lost_fraction, describe_losses
 from .max_length import MaxLength, compare_max_lengths, recommended_max_length
 from .plan import PackPlan, pack_segments, plan_packs
 from .report import PackingReport, packing_report

@@ -3,7 +3,7 @@
 Attention costs the square of a document's length, so that packs of equally many tokens can differ several times over,
 and all ranks wait for the one with the costliest pack. This file knows a plan's lengths, not ranks or samplers.
 
-The order is for a sampler that keeps it (`packsft.dataset.PackSampler`), of which `accelerate` hands consecutive
+The order is for a sampler that keeps it (`packsft.data.packs.PackSampler`), of which `accelerate` hands consecutive
 batches to consecutive ranks. The groups come shuffled already.
 """
 

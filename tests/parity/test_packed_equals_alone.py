@@ -78,7 +78,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
 
 def test_a_document_in_the_wrong_place_would_be_seen(tmp_path, monkeypatch):
     # the tolerances above can fail: positions that do not restart are off by more than a thousand times
-    from packsft.collator import PackingCollator
+    from packsft.data.collator import PackingCollator
 
     packed = PackingCollator._packed
 

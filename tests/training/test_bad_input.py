@@ -8,7 +8,7 @@ from tiny import ROWS, tiny_model, tiny_tokenizer, token_rows
 from transformers import DataCollatorWithPadding, LlamaForSequenceClassification
 from trl import SFTConfig
 
-from packsft.dataset import pack_dataset
+from packsft.data.packs import pack_dataset
 
 
 def rows(*extra):

@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from packsft import PackedSFTTrainer
 from packsft import trainer as trainer_module
-from packsft.isolation import IsolationVerdict
+from packsft.model.isolation import IsolationVerdict
 
 WAYS = {
     "exact steps": {},

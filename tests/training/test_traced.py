@@ -15,10 +15,10 @@ from tiny import ROWS, tiny_model
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import PreTrainedModel
 
-from packsft.attention import packed_forward
-from packsft.batch import loss_inputs, model_inputs
-from packsft.collator import PackingCollator
-from packsft.head import install_head
+from packsft.data.batch import loss_inputs, model_inputs
+from packsft.data.collator import PackingCollator
+from packsft.model.attention import packed_forward
+from packsft.model.head import install_head
 
 
 def model_with_head(

@@ -13,7 +13,7 @@ from tiny_models import tiny_model as tiny_family
 from trl import SFTConfig, SFTTrainer
 
 from packsft import PackedSFTTrainer, head
-from packsft.head import install_head
+from packsft.model.head import install_head
 from packsft.notices import never_fires
 
 

@@ -1,0 +1,306 @@
+"""The `packsft` command: reads the command line, turns bad input into one line and exit code 2. Knows no tensors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from packsft_kernels.version import __version__
+
+from packsft.packing.segments import OVERLONG, STRATEGIES
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 for input that cannot be used: `packsft: error:` and the reason, on one line."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    try:
+        run = {"demo": _demo, "inspect": _inspect, "check": _check, "trl": _trl, "run": _run}[options.command]
+        return run(options, sys.argv[1:] if arguments is None else arguments)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"packsft: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _demo(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    # Several GPUs in one process mean DataParallel, which cuts batches by rows and cannot cut a packed one.
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    from packsft.app import demo  # only now: importing torch and trl takes seconds
+
+    # Until the run has succeeded, everything is written here and not into the output folder.
+    with tempfile.TemporaryDirectory(prefix="packsft-") as scratch:
+        job = demo.prepare(
+            command=shlex.join(["packsft", *arguments]),
+            scratch=Path(scratch),
+            output_dir=options.output_dir,
+            model_name=options.model,
+            data=options.data,
+            max_length=options.max_length,
+            max_tokens=sys.maxsize if options.full else options.max_tokens,
+            compare_tokens=options.compare_tokens,
+            learning_rate=options.learning_rate,
+        )
+        demo.run(job)
+    return 0
+
+
+def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    import datasets
+    from rich.console import Console
+
+    from packsft.app import drawing
+    from packsft.app.inspect import inspect_data
+
+    if options.plot is not None:
+        drawing.check_matplotlib("--plot")
+        if not options.plot.parent.is_dir():
+            raise ValueError(f"--plot {options.plot}: there is no folder {options.plot.parent}")
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs of a bad file it raises as well
+    inspection = inspect_data(
+        options.data,
+        model=options.model,
+        split=options.split,
+        max_length=options.max_length,
+        strategy=options.strategy,
+        overlong=options.overlong,
+        tokens_per_pass=options.tokens_per_pass,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulation,
+        devices=options.devices,
+        num_train_epochs=options.epochs,
+        seed=options.seed,
+        assistant_only_loss=options.assistant_only_loss,
+        completion_only_loss=options.completion_only_loss,
+    )
+    if options.plot is not None:
+        options.plot.write_bytes(drawing.draw_plan(inspection.lengths, options.max_length, inspection.plan))
+    if options.json:
+        print(json.dumps(inspection.as_dict(), indent=2))
+    else:
+        inspection.show(Console())
+    return 0
+
+
+def _check(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    if options.batch_invariance:
+        return _check_batch_invariance(options)
+    if options.model is None:
+        raise ValueError("say what to check: --model, or --batch-invariance")
+    if options.steps is not None:
+        raise ValueError("--steps has no meaning without --batch-invariance")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # see _demo
+    from rich.console import Console
+
+    from packsft.app.check import check_model
+    from packsft.app.tables import print_table
+
+    result = check_model(
+        options.model,
+        adapter=options.adapter,
+        attn=options.attn,
+        dtype=options.dtype or "float32",
+        data=options.data,
+        max_length=options.max_length or 1024,
+    )
+    if options.json:
+        print(json.dumps(result.as_dict(), indent=2))
+    else:
+        console = Console()
+        print_table(console, options.model, result.rows())
+        for name, text in result.facts.items():
+            console.print(f"{name}: {text}", highlight=False, markup=False)
+    return 0 if result.holds else 1
+
+
+def _check_batch_invariance(options: argparse.Namespace) -> int:
+    for name in ("adapter", "attn", "dtype", "data", "max_length"):
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f"--{name.replace('_', '-')} has no meaning with --batch-invariance: "
+                "it trains in float64 on random tokens"
+            )
+    from rich.console import Console
+
+    from packsft.app.check import check_batch_invariance
+    from packsft.app.tables import print_table
+
+    results = check_batch_invariance(options.model, num_steps=options.steps or 10)
+    if options.json:
+        print(json.dumps([result.as_dict() for result in results], indent=2))
+    else:
+        print_table(Console(), "Weights after the same steps, compared with the first layout's, in float64", [
+            ("model", "tokens per pass", "accumulation", "processes", "passes", "difference", "allowed"),
+            *(result.row() for result in results),
+        ])  # fmt: skip
+    return 0 if all(result.agrees for result in results) else 1
+
+
+def _trl(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from packsft.app.patch import run_trl
+
+    return run_trl(options.arguments)
+
+
+def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from packsft.app.patch import run_script
+
+    run_script(options.script, options.arguments)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="packsft", description="Packed supervised fine-tuning of language models.")
+    parser.add_argument("--version", action="version", version=f"packsft {__version__}")
+    commands = parser.add_subparsers(dest="command", title="commands")
+    _add_demo(commands)
+    _add_inspect(commands)
+    _add_check(commands)
+    _add_patched(commands)
+    return parser
+
+
+def _add_patched(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    trl = commands.add_parser(
+        "trl", help="the command `trl` with packsft's trainer: packsft trl sft ...", add_help=False
+    )
+    trl.add_argument("arguments", nargs=argparse.REMAINDER)
+    run = commands.add_parser("run", help="run a script with packsft's trainer in the place of TRL's SFTTrainer")
+    run.add_argument("script", help="a Python file that imports SFTTrainer from trl")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, help="what the script is given")
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="fine-tune a model on packed sequences and compare with TRL",
+        description="Fine-tunes a model on packed sequences, then trains a part of the data through TRL's padded path, "
+        "TRL's packed path and packsft, each in a fresh process. By default SmolLM2-135M-Instruct learns to write "
+        "docstrings from the functions of Python's standard library.",
+    )
+    demo.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("packsft-demo"),
+        help="folder for the model, the picture and the report (default: %(default)s)",
+    )
+    demo.add_argument("--model", help="local folder or hub name of a causal language model (default: SmolLM2)")
+    demo.add_argument(
+        "--data",
+        type=Path,
+        help="JSONL file, one object per line with `text`, `prompt` and `completion`, or `messages` "
+        "(default: the standard library's docstrings)",
+    )
+    demo.add_argument("--max-length", type=_at_least(2), default=1024, help="tokens in a pack (default: %(default)s)")
+    slow = "without bfloat16 hardware, where everything takes twice as long"
+    demo.add_argument(
+        "--max-tokens",
+        type=_at_least(1),
+        help=f"tokens to train on at most (default: 20000, or 10000 {slow})",
+    )
+    demo.add_argument("--full", action="store_true", help="train on all of the data, whatever --max-tokens says")
+    demo.add_argument(
+        "--compare-tokens",
+        type=_at_least(0),
+        help=f"tokens of the comparison with TRL, 0 leaves it out (default: 3500, or 1000 {slow})",
+    )
+    demo.add_argument(
+        "--learning-rate", type=float, default=1e-4, help="peak learning rate of AdamW (default: %(default)s)"
+    )
+
+
+def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="show what packing would do to a data set and to the number of optimizer steps",
+        description="Reads or tokenises a data set as the trainer would, plans the packs and reports: what is cut or "
+        "left out, packs, fill, optimizer steps, and which max_length the data asks for. Nothing is trained.",
+    )
+    inspect.add_argument(
+        "data",
+        help="JSONL, JSON, Parquet, CSV or Arrow file, folder of datasets.save_to_disk, or hub name; with `input_ids`, "
+        "`text`, `prompt` and `completion`, or `messages`",
+    )
+    inspect.add_argument(
+        "--model", help='local folder or hub name whose tokenizer to take, or "smollm2"; not needed with `input_ids`'
+    )
+    inspect.add_argument("--split", default="train", help="split of the data set (default: %(default)s)")
+    inspect.add_argument(
+        "--max-length", type=_at_least(1), default=1024, help="tokens in a pack (default: %(default)s)"
+    )
+    inspect.add_argument("--strategy", choices=STRATEGIES, default="bfd", help="of packing (default: %(default)s)")
+    inspect.add_argument("--overlong", choices=OVERLONG, help="what becomes of examples longer than max_length")
+    inspect.add_argument(
+        "--tokens-per-pass", type=_at_least(1), help="with --strategy step, tokens in a pass (default: max_length)"
+    )
+    for name, default, what in (
+        ("--batch-size", 8, "per_device_train_batch_size"),
+        ("--accumulation", 1, "gradient_accumulation_steps"),
+        ("--devices", 1, "number of devices"),
+    ):
+        inspect.add_argument(name, type=_at_least(1), default=default, help=f"{what} (default: %(default)s)")
+    inspect.add_argument("--epochs", type=float, default=3.0, help="num_train_epochs (default: %(default)s)")
+    inspect.add_argument("--seed", type=_at_least(0), default=42, help="of the training (default: %(default)s)")
+    inspect.add_argument("--assistant-only-loss", action="store_true", help="score the assistant's turns alone")
+    inspect.add_argument(
+        "--completion-only-loss",
+        action=argparse.BooleanOptionalAction,
+        help="score completions alone (default: if there are the columns `prompt` and `completion`)",
+    )
+    inspect.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    inspect.add_argument("--plot", type=Path, metavar="FILE.png", help="write a picture of the lengths and the packs")
+
+
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    check = commands.add_parser(
+        "check",
+        help="prove on a model that packing leaves the training as it is",
+        description="Builds the trainer for a model and proves on a few documents: packed ones do not see each other; "
+        "hidden states, loss and gradients are those of the documents alone, in one pass or several; the head gives "
+        "the model's own loss. Exit code 1 where one of these does not hold: the trainer takes padded rows for a model "
+        "whose packed documents see each other. "
+        "With --batch-invariance: trains the same steps in float64 on the CPU, unpacked and with 512, 1,024 and "
+        "4,096 tokens per pass, accumulation 1 and 8, one process and two. Exit code 1 where the weights differ.",
+    )
+    check.add_argument(
+        "--model", help='local folder or hub name, or "smollm2" (--batch-invariance: two small random models)'
+    )
+    check.add_argument("--adapter", help="local folder or hub name of a PEFT adapter on the model")
+    check.add_argument(
+        "--attn",
+        help="back end of packed attention (flash_attn_2, torch_varlen, sdpa, ...), or an attn_implementation of "
+        "transformers (flash_attention_2, flex_attention, eager); default: what the trainer would take",
+    )
+    check.add_argument(
+        "--dtype", choices=("float32", "float64", "bfloat16", "float16"), help="what to compute in (default: float32)"
+    )
+    check.add_argument("--data", help="as `packsft inspect` takes it; default: tokens at random")
+    check.add_argument("--max-length", type=_at_least(2), help="where documents are cut (default: 1024)")
+    check.add_argument(
+        "--batch-invariance", "--geometry", action="store_true", help="show that how a step is split changes no weight"
+    )
+    check.add_argument("--steps", type=_at_least(1), help="optimizer steps of --batch-invariance (default: 10)")
+    check.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _at_least(minimum: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        if (value := int(text)) < minimum:
+            raise argparse.ArgumentTypeError(f"{value} is too small, expected {minimum} or more")
+        return value
+
+    return integer
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,570 @@
+"""`packsft demo`: fine-tune a real model on packed sequences, and show beside it what TRL makes of the same examples.
+
+The main job from end to end: rows, model, packing plan, training, samples, losses, saved model, picture, report. It
+uses packsft as any user does and reaches inside nothing. Run as `python -m packsft.app.demo`, it is one competitor of
+the comparison: a fresh process each, because the peak memory of a process never falls.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.utils import logging as transformers_logging
+
+from packsft.app.drawing import check_matplotlib, draw_packs
+from packsft.app.tables import markdown, print_table
+
+if TYPE_CHECKING:
+    from packsft import PackedSFTTrainer
+
+SEED = 0
+HELD_OUT_EXAMPLES = 32
+PADDED_BATCH_SIZE = 8  # TRL's default
+COMPARE_HELD_OUT = 8
+SAMPLE_TOKENS = 64
+SAMPLE_PROMPT_TOKENS = 256
+# Most tokens to train on and to compare, so that the demo takes under five minutes on two cores; in float32, where the
+# hardware has no bfloat16, each token takes about twice as long.
+TOKENS_BF16, TOKENS_FLOAT32 = (20_000, 3_500), (10_000, 1_000)
+METHODS = {"trl_padded": "TRL, padded, batch 8", "trl_packed": "TRL, packed", "packsft": "packsft"}
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Job:
+    """All that `run` needs, checked: nothing in it can be bad input any more."""
+
+    command: str
+    output_dir: Path
+    scratch: Path
+    model_name: str
+    data_name: str
+    trainer: PackedSFTTrainer
+    tokenizer: PreTrainedTokenizerBase
+    held_out: Dataset
+    lengths: list[int]  # tokens of the first training examples, for the picture
+    compare: Dataset  # empty: no comparison
+    compare_tokens: int
+    settings: dict[str, Any]  # what training and comparison share
+
+
+# ---- data ----
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_chat(value: object) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(map(_is_message, value))
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and _is_text(value.get("role")) and _is_text(value.get("content"))
+
+
+TYPE_NAMES = {_is_text: "a text", _is_chat: "a list of messages with `role` and `content`"}
+FORMS = {("prompt", "completion"): (_is_text, _is_chat), ("messages",): (_is_chat,), ("text",): (_is_text,)}
+
+
+def read_jsonl(path: Path) -> Dataset:
+    """A JSONL file in one of TRL's forms: `text`, `prompt` + `completion` (texts or messages), or `messages`.
+
+    Blank lines are skipped, other columns left out.
+
+    Raises:
+        ValueError: a line is not a JSON object, has no known form, another form than the first, or a column of the
+            wrong type. The message names the line.
+        OSError: the file cannot be read.
+    """
+    rows: list[Row] = []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: a JSON {type(row).__name__}, expected an object")
+        form = next((form for form in FORMS if row.keys() >= set(form)), None)
+        if form is None:
+            raise ValueError(
+                f"{where}: columns {sorted(row)}, expected `text`, or `prompt` and `completion`, or `messages`"
+            )
+        row = {column: row[column] for column in form}
+        first = rows[0] if rows else row
+        if first.keys() != row.keys():
+            raise ValueError(f"{where}: columns {sorted(row)}, but the first example has {sorted(first)}")
+        for column in form:
+            if not any(is_type(row[column]) for is_type in FORMS[form]):
+                allowed = " or ".join(TYPE_NAMES[is_type] for is_type in FORMS[form])
+                raise ValueError(f"{where}: `{column}` is not {allowed}")
+        if len({type(value) for value in [*first.values(), *row.values()]}) > 1:
+            raise ValueError(f"{where}: texts and lists of messages cannot be mixed in one file")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} holds no examples")
+    return Dataset.from_list(rows)
+
+
+def token_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The whole example as TRL tokenises it: through the chat template, or as text with EOS at its end."""
+    if "text" in row:
+        return tokenizer(row["text"] + tokenizer.eos_token)["input_ids"]
+    if "messages" in row:
+        return _chat_ids(row["messages"], tokenizer)
+    if _is_text(row["prompt"]):
+        return tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]
+    return _chat_ids(row["prompt"] + row["completion"], tokenizer)
+
+
+def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a model sees before it has to write: the prompt, the turns before the last, or half of a plain text."""
+    if "text" in row:
+        ids = tokenizer(row["text"])["input_ids"]
+        return ids[: (len(ids) + 1) // 2]
+    if "messages" in row:
+        return _chat_ids(row["messages"][:-1] or row["messages"], tokenizer, add_generation_prompt=True)
+    if _is_text(row["prompt"]):
+        return tokenizer(row["prompt"])["input_ids"]
+    return _chat_ids(row["prompt"], tokenizer, add_generation_prompt=True)
+
+
+def _chat_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[int]:
+    encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+    return encoded["input_ids"]
+
+
+def _decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+# ---- preparation: everything that can be bad input ----
+
+
+def prepare(
+    *,
+    command: str,
+    scratch: Path,
+    output_dir: Path,
+    model_name: str | None,
+    data: Path | None,
+    max_length: int,
+    max_tokens: int | None,
+    compare_tokens: int | None,
+    learning_rate: float,
+) -> Job:
+    """Read the data, load the model, plan the packs. Writes into `scratch` only.
+
+    `command` goes into the report; a limit of None is what this machine does in a few minutes. Raises ValueError or
+    OSError for whatever the user can put right.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output-dir {output_dir} is a file")
+    check_matplotlib("the demo")
+    if model_name is None and importlib.util.find_spec("gguf") is None:
+        raise ValueError('the demo needs the package gguf: pip install "packsft[demo]"')
+    from packsft import PackedSFTConfig, PackedSFTTrainer, stdlib_docstrings
+    from packsft.config import has_bf16
+    from packsft.notices import PackingNotice
+
+    defaults = TOKENS_BF16 if has_bf16() else TOKENS_FLOAT32
+    max_tokens = defaults[0] if max_tokens is None else max_tokens
+    compare_tokens = defaults[1] if compare_tokens is None else compare_tokens
+    print("Reading the data and loading the model ...", flush=True)
+    # transformers 5.23 warns of `gradient_checkpointing`, whose new name 5.17 does not know.
+    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+    disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    rows = stdlib_docstrings() if data is None else read_jsonl(data)
+    if len(rows) < 2:
+        raise ValueError(f"{data} holds {len(rows)} example, at least 2 are needed: one is held out")
+    if model_name is None:
+        from packsft.app.smollm2 import load_smollm2
+
+        model, tokenizer = load_smollm2(torch.float32)
+    else:
+        # Master weights in float32: a step of 1e-4 would be lost in the rounding of bfloat16 weights.
+        model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(model_name)
+    if not all(_is_text(row) for row in rows[0].values()) and tokenizer.chat_template is None:
+        raise ValueError(f"{data} holds messages, but the tokenizer of {model_name} has no chat template")
+    if tokenizer.eos_token is None:
+        raise ValueError(f"the tokenizer of {model_name} has no EOS token, so that no example would have an end")
+
+    rows = rows.shuffle(seed=SEED)
+    num_held_out = min(HELD_OUT_EXAMPLES, max(1, len(rows) // 10))
+    held_out, pool = rows.select(range(num_held_out)), rows.select(range(num_held_out, len(rows)))
+    lengths: list[int] = []
+    for row in pool:  # as far as the limits reach: tokenising everything is the trainer's
+        lengths.append(len(token_ids(row, tokenizer)))
+        if sum(min(length, max_length) for length in lengths) >= max(max_tokens, compare_tokens):
+            break
+    train = pool.select(range(_within([min(length, max_length) for length in lengths], max_tokens)))
+    # Only examples that are not cut, so that every method trains on every token; whole padded batches, so that the
+    # padded path does not suffer from a short last one.
+    compare = [number for number, length in enumerate(lengths) if length <= max_length]
+    compare = compare[: _within([lengths[number] for number in compare], compare_tokens)] if compare_tokens else []
+    compare = compare[: len(compare) // PADDED_BATCH_SIZE * PADDED_BATCH_SIZE or len(compare)]
+
+    model.save_pretrained(scratch / "model")
+    tokenizer.save_pretrained(scratch / "model")
+    settings: dict[str, Any] = {
+        "max_length": max_length,
+        "learning_rate": learning_rate,
+        "bf16": has_bf16(),
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "num_train_epochs": 1,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": SEED,
+    }
+    trainer = PackedSFTTrainer(
+        model=model,
+        args=PackedSFTConfig(
+            output_dir=str(scratch / "trainer"),
+            packing_strategy="bfd",
+            per_device_train_batch_size=1,
+            per_device_eval_batch_size=1,
+            warmup_steps=0.1,  # a share of the run
+            **settings,
+        ),
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(PackingNotice)  # the same as a table, below
+    return Job(
+        command=command,
+        output_dir=output_dir,
+        scratch=scratch,
+        model_name=model_name or "SmolLM2-135M-Instruct",
+        data_name="the standard library's docstrings" if data is None else str(data),
+        trainer=trainer,
+        tokenizer=tokenizer,
+        held_out=held_out,
+        lengths=[min(length, max_length) for length in lengths[: len(train)]],
+        compare=pool.select(compare),
+        compare_tokens=sum(lengths[number] for number in compare),
+        settings=settings,
+    )
+
+
+def _within(lengths: Sequence[int], tokens: int) -> int:
+    """How many of the first examples fit into so many tokens, at least one."""
+    return max(1, sum(total <= tokens for total in accumulate(lengths)))
+
+
+# ---- the run ----
+
+
+def run(job: Job) -> None:
+    """Train, evaluate, compare; print it all and write the model, the picture and the report into `output_dir`."""
+    console = Console()
+    trainer = job.trainer
+    precision = "bf16 autocast over float32 weights" if job.settings["bf16"] else "float32"
+    machine = f"{_machine()}, torch {torch.__version__}, {precision}"
+    console.print(f"[bold]packsft demo[/bold]: {job.model_name} on {job.data_name}\n{machine}\n")
+    assert trainer.packing_report is not None  # the training set is never a stream here
+    plan_table = [("what", "value"), *trainer.packing_report.rows()]
+    print_table(console, "Packing plan", plan_table)
+
+    example = _sample_example(job)
+    before = _sample(trainer.model, job.tokenizer, example)
+    loss_before = trainer.evaluate()["eval_loss"]
+    progress = Progress(
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    trainer.add_callback(ShowProgress(progress))
+    with progress:
+        seconds = trainer.train().metrics["train_runtime"]
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    tokens_per_second = logs[-1]["num_tokens"] / seconds
+    loss_after = trainer.evaluate()["eval_loss"]
+    after = _sample(trainer.model, job.tokenizer, example)
+
+    loss_table = [
+        ("loss", "before", "after"),
+        ("held-out", f"{loss_before:.4f}", f"{loss_after:.4f}"),
+        ("training, first and last step", f"{logs[0]['loss']:.4f}", f"{logs[-1]['loss']:.4f}"),
+    ]
+    summary = f"{logs[-1]['num_tokens']:,.0f} tokens in {seconds:.0f} s: {tokens_per_second:,.0f} tokens/s"
+    print_table(console, f"Training: {summary}", loss_table)
+    prompt = prompt_ids(example, job.tokenizer)
+    reference = token_ids(example, job.tokenizer)[len(prompt) :]
+    sample = [
+        ("prompt", _decode(prompt, job.tokenizer)),
+        ("before", before),
+        ("after", after),
+        ("in the data", _decode(reference, job.tokenizer)),
+    ]
+    console.print("[bold]A held-out example[/bold]")
+    for title, text in sample:
+        console.print(f"[bold cyan]{title}:[/bold cyan]")
+        console.print(text, markup=False, highlight=False)
+
+    plan = [trainer.train_dataset.plan.seq_lengths(pack).tolist() for pack in range(len(trainer.train_dataset.plan))]
+    job.output_dir.mkdir(parents=True, exist_ok=True)
+    trainer.save_model(str(job.output_dir / "model"))
+    draw(job.output_dir / "training.png", job.lengths, plan, job.settings["max_length"], logs, loss_before, loss_after)
+    report = [
+        f"# packsft demo\n\n{job.model_name}, fine-tuned on {job.data_name}.\n\n"
+        f"Command: `{job.command}`. Machine: {machine}. Date: {date.today()}.",
+        "## Packing plan\n\n" + markdown(plan_table),
+        f"## Training\n\n{summary}.\n\n" + markdown(loss_table) + "\n\n![Losses and packs](training.png)",
+        "## A held-out example\n\n" + "\n\n".join(f"{title}:\n\n````\n{text}\n````" for title, text in sample),
+    ]
+    if len(job.compare) > 0:
+        note, comparison = _compare(job, console)
+        print_table(console, "The same examples through TRL and packsft", comparison)
+        console.print(note)
+        report.append("## The same examples through TRL and packsft\n\n" + markdown(comparison) + f"\n\n{note}")
+    (job.output_dir / "report.md").write_text("\n\n".join(report) + "\n", encoding="utf-8")
+    console.print(f"\nWritten: {job.output_dir}/model, {job.output_dir}/training.png, {job.output_dir}/report.md")
+
+
+class ShowProgress(TrainerCallback):
+    """Drives a progress bar with the loss and the tokens per second of the last step."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.task = self.progress.add_task("training", total=state.max_steps, numbers="")
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        entry = state.log_history[-1]
+        if "loss" in entry:
+            numbers = f"loss {entry['loss']:.3f}  {entry['tokens_per_second']:,.0f} tokens/s"
+            self.progress.update(self.task, completed=state.global_step, numbers=numbers)
+            # Without a terminal the bar is drawn once, at the end.
+            if not self.progress.console.is_terminal and state.global_step % max(1, state.max_steps // 10) == 0:
+                self.progress.console.print(f"step {state.global_step} of {state.max_steps}: {numbers}")
+
+
+def _sample_example(job: Job) -> Row:
+    """The first held-out example whose prompt is neither empty nor too long to read."""
+    for row in job.held_out:
+        if 0 < len(prompt_ids(row, job.tokenizer)) <= SAMPLE_PROMPT_TOKENS:
+            return row
+    return job.held_out[0]
+
+
+def _sample(model: Any, tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
+    """The model's own greedy continuation."""
+    prompt = torch.tensor([prompt_ids(row, tokenizer)], device=model.device)
+    model.eval()
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=SAMPLE_TOKENS,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    return _decode(output[0, prompt.shape[1] :].tolist(), tokenizer)
+
+
+def _machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    names = [line.split(":")[1].strip() for line in _cpuinfo().splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} thread(s)"
+
+
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
+# ---- the comparison ----
+
+
+def _compare(job: Job, console: Console) -> tuple[str, list[tuple[str, ...]]]:
+    """What is compared, in words, and the table."""
+    # The trained model is saved; leave the memory to the competitors.
+    job.trainer.model.cpu().zero_grad()
+    job.trainer.optimizer = job.trainer.lr_scheduler = None
+    job.trainer.accelerator.free_memory()
+    torch.cuda.empty_cache()
+    job.compare.to_json(job.scratch / "compare.jsonl", force_ascii=False)
+    held_out = job.held_out.select(range(min(COMPARE_HELD_OUT, len(job.held_out))))
+    held_out.to_json(job.scratch / "held_out.jsonl", force_ascii=False)
+    (job.scratch / "settings.json").write_text(json.dumps(job.settings))
+    results: dict[str, dict[str, Any]] = {}
+    for method, title in METHODS.items():
+        with console.status(f"comparing: {title}"):
+            results[method] = _run_competitor(job.scratch, method)
+    table: list[tuple[str, ...]] = [("", "tokens/s", "speed", "peak memory", "loss", "largest difference")]
+    base = results["trl_padded"]
+    tokens = job.compare_tokens
+    for method, title in METHODS.items():
+        result = results[method]
+        if "error" in result:
+            table.append((title, "failed", "", "", "", result["error"]))
+            continue
+        # Without the padded path there is nothing to set the others against.
+        speed = difference = "-"
+        if "error" not in base:
+            speed = f"{base['seconds'] / result['seconds']:.2f}x"
+            gap = f"{max(abs(a - b) for a, b in zip(result['losses'], base['losses'], strict=True)):.1e}"
+            difference = "reference" if method == "trl_padded" else gap
+        memory = f"{result['peak_bytes'] / 2**30:.2f} GiB"
+        rate, loss = f"{tokens / result['seconds']:,.0f}", f"{result['losses'][0]:.4f}"
+        table.append((title, rate, speed, memory, loss, difference))
+    where = "GPU" if torch.cuda.is_available() else "process"
+    note = (
+        f"One optimizer step over the same {len(job.compare)} examples ({tokens:,} tokens) from the same weights, each "
+        "in a process of its own, without gradient checkpointing. Tokens/s counts real tokens over the whole of "
+        f"train(); peak memory is that of the {where}; loss is the step's. The largest difference to the padded path "
+        "is over that loss and, with the weights after the step, the loss of each of "
+        f"{len(held_out)} held-out examples run alone in float32."
+    )
+    return note, table
+
+
+def _run_competitor(scratch: Path, method: str) -> dict[str, Any]:
+    child = subprocess.run(
+        [sys.executable, "-m", "packsft.app.demo", method, str(scratch)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if child.returncode != 0:
+        return {"error": (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]}
+    return json.loads((scratch / f"{method}.json").read_text())
+
+
+def compete(method: str, scratch: Path) -> None:
+    """One optimizer step of one method over the prepared examples; leaves its figures in `<method>.json`."""
+    from trl import SFTConfig, SFTTrainer
+
+    from packsft import PackedSFTConfig, PackedSFTTrainer
+
+    model = AutoModelForCausalLM.from_pretrained(scratch / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(scratch / "model")
+    rows = read_jsonl(scratch / "compare.jsonl")
+    settings = json.loads((scratch / "settings.json").read_text()) | {
+        "output_dir": str(scratch / "trainer"),
+        "packing": method != "trl_padded",
+        "per_device_train_batch_size": PADDED_BATCH_SIZE if method == "trl_padded" else 1,
+        # No path has more batches than examples: all of them make one step, whatever their number.
+        "gradient_accumulation_steps": len(rows),
+        "lr_scheduler_type": "constant",
+    }
+    if method == "packsft":
+        trainer = PackedSFTTrainer(model, PackedSFTConfig(**settings), train_dataset=rows, processing_class=tokenizer)
+    else:
+        trainer = SFTTrainer(model, SFTConfig(**settings), train_dataset=rows, processing_class=tokenizer)
+    seconds = trainer.train().metrics["train_runtime"]
+    result = {"seconds": seconds, "peak_bytes": _peak_bytes()}
+    assert trainer.state.global_step == 1
+    # A plain model with the trained weights: no method is measured by its own yardstick.
+    plain = AutoModelForCausalLM.from_pretrained(scratch / "model", dtype=torch.float32)
+    plain.load_state_dict(trainer.model.state_dict())
+    plain.eval()
+    losses = [trainer.state.log_history[0]["loss"]]
+    for row in read_jsonl(scratch / "held_out.jsonl"):
+        ids = torch.tensor([token_ids(row, tokenizer)[: settings["max_length"]]])
+        with torch.no_grad():
+            losses.append(plain(input_ids=ids, labels=ids).loss.item())
+    (scratch / f"{method}.json").write_text(json.dumps(result | {"losses": losses}))
+
+
+def _peak_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    # Not getrusage: there a process started by a large one begins with that one's peak.
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+# ---- showing ----
+
+
+def draw(
+    path: Path,
+    lengths: Sequence[int],
+    packs: Sequence[Sequence[int]],
+    max_length: int,
+    logs: Sequence[dict[str, float]],
+    loss_before: float,
+    loss_after: float,
+) -> None:
+    """Three panels: the first examples as padded rows, the first packs, the losses over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    num_rows = 4 * PADDED_BATCH_SIZE
+    figure, (padded, packed, losses) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    shown = lengths[:num_rows]
+    for row, length in enumerate(shown):
+        batch = row // PADDED_BATCH_SIZE * PADDED_BATCH_SIZE
+        padded.barh(row, max(shown[batch : batch + PADDED_BATCH_SIZE]), color="lightgrey", height=0.8)
+        padded.barh(row, length, color=colours[row % 20], height=0.8)
+    padded.set(title=f"Padded: {PADDED_BATCH_SIZE} examples a batch, grey is padding", ylabel="example")
+    padded.set(xlabel="tokens", xlim=(0, max_length))
+    padded.invert_yaxis()
+    padded.yaxis.get_major_locator().set_params(integer=True)
+    draw_packs(packed, packs[:num_rows], max_length)
+    packed.set_title("Packed: hatched is the space left over")
+    losses.plot([entry["step"] for entry in logs], [entry["loss"] for entry in logs], label="training")
+    losses.plot([0, logs[-1]["step"]], [loss_before, loss_after], "o--", label="held-out, before and after")
+    losses.set(title="Loss", xlabel="optimizer step", ylabel="loss per scored token")
+    losses.xaxis.get_major_locator().set_params(integer=True)
+    losses.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    compete(sys.argv[1], Path(sys.argv[2]))

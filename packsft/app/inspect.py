@@ -1,0 +1,328 @@
+"""`packsft inspect`: what packing would do to a data set, before anything is trained. Data, rows, plan, report.
+
+Tokenised data is read column by column, without a tokenizer, TRL or transformers; text is tokenised by TRL's own code,
+through `compat.py`. Knows no model but its tokenizer, and draws nothing itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict, Value, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
+from rich.console import Console
+
+from packsft.app.tables import print_table
+from packsft.data.batch import IGNORE_INDEX
+from packsft.data.packs import pack_dataset
+from packsft.packing import (
+    MaxLength,
+    PackingReport,
+    PackPlan,
+    compare_max_lengths,
+    packing_report,
+    simulate_steps,
+)
+from packsft.packing.max_length import CANDIDATES, LOST_AT_MOST, recommended_max_length
+
+FILE_KINDS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".arrow": "arrow",
+}
+FORMS = (("input_ids",), ("prompt", "completion"), ("messages",), ("conversations",), ("text",))
+ROWS_PER_PROCESS = 2_000  # to start a process takes as long as to tokenise about so many short examples
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The plan and the report of a data set; `lengths` `[examples]` in tokens, before anything is cut."""
+
+    data: str
+    report: PackingReport
+    max_lengths: list[MaxLength]
+    recommended_max_length: int | None
+    lengths: np.ndarray
+    plan: PackPlan
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: `data`, `report`, `max_lengths` and `recommended_max_length`."""
+        return {
+            "data": self.data,
+            "report": self.report.as_dict(),
+            "max_lengths": [asdict(each) for each in self.max_lengths],
+            "recommended_max_length": self.recommended_max_length,
+        }
+
+    def show(self, console: Console) -> None:
+        """Two tables and a recommendation."""
+        print_table(console, f"Packing of {self.data}", [("what", "value"), *self.report.rows()])
+        lines = [("max_length", "examples cut", "tokens lost", "packs", "fill")]
+        lines += [
+            (f"{c.max_length:,}", f"{c.examples_truncated:,}", f"{c.share_lost:.2%}", f"{c.packs:,}", f"{c.fill:.2%}")
+            for c in self.max_lengths
+        ]
+        print_table(console, "Every max_length, if longer examples are cut (bfd)", lines)
+        best = self.recommended_max_length
+        share = f"{LOST_AT_MOST:.1%} of the tokens"
+        if best is None:
+            console.print(f"Every max_length above loses more than {share}.")
+        else:
+            console.print(f"Recommended: max_length={best}, the smallest above that loses at most {share}.")
+
+
+def inspect_data(
+    data: str,
+    *,
+    model: str | None = None,
+    split: str = "train",
+    max_length: int = 1024,
+    strategy: str = "bfd",
+    overlong: str | None = None,
+    tokens_per_pass: int | None = None,
+    per_device_train_batch_size: int = 8,
+    gradient_accumulation_steps: int = 1,
+    devices: int = 1,
+    num_train_epochs: float = 3.0,
+    seed: int = 42,
+    assistant_only_loss: bool = False,
+    completion_only_loss: bool | None = None,
+) -> Inspection:
+    """Plan `data` as the trainer would with these arguments, and report.
+
+    Args:
+        data: see `load_rows`.
+        model: local folder or hub name of the model whose tokenizer to take, or "smollm2"; only for text.
+        seed: says which examples meet in the best-fit strategies, as that of the training does.
+
+    Raises:
+        ValueError, OSError: whatever the user can put right, named.
+    """
+    rows = load_rows(data, split)
+    form = _form(rows, data)
+    if form == ("input_ids",):
+        if assistant_only_loss and not {"labels", "assistant_masks"} & set(rows.column_names):
+            raise ValueError(f"{data} is tokenised without assistant_masks, which --assistant-only-loss needs")
+        rows = label_rows(rows, completion_only_loss)
+    else:
+        rows = _tokenise(rows, data, model, assistant_only_loss, completion_only_loss)
+    packed = pack_dataset(
+        rows,
+        max_length,
+        strategy=strategy,
+        overlong=overlong,
+        name=split,
+        seed=seed if strategy in ("bfd", "bfd_split") else None,
+    )
+    compared = compare_max_lengths(packed.rows.lengths, {*CANDIDATES, max_length})
+    report = packing_report(
+        packed.plan,
+        effective_batch_size=per_device_train_batch_size * gradient_accumulation_steps * devices,
+        num_train_epochs=num_train_epochs,
+        ranks=devices,
+        packs_at_once=per_device_train_batch_size * devices if packed.repacks else None,
+        tokens_per_pass=tokens_per_pass,
+    )
+    plan = packed.plan
+    if strategy == "step":  # what a picture shows of it
+        size = per_device_train_batch_size * gradient_accumulation_steps * devices
+        tokens_per_pass = tokens_per_pass or max_length
+        plan = _as_packs(plan, tokens_per_pass, simulate_steps(packed.lengths, size, tokens_per_pass, devices, 64))
+    return Inspection(data, report, compared, recommended_max_length(compared), packed.rows.lengths, plan)
+
+
+def _as_packs(plan: PackPlan, tokens_per_pass: int, steps: list[list[list[np.ndarray]]]) -> PackPlan:
+    """The passes of some steps as the packs of a plan, in the order of the steps; `plan` has a document per pack."""
+    passes = [documents for shares in steps for share in shares for documents in share if len(documents)]
+    pieces = np.concatenate(passes)
+    return replace(
+        plan,
+        offsets=np.cumsum([0, *map(len, passes)]),
+        examples=plan.examples[pieces],
+        starts=plan.starts[pieces],
+        stops=plan.stops[pieces],
+        max_length=tokens_per_pass,
+    )
+
+
+# ---- data ----
+
+
+def load_rows(data: str, split: str = "train") -> Dataset:
+    """A JSONL, JSON, Parquet, CSV or Arrow file, a folder of `save_to_disk` or of such files, or a hub name.
+
+    Raises:
+        ValueError: no examples, no such split, or a file that cannot be parsed; for JSON the message names the line.
+        OSError: no such file, folder or data set.
+    """
+    path = Path(data)
+    kind = FILE_KINDS.get(path.suffix.lower())
+    if not path.exists() and (kind or data.startswith(("/", "."))):
+        raise FileNotFoundError(f"no such file or folder: {data}")
+    if path.is_file() and kind is None:
+        raise ValueError(f"{data} is of no known kind, expected {', '.join(FILE_KINDS)}")
+    if path.is_file() and path.stat().st_size == 0:
+        raise ValueError(f"{data} is empty")
+    try:
+        if path.is_dir() and any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+            rows = load_from_disk(data)
+        elif path.is_file():
+            rows = Dataset.from_file(data) if kind == "arrow" else load_dataset(kind, data_files=data, split="train")
+        else:
+            rows = load_dataset(data, split=split)
+    except (DatasetsError, ValueError, StopIteration) as error:
+        if kind == "json":
+            _check_json(path)
+        raise ValueError(f"{data} cannot be read: {error.__cause__ or error or 'it holds no examples'}") from error
+    except OSError as error:
+        raise OSError(f"{data} is no file or folder here, and no data set that can be loaded: {error}") from error
+    if isinstance(rows, DatasetDict):
+        if split not in rows:
+            raise ValueError(f"{data} has no split {split!r}, but {', '.join(rows)}: choose one with --split")
+        rows = rows[split]
+    if len(rows) == 0:
+        raise ValueError(f"{data} holds no examples")
+    return rows
+
+
+def _check_json(path: Path) -> None:
+    """Raises ValueError naming the first line that is no JSON object, or no JSON in a file that is one array."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    if not text.strip():
+        raise ValueError(f"{path} holds no examples")
+    lines = [text] if text.lstrip().startswith("[") and path.suffix == ".json" else text.split("\n")
+    for number, line in enumerate(lines):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                where = f"line {number + error.lineno}"
+                raise ValueError(f"{path}, {where}: not JSON: {error.msg} at column {error.colno}") from None
+            if len(lines) > 1 and not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number + 1}: a JSON {type(row).__name__}, expected an object")
+
+
+def _form(rows: Dataset, data: str) -> tuple[str, ...]:
+    """The columns that make the data set one of TRL's forms, each with a value of its type in every row."""
+    form = next((form for form in FORMS if set(form) <= set(rows.column_names)), None)
+    if form is None:
+        raise ValueError(
+            f"{data} has the columns {rows.column_names}, expected `input_ids`, `text`, `prompt` and `completion`, or "
+            "`messages`"
+        )
+    for name in form:
+        column = rows.data.column(name)
+        if column.null_count:
+            raise ValueError(f"{data}, row {column.is_null().index(True).as_py()}: `{name}` is missing")
+        kind, feature = column.type, rows.features[name]
+        if name == "input_ids":
+            fits, expected = _is_list(kind) and pa.types.is_integer(kind.value_type), "lists of token ids"
+        elif name in ("prompt", "completion"):
+            fits, expected = feature in _TEXT or _is_list(kind), "texts or lists of messages"
+        else:
+            fits = feature in _TEXT if name == "text" else _is_list(kind)
+            expected = "texts" if name == "text" else "lists of messages"
+        if not fits:
+            raise ValueError(f"{data}: `{name}` holds {kind}, expected {expected}")
+    return form
+
+
+_TEXT = (Value("string"), Value("large_string"))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+# ---- rows: input ids and labels ----
+
+
+def label_rows(rows: Dataset, completion_only_loss: bool | None = None) -> Dataset:
+    """Columns `input_ids` and `labels` of tokenised rows, labelled by their masks as TRL does, but not row by row.
+
+    `labels` stay as they are; else -100 where `assistant_masks`, or `completion_mask` if `completion_only_loss`, is 0.
+
+    Raises ValueError for a mask that is not as long as its row.
+    """
+    rows = rows.flatten_indices() if rows._indices is not None else rows
+    names = set(rows.column_names)
+    if "labels" in names:
+        return rows.select_columns(["input_ids", "labels"])
+    if completion_only_loss is None:  # TRL's default, which looks at the text columns alone
+        completion_only_loss = {"prompt", "completion"} <= names
+    masks = {"completion_mask": completion_only_loss, "assistant_masks": True}
+    mask_names = [name for name, applies in masks.items() if applies and name in names]
+    table = rows.data.table.select(["input_ids", *mask_names])
+    first, labels = 0, []
+    for batch in table.to_batches() if mask_names else ():  # views, in which the columns have the same rows
+        ids = batch.column("input_ids")
+        lengths = _lengths(ids)
+        values = ids.flatten().to_numpy(zero_copy_only=False).copy()
+        for name in mask_names:
+            differ = np.flatnonzero(_lengths(batch.column(name)) != lengths)
+            if len(differ):
+                raise ValueError(f"row {first + differ[0]}: {name} and input_ids differ in length")
+            values[batch.column(name).flatten().to_numpy(zero_copy_only=False) == 0] = IGNORE_INDEX
+        labels.append(pa.LargeListArray.from_arrays(np.append(0, np.cumsum(lengths)), values))
+        first += len(batch)
+    column = pa.chunked_array(labels) if mask_names else table.column("input_ids")
+    # nothing of it is cached, so that no fingerprint has to be computed, which would read all of it
+    return Dataset(pa.table({"input_ids": table.column("input_ids"), "labels": column}), fingerprint="labelled")
+
+
+def _lengths(lists: pa.Array) -> np.ndarray:
+    return pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _tokenise(
+    rows: Dataset, data: str, model: str | None, assistant_only_loss: bool, completion_only_loss: bool | None
+) -> Dataset:
+    if model is None:
+        raise ValueError(f"{data} holds text: give the model whose tokenizer to take with --model")
+    from trl import SFTConfig
+
+    from packsft.compat import prepare_rows
+
+    tokenizer = _load_tokenizer(model)
+    num_processes = min((os.cpu_count() or 1), len(rows) // ROWS_PER_PROCESS)
+    with warnings.catch_warnings():
+        # transformers 5.23 warns of `gradient_checkpointing`, whose new name 5.17 does not know.
+        warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+        args = SFTConfig(
+            output_dir="unused",
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            max_length=None,  # the plan cuts, and counts
+            dataset_num_proc=num_processes if num_processes > 1 else None,
+            assistant_only_loss=assistant_only_loss,
+            completion_only_loss=completion_only_loss,
+        )
+    try:
+        return prepare_rows(rows, tokenizer, args)
+    except Exception as error:  # a chat template may raise anything on the rows it is given
+        raise ValueError(f"{data} cannot be tokenised: {type(error).__name__}: {error}") from error
+
+
+def _load_tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    from packsft.app.smollm2 import load_smollm2_tokenizer
+
+    tokenizer = load_smollm2_tokenizer() if model == "smollm2" else AutoTokenizer.from_pretrained(model)
+    if tokenizer.eos_token is None:
+        raise ValueError(f"the tokenizer of {model} has no EOS token, so that no example would have an end")
+    return tokenizer

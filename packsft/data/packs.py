@@ -1,0 +1,355 @@
+"""Tokenised rows and a plan to a data set of packs: gathers the tokens of one pack when it is asked for.
+
+Knows Arrow columns of token ids; knows nothing of text, models or devices.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from packsft.data.batch import IGNORE_INDEX, StepRows
+from packsft.packing import (
+    Segments,
+    balanced_order,
+    check_losses,
+    check_max_lost_fraction,
+    cut_examples,
+    describe_losses,
+    pack_segments,
+    plan_step,
+)
+
+BLOCK = 1 << 22  # values that are counted at once
+
+
+class TokenRows:
+    """The list columns `input_ids` and `labels` of a data set, read in place: a row is a view, never a copy.
+
+    Args:
+        dataset: has `input_ids`, and `labels` of the same lengths (-100 = not scored).
+
+    Raises:
+        ValueError: a column that is missing, a row in which it is, or one whose labels and input ids differ in length.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        # A selection or a shuffle is an index beside the table: write it out once, so that rows are slices again.
+        self._dataset = dataset.flatten_indices() if dataset._indices is not None else dataset
+        self._read_columns()
+        differ = np.flatnonzero(self.lengths != self._labels.lengths)
+        if len(differ):
+            row = differ[0]
+            raise ValueError(
+                f"row {row} of the data set: {self._labels.lengths[row]} labels for {self.lengths[row]} input_ids"
+            )
+
+    def _read_columns(self) -> None:
+        self._ids = _ListColumn(self._dataset, "input_ids")
+        self._labels = _ListColumn(self._dataset, "labels")
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """`[rows]` int64, tokens in each row."""
+        return self._ids.lengths
+
+    def tokens(self, row: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Input ids and labels `start:stop` of a row."""
+        return self._ids.row(row)[start:stop], self._labels.row(row)[start:stop]
+
+    def count_scored(self, examples: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        """`[S]` integers: scored labels in `start + 1 : stop` of each segment (nothing predicts its first token).
+
+        The segments `[S]` are not empty, and in the order in which their tokens lie in the rows.
+        """
+        return self._labels.count_not(IGNORE_INDEX, examples, starts, stops)
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Raises ValueError, naming the row, for an id or a label outside the vocabulary."""
+        for name, column, ignore in (("input_ids", self._ids, None), ("labels", self._labels, IGNORE_INDEX)):
+            if (found := column.first_outside(vocab_size, ignore)) is not None:
+                row, value = found
+                raise ValueError(
+                    f"row {row} of the data set: {name} holds {value}, but the vocabulary has {vocab_size} entries, "
+                    f"0 to {vocab_size - 1}" + (" (or -100, not scored)" if ignore is not None else "")
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_dataset": self._dataset}  # not the views: a worker maps the Arrow file of the data set itself
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._dataset = state["_dataset"]
+        self._read_columns()
+
+
+class _ListColumn:
+    """One Arrow list column as (offsets, values) arrays per chunk, the values zero-copy."""
+
+    def __init__(self, dataset: Dataset, name: str) -> None:
+        if name not in dataset.column_names:
+            raise ValueError(f"the data set has no column {name!r}, but {', '.join(dataset.column_names)}")
+        self._chunks: list[tuple[np.ndarray, np.ndarray]] = []
+        for chunk in dataset.data.column(name).chunks:
+            if chunk.null_count:
+                row = sum(len(offsets) - 1 for offsets, _ in self._chunks) + chunk.is_null().index(True).as_py()
+                raise ValueError(f"row {row} of the data set: {name} is missing")
+            if not hasattr(chunk, "offsets"):  # fixed-size lists
+                values = chunk.flatten().to_numpy(zero_copy_only=False)
+                offsets = np.arange(len(chunk) + 1) * (len(values) // max(len(chunk), 1))
+            else:
+                values = chunk.values.to_numpy(zero_copy_only=False)
+                offsets = chunk.offsets.to_numpy().astype(np.int64)
+            self._chunks.append((offsets, values))
+        counts = [len(offsets) - 1 for offsets, _ in self._chunks]
+        self._first_rows = np.cumsum([0, *counts])
+        self.lengths = np.concatenate([np.diff(offsets) for offsets, _ in self._chunks] or [np.zeros(0, np.int64)])
+
+    def row(self, row: int) -> np.ndarray:
+        chunk = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        offsets, values = self._chunks[chunk]
+        local = row - self._first_rows[chunk]
+        return values[offsets[local] : offsets[local + 1]]
+
+    def count_not(self, ignored: int, rows: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        counts = np.zeros(len(rows), np.int32)
+        of_chunk = np.searchsorted(rows, self._first_rows)
+        for i, (offsets, values) in enumerate(self._chunks):
+            segments = slice(of_chunk[i], of_chunk[i + 1])
+            begin = offsets[rows[segments].astype(np.int64) - self._first_rows[i]]
+            begin, end = begin + starts[segments] + 1, begin + stops[segments]
+            # a running count of one block (and the end of a segment) at a time: a chunk may hold billions
+            cuts = np.flatnonzero(np.diff(begin // BLOCK, prepend=-1, append=-1))
+            for first, last in itertools.pairwise(cuts):
+                block, low = slice(first, last), begin[first]
+                running = np.cumsum(np.append(False, values[low : end[last - 1]] != ignored), dtype=np.int32)
+                counts[segments][block] = running[end[block] - low] - running[begin[block] - low]
+        return counts
+
+    def first_outside(self, vocab_size: int, ignored: int | None) -> tuple[int, int] | None:
+        """(row, value) of the first value that is no id, or None."""
+        for (offsets, values), first in zip(self._chunks, self._first_rows, strict=False):
+            begin, end = offsets[0], offsets[-1]
+            used = values[begin:end]
+            bad = (used < 0) | (used >= vocab_size)
+            if ignored is not None:
+                bad &= used != ignored
+            if bad.any():
+                at = int(np.argmax(bad))
+                return int(first + np.searchsorted(offsets, begin + at, side="right") - 1), int(used[at])
+        return None
+
+
+class PackedDataset(torch.utils.data.Dataset):
+    """A plan over rows. Item i is pack i: `input_ids`, `labels` and `seq_lengths`, gathered when asked for.
+
+    Args:
+        rows: the tokens.
+        segments: which of them may be packed.
+        scored: `[S]` integers, the scored tokens of each segment.
+        seed: of the plan. With one, `set_epoch` packs anew, into as many packs.
+        per_example: the segments of an example together weigh 1 in the loss (`loss_weights`, one number per document).
+
+    Attributes:
+        plan: the packs.
+        scored: `[S]` unsigned integers, the scored tokens of each piece of the plan.
+        lengths: `[P]` int64, the tokens of each item.
+        items: `[P]` int64 or float64, what each brings to the loss's denominator: scored tokens, or their weights.
+        repacks: whether an epoch's packs are other ones.
+    """
+
+    def __init__(
+        self,
+        rows: TokenRows,
+        segments: Segments,
+        scored: np.ndarray,
+        *,
+        seed: int | None = None,
+        per_example: bool = False,
+    ) -> None:
+        self.rows = rows
+        self._segments, self._segment_scored, self._per_example = segments, scored, per_example
+        self.seed = seed
+        self.repacks = seed is not None and segments.strategy in ("bfd", "bfd_split")
+        self._pack(seed, None)
+        if self.repacks:  # another seed may need a pack more, but none needs more than the plan that mixes nothing
+            fewest = len(pack_segments(segments)[0])
+            if fewest > len(self):
+                self._pack(seed, fewest)
+        self.epoch = 0
+
+    def _pack(self, seed: int | None, num_packs: int | None) -> None:
+        self.plan, order = pack_segments(self._segments, seed=seed, num_packs=num_packs)
+        plan, scored = self.plan, self._segment_scored[order]
+        self.scored = scored.astype(np.min_scalar_type(int(scored.max(initial=0))))
+        self._weights = None
+        items: np.ndarray = self.scored.astype(np.int64)
+        if self._per_example:
+            self._weights = 1.0 / np.bincount(plan.examples, self.scored)[plan.examples]
+            items = items * self._weights
+        if len(plan):
+            self.lengths = np.add.reduceat(plan.stops.astype(np.int64) - plan.starts, plan.offsets[:-1])
+            self.items = np.add.reduceat(items, plan.offsets[:-1])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pack anew for an epoch, the first of which is 0, so that other examples meet; without a seed, nothing."""
+        if self.repacks and epoch != self.epoch:
+            assert self.seed is not None
+            self._pack(self.seed + epoch, len(self))
+            self.epoch = epoch
+
+    def most_tokens(self, num_items: int) -> int:
+        """Tokens of the longest so many items together."""
+        return int(np.sort(self.lengths)[-num_items:].sum())
+
+    @property
+    def strategy(self) -> str:
+        return self.plan.strategy
+
+    def check_ids(self, vocab_size: int) -> None:
+        self.rows.check_ids(vocab_size)
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
+        """Item `index`, or (epoch, index): a worker that outlives its epoch hears of the next one in this way."""
+        if isinstance(index, tuple):
+            epoch, index = index
+            self.set_epoch(epoch)
+        pieces = [self.rows.tokens(*piece) for piece in self.plan.pieces(int(index))]
+        item = {
+            "input_ids": np.concatenate([ids for ids, _ in pieces]),
+            "labels": np.concatenate([labels for _, labels in pieces]),
+            "seq_lengths": [len(ids) for ids, _ in pieces],
+        }
+        if self._weights is not None:
+            item["loss_weights"] = self._weights[self.plan.offsets[index] : self.plan.offsets[index + 1]].tolist()
+        return item
+
+
+def pack_dataset(
+    dataset: Dataset,
+    max_length: int | None,
+    *,
+    strategy: str,
+    name: str,
+    overlong: str | None = None,
+    max_lost_fraction: float = 1.0,
+    vocab_size: int | None = None,
+    seed: int | None = None,
+    keep_end: bool = False,
+    per_example: bool = False,
+) -> PackedDataset:
+    """Plan the packs of a tokenised data set and wrap it. Segments in which nothing is scored are left out.
+
+    Args:
+        dataset: columns `input_ids` and `labels`.
+        max_length: tokens a pack holds, and where an example is cut; None only with `strategy="none"`.
+        strategy: of `plan_packs`; "none" for one example per item.
+        name: what the messages call the data set.
+        overlong: of `plan_packs`: what becomes of an example longer than `max_length`.
+        max_lost_fraction: the share of the data set's tokens, 0 to 1, that may be lost for whatever reason.
+        vocab_size: ids and labels must be below it.
+        seed: mixes which examples meet, and the order of the packs; with one, every epoch is packed anew.
+        keep_end: a truncated example keeps its last tokens rather than its first.
+        per_example: examples weigh the same in the loss, rather than scored tokens.
+
+    Raises:
+        ValueError: an empty data set, one without a scored token, one that loses more than `max_lost_fraction`, a row
+            that is not well formed, or what `cut_examples` refuses.
+    """
+    check_max_lost_fraction(max_lost_fraction)
+    if len(dataset) == 0:
+        raise ValueError(f"the {name} data set is empty")
+    rows = TokenRows(dataset)
+    if vocab_size is not None:
+        rows.check_ids(vocab_size)
+    longest = max(int(rows.lengths.max()), 1) if max_length is None else max_length
+    segments = cut_examples(rows.lengths, longest, strategy=strategy, overlong=overlong, keep_end=keep_end)
+    scored = rows.count_scored(segments.examples, segments.starts, segments.stops)
+    packed = PackedDataset(rows, segments.keep_scored(scored), scored[scored > 0], seed=seed, per_example=per_example)
+    plan = packed.plan
+    if not len(plan):
+        raise ValueError(
+            f"no example of the {name} data set has a token to score within max_length={max_length} (labels that are "
+            f"not -100, after an example's first token): {'; '.join(describe_losses(vars(plan), max_length))}"
+        )
+    check_losses(vars(plan), max_length, max_lost_fraction, f"{name} data set")
+    return packed
+
+
+class PackSampler(torch.utils.data.Sampler):
+    """Every epoch its own packs, in an order in which those that run at once cost attention the same.
+
+    Yields (epoch, pack).
+
+    Args:
+        packs: a data set that packs anew.
+        group_size: the packs that run at once: those of a batch, on all devices.
+    """
+
+    def __init__(self, packs: PackedDataset, group_size: int) -> None:
+        self._packs, self._group_size = packs, group_size
+
+    def __len__(self) -> int:
+        return len(self._packs)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._packs.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch = self._packs.epoch
+        assert self._packs.seed is not None
+        for pack in balanced_order(self._packs.plan, self._group_size, self._packs.seed + epoch):
+            yield epoch, int(pack)
+
+
+class StepDataset(torch.utils.data.Dataset):
+    """Optimizer steps over a data set whose items are single examples: what a batch of indices is, packed for one rank.
+
+    The data loader asks for a whole step at once, the same one on every rank (`per_device_batch_size * accumulation *
+    ranks` examples in the sampler's order). All ranks plan it, from the lengths alone, and each gathers its own passes.
+    """
+
+    total_dataset_length = 0  # accelerate would cut what it gathers of a last batch, as if examples were repeated
+
+    def __init__(
+        self,
+        examples: PackedDataset,
+        batch_size: int,
+        tokens_per_pass: int,
+        rank: int = 0,
+        num_ranks: int = 1,
+        padded: bool = False,
+    ) -> None:
+        self.examples = examples
+        self.tokens_per_pass = tokens_per_pass
+        self._batch_size, self._rank, self._num_ranks, self._padded = batch_size, rank, num_ranks, padded
+
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return self.examples.most_tokens(1)
+
+    def most_tokens_per_rank(self) -> int:
+        """An upper bound on the tokens that a step brings to a rank, if they are dealt evenly."""
+        return -(-self.examples.most_tokens(self._batch_size) // self._num_ranks)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.examples[index]  # a sampler by length looks at single examples
+
+    def __getitems__(self, indices: list[int]) -> list[StepRows]:
+        return [self.step(np.array(indices, dtype=np.int64))]
+
+    def step(self, examples: np.ndarray) -> StepRows:
+        """The passes of this rank in the step that takes these examples, `[B]`."""
+        ranks = plan_step(self.examples.lengths[examples], self.tokens_per_pass, self._num_ranks, padded=self._padded)
+        passes = [[self.examples[i] for i in examples[documents]] for documents in ranks[self._rank]]
+        return StepRows(passes, examples, self.examples.items[examples].sum().item(), self.tokens_per_pass)

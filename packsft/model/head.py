@@ -1,0 +1,229 @@
+"""The LM head inside the model's forward: loss and per-token metrics from hidden states, the logits never whole.
+
+`install_head` teaches a model's forward the keyword arguments of `batch.LOSS_KEYS`. With them it runs the backbone
+and scores only the listed positions, in one of two ways:
+
+- fused: `linear_cross_entropy` on the head's weight and the narrow products that a LoRA adds to it, after a probe has
+  shown that it reproduces the model's own log-probabilities;
+- compact logits: the model's own head on the scored positions, then `cross_entropy`. Any head works: other adapters,
+  quantised weights, transforms between backbone and head.
+
+It happens inside the forward so that the hooks of DDP, FSDP and ZeRO fire around it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from packsft_kernels import LossOptions, LossOutput, cross_entropy, linear_cross_entropy
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from packsft.compat import gathered_parameters
+from packsft.data.batch import LOSS_KEYS
+from packsft.model.adapters import Addition, exercised, low_rank_of, split_head
+
+
+@dataclass
+class HeadOutput(ModelOutput):
+    """What a forward with `loss_rows` returns. All are 0-d tensors on the device, of N scored rows.
+
+    Attributes:
+        loss: sum of the rows' losses over `num_items`, the only differentiable one.
+        entropy_sum: sum of the entropies of the predicted distributions, in nats.
+        num_correct: rows whose target is the first argmax.
+        aux_loss: the router's load-balancing loss of a mixture of experts, unweighted, where the model returns one.
+    """
+
+    loss: Tensor
+    entropy_sum: Tensor | None = None
+    num_correct: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+def count_embeddings(model: PreTrainedModel) -> int:
+    """Entries of the vocabulary as the model embeds it, an adapter on the embeddings or not."""
+    embedding = model.get_input_embeddings()
+    return getattr(embedding, "base_layer", embedding).weight.shape[0]
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """`model.eval()` for the length of the context; each module's own flag comes back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss: bool = False) -> str | None:
+    """Teach `model.forward` the keyword arguments `loss_rows`, `loss_targets`, `loss_weights` and `num_items`.
+
+    Without them the forward stays what it was. Call before the model is wrapped (DDP, FSDP); a PEFT model's base model
+    is what to pass.
+
+    Args:
+        model: a causal language model with output embeddings.
+        options: the loss; softcap and logit scale are the model's and are filled in here.
+        needs_aux_loss: whether the router's loss of a mixture of experts is wanted, which only the model's own output
+            has.
+
+    Returns:
+        None where the head is fused, else the reason why the compact-logits path is taken.
+
+    Raises:
+        ValueError: the model has no language-model head.
+    """
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model).__name__} has no language-model head (get_output_embeddings() is None): "
+            "packsft trains causal language models, load one with AutoModelForCausalLM"
+        )
+    options = replace(options, entropy=True, correct=True)
+    fused_options = replace(options, **_logit_transform(model.config.get_text_config()))
+    why_compact = (
+        "the router's auxiliary loss comes with the model's own output"
+        if needs_aux_loss
+        else _why_not_fused(model, fused_options)
+    )
+    # as a function of `self`, so that a deep copy of the model runs on its own weights
+    bound = model.forward
+    own_forward = getattr(bound, "__func__", None) or (lambda self, *args, **kwargs: bound(*args, **kwargs))
+
+    @functools.wraps(type(model).forward)  # `generate` validates its arguments against this signature
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if "loss_rows" not in kwargs:
+            return own_forward(self, *args, **kwargs)
+        rows, targets, weights = (kwargs.pop(key, None) for key in LOSS_KEYS)
+        num_items = kwargs.pop("num_items", None)
+        # looked up on each call: wrappers replace the head, and another adapter on it may be active by now
+        head = split_head(self.get_output_embeddings())
+        if why_compact is None and not isinstance(head, str):
+            hidden = _backbone(self)(*args, use_cache=False, **kwargs).last_hidden_state
+            return _reduce(_fused_loss(head, hidden, rows, targets, weights, fused_options, num_items))
+        outputs, logits = _compact_logits(functools.partial(own_forward, self), rows, *args, use_cache=False, **kwargs)
+        # the logits are ours alone, so that their gradient may take their place
+        loss = cross_entropy(
+            logits,
+            shift=False,
+            targets=targets,
+            weights=weights,
+            options=options,
+            num_items=num_items,
+            inplace=logits.requires_grad,
+        )
+        return _reduce(loss, getattr(outputs, "aux_loss", None))
+
+    model.forward = types.MethodType(forward, model)
+    return why_compact
+
+
+def _backbone(model: PreTrainedModel) -> nn.Module:
+    """The model without its head."""
+    if model.base_model is not model:
+        return model.base_model
+    # Llama 4 and Mllama: their prefix is that of the larger model which holds them
+    return next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
+
+
+def _fused_loss(
+    head: tuple[nn.Linear, list[Addition]],
+    hidden: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    options: LossOptions,
+    num_items: Tensor | float | None,
+) -> LossOutput:
+    linear, additions = head
+    hidden_TM = hidden.flatten(0, 1).to(linear.weight.device)
+    added = [parameter for addition in additions for parameter in addition.parameters]
+    with gathered_parameters(linear.weight, linear.bias, *added) as (weight, bias, *added):
+        return linear_cross_entropy(
+            hidden_TM,
+            weight,
+            targets,
+            rows=rows,
+            bias=bias,
+            weights=weights,
+            low_rank=low_rank_of(additions, added, hidden_TM, weight),
+            options=options,
+            num_items=num_items,
+        )
+
+
+def _compact_logits(forward: Any, rows: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+    """The model's outputs and its logits `[N, V]` of the rows (positions in the flattened batch)."""
+    packed = kwargs["input_ids"].shape[0] == 1 if "input_ids" in kwargs else False
+    if packed and "logits_to_keep" in inspect.signature(forward).parameters:
+        outputs = forward(*args, logits_to_keep=rows.long(), **kwargs)
+        return outputs, outputs.logits[0]
+    outputs = forward(*args, **kwargs)
+    return outputs, outputs.logits.flatten(0, 1).index_select(0, rows)
+
+
+def _reduce(output: LossOutput, aux_loss: Tensor | None = None) -> HeadOutput:
+    assert output.entropy is not None
+    assert output.correct is not None
+    return HeadOutput(
+        loss=output.loss, entropy_sum=output.entropy.sum(), num_correct=output.correct.sum(), aux_loss=aux_loss
+    )
+
+
+def _logit_transform(config: Any) -> dict[str, Any]:
+    """How the model makes logits of its head's output, as `LossOptions` fields; transformers has no one name for it."""
+
+    def first_of(*names: str) -> float | None:
+        return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+    scale = first_of("logit_scale", "output_multiplier", "lm_head_multiplier")
+    if scale is None and (divisor := first_of("logits_scaling", "logits_mup_width_multiplier")) is not None:
+        scale = divisor if config.model_type == "hyperclovax" else 1.0 / divisor
+    softcap = first_of("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return {"softcap": softcap, "logit_scale": 1.0 if scale is None else float(scale)}
+
+
+@torch.no_grad()
+def _why_not_fused(model: PreTrainedModel, options: LossOptions) -> str | None:
+    """None if the fused head gives the model's own log-probabilities on a few tokens, else the reason."""
+    head = split_head(model.get_output_embeddings())
+    if isinstance(head, str):
+        return head
+    linear, additions = head
+    try:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(linear.weight.shape[0], (1, 8), generator=generator).to(model.device)
+        changed = [token for addition in additions for token in addition.tokens[:4]]  # another target would not show it
+        targets = torch.cat([ids.new_tensor(changed, dtype=ids.dtype), ids[0]])[:7]
+        rows = torch.arange(7, dtype=torch.int32, device=ids.device)
+        plain = replace(options, label_smoothing=0.0, z_loss=0.0, dft=False)
+        with eval_mode(model), exercised(additions):
+            logits = model(input_ids=ids, use_cache=False).logits[0]
+            hidden = _backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
+            ours = _fused_loss(head, hidden, rows, targets, None, plain, None).log_prob
+        with gathered_parameters(linear.weight) as (weight,):
+            terms = float(weight.norm(dim=1).max() * hidden.norm(dim=-1).max())
+        theirs = logits[:7].double().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        return f"the probe of the head failed: {error}"
+    # Both round the logits to their dtype (PEFT what it adds to the adapter's), and ours each log-probability, whose
+    # size the vocabulary decides: a few units in the last place of the largest is all they may differ by; and by those
+    # of the terms that a logit is the sum of, in what sums are kept in.
+    eps = max(torch.finfo(tensor.dtype).eps for tensor in (logits, *(addition.idle for addition in additions)))
+    allowed = 4 * eps * float(logits.abs().max().clamp(min=1))
+    allowed += 4 * torch.finfo(ours.dtype).eps * (float(theirs.abs().max()) + options.logit_scale * terms)
+    difference = float((ours.double() - theirs).abs().max())
+    if not difference <= allowed:
+        return f"its log-probabilities would be off by {difference:.2g} nats (allowed {allowed:.2g})"
+    return None

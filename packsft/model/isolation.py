@@ -1,0 +1,215 @@
+"""Does this very model keep packed documents apart? Two backwards answer, exactly, before the first step.
+
+Three documents of unequal length lie in one row. The summed squared logits of the last document, and then those of
+one of its middle rows, are backpropagated to the input embeddings. The gradient at every other document and at every
+later position must be exactly 0.0, and at the source's own positions it must not be. There is no tolerance and no
+reference run: what cannot be reached has a gradient of exactly zero in any dtype.
+
+The source is the last document, since from the first one a causal leak would read 0.0.
+
+A second forward is of the last document alone. The first layer has to be given the same in both, or positions are not
+the document's own. And it tells what only a mask says: some models tell their attention layers of a sliding window or
+of chunks by the mask alone, and packed attention has none.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from packsft.data.batch import model_inputs
+from packsft.data.collator import PackingCollator
+from packsft.model.attention import packed_forward, watch_masks
+from packsft.model.head import count_embeddings, eval_mode
+
+NOT_CHECKED = "not checked"
+DOCUMENT_LENGTHS = (9, 14, 11)  # unequal, and none of them what another starts or ends at
+
+
+@dataclass(frozen=True)
+class IsolationVerdict:
+    """`isolated`, or the reason why packed documents cannot be trusted to stay apart on this model.
+
+    `leak` is the largest gradient at a position that the source must not reach.
+    """
+
+    isolated: bool
+    reason: str | None = None
+    leak: float = 0.0
+
+
+def check_isolation(
+    model: PreTrainedModel, autocast: Callable[[], AbstractContextManager], max_length: int | None = None
+) -> IsolationVerdict:
+    """Run the check on a model as it will be trained. Parameters, gradients, modes and random state stay as they are.
+
+    Args:
+        model: the causal language model, before its forward is wrapped.
+        autocast: the context that training runs its forward in.
+        max_length: the longest document; None: of any length.
+    """
+    ids = _random_ids(model, sum(DOCUMENT_LENGTHS))
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), eval_mode(model), autocast():
+            with _first_layer_input(model) as packed:
+                verdict = _leak(model, ids)
+            if verdict.isolated:
+                with _first_layer_input(model) as alone:
+                    verdict = _lost_mask(
+                        model, ids[:, -DOCUMENT_LENGTHS[-1] :], sys.maxsize if max_length is None else max_length
+                    )
+                if not _same_positions(packed, alone):
+                    verdict = IsolationVerdict(False, "a packed document gets other positions than it has alone")
+    except (
+        TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError, AssertionError,
+    ) as error:  # fmt: skip
+        # Whatever a model of somebody else raises at a packed row, it trains as padded passes: the reason is passed on.
+        return IsolationVerdict(False, f"a packed forward raised {type(error).__name__}: {error}")
+    return verdict
+
+
+def _random_ids(model: PreTrainedModel, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(count_embeddings(model), (1, count), generator=generator)
+
+
+def _leak(model: PreTrainedModel, ids: Tensor) -> IsolationVerdict:
+    """Whether anything reaches the last document, or one of its middle rows, that must not."""
+    batch = PackingCollator(pad_token_id=0)([{"input_ids": ids[0].tolist(), "seq_lengths": list(DOCUMENT_LENGTHS)}])
+    inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in model_inputs(batch).items()}
+    begin = sum(DOCUMENT_LENGTHS[:-1])
+    middle = begin + DOCUMENT_LENGTHS[-1] // 2
+    with _embedding_leaf(model) as leaf, watch_layers(model) as layers, torch.enable_grad():
+        with packed_forward():
+            logits = model(**inputs, use_cache=False).logits
+        if not leaf:
+            return IsolationVerdict(False, "inconclusive: the input embeddings were never called")
+        for source, first, last in ((logits[0, begin:], begin, None), (logits[0, middle], begin, middle + 1)):
+            gradient = _gradient(source, leaf[0])
+            if not gradient[first:last].any():
+                return IsolationVerdict(False, "inconclusive: a document's gradient does not reach its own input")
+            if gradient[:first].any():
+                where = _first_leak(layers, leaf[0], begin)
+                return IsolationVerdict(False, f"documents see each other{where}", float(gradient[:first].max()))
+            if last is not None and gradient[last:].any():
+                return IsolationVerdict(False, "a position sees the ones after it", float(gradient[last:].max()))
+    return IsolationVerdict(True)
+
+
+def _same_positions(packed: list[Tensor], alone: list[Tensor]) -> bool:
+    """Whether the first layer is given the same for the last document as for that document alone.
+
+    Some models count positions through the row whatever `position_ids` say (BART's decoder), others begin at another
+    number than 0 (RoBERTa). Where positions count only by their distance, the first layer does not see them.
+    """
+    if not packed or not alone or packed[0].shape[1] <= DOCUMENT_LENGTHS[-1]:
+        return True
+    last = packed[0].detach()[:, -DOCUMENT_LENGTHS[-1] :]
+    if last.shape != alone[0].shape:
+        return True
+    rounding = 4 * torch.finfo(last.dtype).eps * last.abs().max()  # RoCBert projects its embeddings
+    return bool((last - alone[0]).abs().max() <= rounding)
+
+
+@torch.no_grad()
+def _lost_mask(model: PreTrainedModel, ids: Tensor, max_length: int) -> IsolationVerdict:
+    """Whether a layer's mask keeps from it what packed attention, which has no mask, would let it see."""
+    with watch_masks() as told_by_mask_alone:
+        model(input_ids=ids.to(model.device), use_cache=False)
+    layer, window = min(told_by_mask_alone, key=lambda item: item[1], default=("", sys.maxsize))
+    if window >= max_length:
+        return IsolationVerdict(True)
+    limit = f"max_length={max_length}" if max_length < sys.maxsize else "there is no max_length"
+    return IsolationVerdict(
+        False, f"{layer} knows of its window of {window} tokens from its mask alone, and packing has none ({limit})"
+    )
+
+
+def _gradient(source: Tensor, leaf: Tensor) -> Tensor:
+    """`[T]` largest absolute gradient of the summed squares at each input position; parameters get none."""
+    (gradient,) = torch.autograd.grad(source.float().square().sum(), leaf, retain_graph=True)
+    return gradient[0].abs().amax(-1)
+
+
+def _first_leak(layers: list[tuple[str, Tensor]], leaf: Tensor, begin: int) -> str:
+    """ " (first in ...)" with the name of the first layer whose last document depends on another one."""
+    for name, hidden in layers:
+        if (
+            hidden.requires_grad
+            and hidden.shape[:2] == leaf.shape[:2]
+            and _gradient(hidden[0, begin:], leaf)[:begin].any()
+        ):
+            return f" (first in {name})"
+    return ""
+
+
+@contextmanager
+def _embedding_leaf(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Replaces the output of the input embeddings by a detached leaf, which the list then holds."""
+    leaf: list[Tensor] = []
+
+    def detach(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        leaf.append(output.detach().requires_grad_())
+        return leaf[-1].clone()  # CTRL scales it in place, which a leaf does not take
+
+    handle = model.get_input_embeddings().register_forward_hook(detach)
+    try:
+        yield leaf
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _first_layer_input(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The hidden states that the layer which runs first is given, as the only item of the list."""
+    given: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if not given and isinstance(hidden, Tensor):
+            given.append(hidden)
+
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for stack in stacks for layer in stack]
+    try:
+        yield given
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, layer) of the stack of layers with the most parameters."""
+    stacks = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not stacks:
+        return []
+    stack_name, stack = max(stacks, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return [(f"{stack_name}.{index}", layer) for index, layer in enumerate(stack)]
+
+
+@contextmanager
+def watch_layers(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
+    """(name, hidden states) of each decoder layer, in the order in which they ran."""
+    outputs: list[tuple[str, Tensor]] = []
+    handles = []
+    for layer_name, layer in decoder_layers(model):
+
+        def keep(module: nn.Module, args: tuple, output: object, name: str = layer_name) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if isinstance(hidden, Tensor):
+                outputs.append((name, hidden))
+
+        handles.append(layer.register_forward_hook(keep))
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,1 @@
+"""Proofs that packed training is the same training."""

@@ -1,0 +1,306 @@
+"""Batch invariance: however a step is split into micro-batches and processes, training gives the same weights.
+
+The same steps are trained in every layout, in float64 on the CPU. The weights are compared with those of the first
+layout.
+
+Only weights that moved are compared. Where a gradient is zero except for rounding (the bias of a key changes no
+softmax), AdamW follows the rounding, by far less than a millionth of its learning rate per step. Weights that stay
+within that in both runs are left out.
+
+This file knows no trainer: `certify` starts processes that run `python -m WORKER FOLDER`, and the worker calls
+`train_layouts` with the trainer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+EXACT, ROUNDING = 1e-12, 1e-9  # in float64, and for a model that itself rounds to float32
+LEARNING_RATE = 1e-4  # AdamW turns the rounding of a gradient near zero into a share of it
+_MOVED = 1e-6 * LEARNING_RATE
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is split: `accumulation` micro-batches on each of `processes`, packed into passes of at most
+    `tokens_per_pass` tokens (None: unpacked, one pass for each micro-batch)."""
+
+    tokens_per_pass: int | None
+    accumulation: int
+    processes: int
+
+
+LAYOUTS = (
+    Layout(None, 8, 1),
+    *(
+        Layout(tokens, accumulation, processes)
+        for processes in (1, 2)
+        for tokens in (512, 1024, 4096)
+        for accumulation in (1, 8)
+    ),
+)
+
+
+@dataclass(frozen=True)
+class InvarianceResult:
+    """How far a layout's weights are from the first layout's.
+
+    - `passes`: mean number of passes per step and process
+    - `difference`: the largest difference of a weight, relative to the largest weight of its tensor
+    - `loss_difference`: the largest relative difference of a step's loss
+    - `allowed`: the limit for both
+    """
+
+    model: str
+    layout: Layout
+    passes: float
+    difference: float
+    loss_difference: float
+    allowed: float
+
+    @property
+    def agrees(self) -> bool:
+        return self.difference <= self.allowed and self.loss_difference <= self.allowed  # False for what is no number
+
+    def row(self) -> tuple[str, ...]:
+        """Texts of a table's line."""
+        sizes = tuple("unpacked" if value is None else f"{value:,}" for value in asdict(self.layout).values())
+        return (self.model, *sizes, f"{self.passes:.1f}", f"{self.difference:.1e}", f"{self.allowed:.0e}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self) | {"agrees": self.agrees}
+
+
+def certify_by_name(model: str | None, num_steps: int, worker: str) -> list[InvarianceResult]:
+    """`certify` for a model by folder or name, its dropout off, on random tokens; or for the two small ones."""
+    if model is None:
+        models = small_models()
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+        _without_dropout(loaded.config.get_text_config())
+        models = {model: (loaded, AutoTokenizer.from_pretrained(model))}
+    results = []
+    for name, (network, tokenizer) in models.items():
+        config = network.config.get_text_config()
+        max_length = min(512, getattr(config, "max_position_embeddings", None) or 512)
+        rows = random_rows(16 * num_steps, max_length, config.vocab_size)
+        results += certify(
+            network, tokenizer, rows, name=name, max_length=max_length, num_steps=num_steps, worker=worker
+        )
+    return results
+
+
+def _without_dropout(config: Any) -> None:
+    """Its draws depend on the shape of a pass: the same training, but other numbers."""
+    for name, value in config.to_dict().items():
+        if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
+            setattr(config, name, 0.0)
+
+
+def certify(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    *,
+    name: str = "",
+    max_length: int,
+    worker: str,
+    examples_per_step: int = 16,
+    num_steps: int = 10,
+    layouts: Sequence[Layout] = LAYOUTS,
+) -> list[InvarianceResult]:
+    """Train the same steps in every layout, and compare each with the first.
+
+    Args:
+        worker: the module that trains a job: `python -m WORKER FOLDER` must call `train_layouts`.
+        model: a causal language model; a float64 copy of it is trained. Dropout would differ and has to be off.
+        rows: what `PackedSFTTrainer` takes.
+        name: of the model, in the results.
+        examples_per_step: over all processes and micro-batches; a multiple of accumulation * processes.
+
+    Raises:
+        ValueError: an `examples_per_step` that a layout cannot divide.
+        RuntimeError: a process that failed, with the end of what it printed.
+    """
+    for layout in layouts:
+        if examples_per_step % (layout.accumulation * layout.processes):
+            raise ValueError(
+                f"examples_per_step={examples_per_step}: must be a multiple of accumulation * processes, in {layout}"
+            )
+    allowed = ROUNDING if rounds_to_float32(model.to(torch.float64)) else EXACT
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(f"{folder}/model")
+        tokenizer.save_pretrained(f"{folder}/model")
+        rows.save_to_disk(f"{folder}/rows")
+        options = {"max_length": max_length, "max_steps": num_steps, "examples_per_step": examples_per_step}
+        runs: list[dict[str, Any]] = []
+        for processes in sorted({layout.processes for layout in layouts}):
+            job = options | {"layouts": [asdict(g) for g in layouts if g.processes == processes]}
+            Path(folder, "job.json").write_text(json.dumps(job))
+            runs += _launch(worker, folder, processes)
+        start = {name: weight.detach() for name, weight in model.named_parameters()}
+    found = {Layout(**run["layout"]): run for run in runs}
+    first = found[layouts[0]]
+    return [
+        InvarianceResult(
+            name,
+            layout,
+            passes=found[layout]["passes"],
+            difference=float(np.max([*_difference(found[layout]["weights"], first["weights"], start).values()])),
+            loss_difference=float(((found[layout]["losses"] - first["losses"]) / first["losses"]).abs().max()),
+            allowed=allowed,
+        )
+        for layout in layouts
+    ]
+
+
+def small_models() -> dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+    """Two layers of GPT-2, exact in float64, and of Llama, whose RMSNorm rounds; random weights, 512 positions."""
+    tokenizer = number_tokenizer(256)
+    no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    ids = {"vocab_size": 256, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    configs = {
+        "GPT-2": GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=512, **no_dropout, **ids),
+        "Llama": LlamaConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+            max_position_embeddings=512, **ids,
+        ),
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return {
+        name: (AutoModelForCausalLM.from_config(config, dtype=torch.float64), tokenizer)
+        for name, config in configs.items()
+    }
+
+
+def number_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:
+    """For rows of token ids: every number is its own token, but for 0, the end."""
+    vocabulary = {"<eos>": 0} | {str(i): i for i in range(1, vocab_size)}
+    model = WordLevel(vocabulary, unk_token="<eos>")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token="<eos>", pad_token="<eos>")
+
+
+def random_rows(count: int, max_length: int, vocab_size: int) -> Dataset:
+    """Tokens at random, the first third of each row a prompt that is not scored; lengths log-normal, about 220."""
+    generator = np.random.default_rng(0)
+    rows = []
+    for length in np.clip(generator.lognormal(5.2, 0.8, count), 8, max_length).astype(int):
+        ids = generator.integers(1, vocab_size, length).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * (length // 3) + ids[length // 3 :]})
+    return Dataset.from_list(rows)
+
+
+def rounds_to_float32(model: PreTrainedModel) -> bool:
+    """Whether the forward of a float64 model casts to a lower precision, as transformers' RMSNorm does."""
+
+    class Casts(TorchDispatchMode):
+        seen = False
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64 and out.is_floating_point():
+                Casts.seen |= out.dtype != torch.float64
+            return out
+
+    with torch.no_grad(), Casts():
+        ids = torch.tensor([[0, 1, 2]], device=model.device)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return Casts.seen
+
+
+def _difference(
+    weights: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], start: dict[str, torch.Tensor]
+) -> dict[str, float]:
+    off = {}
+    for name, other in reference.items():
+        stayed = torch.maximum((weights[name] - start[name]).abs(), (other - start[name]).abs()) <= _MOVED
+        largest = other.abs().max().clamp(min=_MOVED)  # of a bias that began at zero and stayed there
+        off[name] = float(torch.where(stayed, 0.0, (weights[name] - other).abs()).max() / largest)
+    return off
+
+
+def _launch(worker: str, folder: str, processes: int) -> list[dict[str, Any]]:
+    """One process as a child as well: a process group cannot be made in a process that has trained without one."""
+    results = Path(folder, "runs.pt")
+    results.unlink(missing_ok=True)
+    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    threads = max(1, torch.get_num_threads() // processes)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "OMP_NUM_THREADS": str(threads),
+        "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        [sys.executable, *ranks, "-m", worker, folder],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    if not results.exists():  # a process that aborts while gloo is taken down has done its work
+        raise RuntimeError(f"the run on {processes} processes failed:\n{done.stderr[-3000:]}")
+    return torch.load(results)
+
+
+def train_layouts(folder: str, trainer_class: Any, config_class: Any) -> None:
+    """Train every layout of FOLDER/job.json; rank 0 writes the weights to `runs.pt`."""
+
+    class Recording(trainer_class):
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            loss, step = super().training_step(*args, **kwargs), self.state.global_step
+            self.losses[step] = self.losses.get(step, 0.0) + loss
+            self.passes[step] = self.current_gradient_accumulation_steps
+            return loss
+
+    job = json.loads(Path(folder, "job.json").read_text())
+    rows = Dataset.load_from_disk(f"{folder}/rows")
+    tokenizer = AutoTokenizer.from_pretrained(f"{folder}/model")
+    runs = []
+    for layout in job["layouts"]:
+        micro_batches = layout["accumulation"] * layout["processes"]
+        args = config_class(
+            output_dir=f"{folder}/out", use_cpu=True, bf16=False, report_to="none", save_strategy="no",
+            disable_tqdm=True, max_length=job["max_length"], max_steps=job["max_steps"],
+            per_device_train_batch_size=job["examples_per_step"] // micro_batches,
+            gradient_accumulation_steps=layout["accumulation"], tokens_per_pass=layout["tokens_per_pass"],
+            packing=layout["tokens_per_pass"] is not None,
+            learning_rate=LEARNING_RATE, weight_decay=0.01, gradient_checkpointing=False, logging_strategy="no",
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float64)
+        trainer = Recording(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
+        trainer.losses, trainer.passes = {}, {}
+        trainer.train()
+        losses = trainer.accelerator.reduce(torch.stack(list(trainer.losses.values())), reduction="mean")
+        unwrapped = trainer.accelerator.unwrap_model(trainer.model)
+        weights = {name: weight.detach() for name, weight in unwrapped.named_parameters()}
+        passes = float(np.mean(list(trainer.passes.values())))
+        runs.append({"layout": layout, "weights": weights, "losses": losses, "passes": passes})
+    if trainer.is_world_process_zero():
+        torch.save(runs, f"{folder}/runs.pt")
+    PartialState().destroy_process_group()  # gloo's threads, still running at the end, now and then abort the process

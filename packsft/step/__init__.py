@@ -1,0 +1,1 @@
+"""What happens within an optimizer step: its passes, the loss's denominator, metrics, memory."""

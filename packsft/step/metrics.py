@@ -1,0 +1,108 @@
+"""Training metrics that stay on the device between two logs: sums of 0-d tensors, read once when they are logged.
+
+The keys are TRL's (`mean_token_accuracy`, `entropy`, `num_tokens`, `aux_loss`), the means weighted by scored tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packsft.model.head import HeadOutput
+
+
+class MetricSums:
+    """Sums over the micro-steps since the last log, on one rank.
+
+    Args:
+        filter_nonfinite: leave passes whose mean loss is not finite out of `loss` (`logging_nan_inf_filter`).
+    """
+
+    def __init__(self, filter_nonfinite: bool = False) -> None:
+        self._filter_nonfinite = filter_nonfinite
+        self._reset()
+
+    def _reset(self) -> None:
+        self._device_sums: dict[str, Tensor] = {}
+        self._scored = self._tokens = self._passes = 0
+        self._started: float | None = None
+
+    def start(self) -> None:
+        """A pass begins; the first one since the last log starts the clock."""
+        if self._started is None:
+            self._started = time.perf_counter()
+
+    def skip(self, seconds: float) -> None:
+        """Leave out an evaluation that took place between two passes."""
+        if self._started is not None:
+            self._started += seconds
+
+    def pending_tokens(self, accelerator: Any) -> int:
+        """Tokens counted since the last log, over all ranks."""
+        tokens = torch.tensor(self._tokens, device=accelerator.device)
+        return int(accelerator.reduce(tokens, reduction="sum"))
+
+    def copy(self) -> MetricSums:
+        """The sums as they are now, to come back to when a step is taken again."""
+        kept = copy.copy(self)
+        kept._device_sums = dict(self._device_sums)
+        return kept
+
+    def add(
+        self, output: HeadOutput, *, scored: int, tokens: int, items: float = 0.0, mean_loss: Tensor | None = None
+    ) -> None:
+        """Count one pass.
+
+        Args:
+            output: what the head returned.
+            scored: N, scored tokens of the pass, known on the host.
+            tokens: tokens of the pass, known on the host.
+            items: what `mean_loss` was divided by: N, or the sum of the weights.
+            mean_loss: mean loss of the pass, where it is to be averaged over all of them (evaluation).
+        """
+        self._passes += 1
+        self._scored += scored
+        self._tokens += tokens
+        sums = {"entropy": output.entropy_sum, "num_correct": output.num_correct, "aux_loss": output.aux_loss}
+        if mean_loss is not None:
+            counted = torch.isfinite(mean_loss) | (not self._filter_nonfinite)
+            sums["loss"] = torch.where(counted, mean_loss.double() * items, 0.0)
+            sums["loss_items"] = counted * items
+        for name, value in sums.items():
+            if value is not None:
+                value = value.detach().double()
+                self._device_sums[name] = self._device_sums[name] + value if name in self._device_sums else value
+
+    def drain(self, accelerator: Any) -> dict[str, float]:
+        """Sum over ranks, read the device once, and start anew. Empty if nothing was counted.
+
+        Returns:
+            `entropy` and `mean_token_accuracy` and, where they were counted, `loss` per scored token (or example) and
+            `aux_loss` per pass; `tokens` and `seconds` since the clock was started.
+        """
+        if not self._passes:
+            return {}
+        names = sorted(self._device_sums)
+        counts = [float(self._scored), float(self._tokens), float(self._passes)]
+        values = torch.stack([self._device_sums[name] for name in names])
+        values = torch.cat([values, torch.tensor(counts, dtype=values.dtype, device=values.device)])
+        *sums, scored, tokens, passes = accelerator.reduce(values, reduction="sum").tolist()
+        total = dict(zip(names, sums, strict=True))
+        seconds = 0.0 if self._started is None else time.perf_counter() - self._started
+        self._reset()
+        metrics = {
+            "entropy": total["entropy"] / max(scored, 1),
+            "mean_token_accuracy": total["num_correct"] / max(scored, 1),
+            "tokens": tokens,
+            "seconds": seconds,
+        }
+        if "loss" in total:
+            metrics["loss"] = total["loss"] / total["loss_items"] if total["loss_items"] else math.nan
+        if "aux_loss" in total:
+            metrics["aux_loss"] = total["aux_loss"] / passes
+        return metrics

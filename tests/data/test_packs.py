@@ -1,0 +1,163 @@
+"""Every data set form that TRL takes, packed: the tokens and labels are TRL's own, and each is in a pack once."""
+
+import numpy as np
+import pytest
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from forms import FORMS, TOKENS
+from runs import DEFAULTS, losses, trainer
+from tiny import ROWS, VOCAB, tiny_model, tiny_tokenizer
+from trl import SFTConfig, SFTTrainer
+
+from packsft.data.packs import pack_dataset
+
+
+def documents(items):
+    """(input ids, labels) of all documents in packs, sorted; each document's first label is out of the loss anyway."""
+    found = []
+    for item in items:
+        start = 0
+        for length in item.get("seq_lengths", [len(item["input_ids"])]):
+            ids = list(map(int, item["input_ids"][start : start + length]))
+            found.append((ids, [-100, *map(int, item["labels"][start + 1 : start + length])]))
+            start += length
+    return sorted(found)
+
+
+def trl_documents(dataset, tmp_path, **options):
+    args = SFTConfig(str(tmp_path), use_cpu=True, **DEFAULTS | options)
+    trl = SFTTrainer(model=tiny_model(), args=args, train_dataset=dataset, processing_class=tiny_tokenizer())
+    return documents(trl.train_dataset)
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_the_packed_documents_are_those_that_trl_prepares(form, tmp_path):
+    dataset, options = FORMS[form]
+    packed = trainer(tmp_path, train_dataset=dataset, max_length=32, packing_strategy="bfd", **options)
+    expected = [d for d in trl_documents(dataset, tmp_path, max_length=32, **options) if any(x != -100 for x in d[1])]
+    assert documents(packed.train_dataset) == expected
+    assert max(sum(item["seq_lengths"]) for item in packed.train_dataset) <= 32
+    assert len(packed.train_dataset) < len(expected)
+    packed.train()
+    assert losses(packed)
+
+
+def test_a_formatting_function_is_applied(tmp_path):
+    rows = Dataset.from_list([{"q": "what is two plus two", "a": "four"}] * 4)
+    packed = trainer(tmp_path, train_dataset=rows, formatting_func=lambda row: f"user {row['q']} assistant {row['a']}")
+    ids, _ = documents(packed.train_dataset)[0]
+    assert [VOCAB[i] for i in ids] == [*["user", "what", "is", "two", "plus", "two", "assistant", "four"], "<eos>"]
+
+
+def test_packs_made_by_the_user_are_taken_as_they_are(tmp_path):
+    packs = Dataset.from_list([{"input_ids": [7, 1, 8, 9, 1], "labels": [7, 1, -100, 9, 1], "seq_lengths": [2, 3]}] * 3)
+    ours = trainer(
+        tmp_path, train_dataset=packs, dataset_kwargs={"skip_prepare_dataset": True}, per_device_train_batch_size=1
+    )
+    batch = next(iter(ours.get_train_dataloader()))
+    assert batch["cu_seq_lens_q"].tolist() == [0, 2, 5]
+    assert batch["loss_rows"].tolist() == [0, 2, 3]
+    ours.train()
+    assert len(losses(ours)) == 9
+
+
+def test_a_stream_is_packed_without_a_plan(tmp_path):
+    stream = IterableDataset.from_generator(lambda: iter(ROWS * 4))
+    ours = trainer(
+        tmp_path, train_dataset=stream, max_length=8, max_steps=2, packing_strategy="bfd", per_device_train_batch_size=1
+    )
+    ours.train()
+    assert len(losses(ours)) == 2
+    assert ours.packing_report is None
+
+
+def test_batches_of_several_packs_are_one_longer_row(tmp_path):
+    ours = trainer(tmp_path, train_dataset=TOKENS, max_length=8, packing_strategy="bfd", per_device_train_batch_size=2)
+    batch = next(iter(ours.get_train_dataloader()))
+    assert batch["input_ids"].shape[0] == 1
+    assert batch["input_ids"].shape[1] > 8
+
+
+def test_without_packing_no_padding_is_computed(tmp_path):
+    ours = trainer(tmp_path, train_dataset=TOKENS, packing=False, per_device_train_batch_size=4)
+    for batch in ours.get_train_dataloader():
+        assert batch["input_ids"].shape == (1, batch["num_tokens"])
+
+
+@pytest.mark.parametrize("keep", ["keep_start", "keep_end"])
+def test_truncation_keeps_the_end_that_was_asked_for(tmp_path, keep, caplog):
+    rows = Dataset.from_list([{"input_ids": [3, 4, 5, 6, 7, 8], "labels": [3, 4, 5, 6, 7, 8]}] * 2)
+    ours = trainer(tmp_path, train_dataset=rows, max_length=4, packing=False, truncation_mode=keep)
+    assert ours.train_dataset[0]["input_ids"].tolist() == ([3, 4, 5, 6] if keep == "keep_start" else [5, 6, 7, 8])
+    assert "2 examples are cut at max_length=4, 4 of 12 tokens are lost" in caplog.text
+
+
+def test_examples_without_a_scored_token_are_counted_and_left_out(tmp_path, caplog):
+    rows = [*ROWS[:2], {"input_ids": [3, 4, 5, 6, 7], "labels": [-100, -100, -100, -100, 7]}]  # scored past the cut
+    ours = trainer(tmp_path, train_dataset=Dataset.from_list(rows), max_length=4)
+    assert "1 of 3 examples have no token to score" in caplog.text
+    assert ours.packing_report.unscored_dropped == 1
+    assert sum(len(item["seq_lengths"]) for item in ours.train_dataset) == 2
+
+
+def test_a_shuffled_selection_of_rows_is_read_in_its_own_order(tmp_path):
+    rows = Dataset.from_list(ROWS).select([4, 0, 2])
+    ours = trainer(tmp_path, train_dataset=rows, packing=False)
+    assert [item["input_ids"].tolist() for item in ours.train_dataset] == [ROWS[i]["input_ids"] for i in (4, 0, 2)]
+
+
+@pytest.mark.parametrize("strategy", ["bfd_split", "wrapped"])
+def test_a_split_example_loses_no_token_whichever_end_truncation_would_keep(tmp_path, strategy):
+    rows = Dataset.from_list([{"input_ids": [3, 4, 5, 6, 7, 8], "labels": [3, 4, 5, 6, 7, 8]}] * 2)
+    ours = trainer(tmp_path, train_dataset=rows, max_length=4, packing_strategy=strategy, truncation_mode="keep_end")
+    tokens = sorted(token for item in ours.train_dataset for token in item["input_ids"].tolist())
+    assert tokens == sorted([3, 4, 5, 6, 7, 8] * 2)
+    ours.train()
+
+
+LONG = Dataset.from_list(  # scored: all, the first 3 tokens, the last token
+    [
+        {"input_ids": [3, 4, 5, 6, 7, 8], "labels": [3, 4, 5, 6, 7, 8]},
+        {"input_ids": [9, 10, 11, 12, 13, 14, 15], "labels": [9, 10, 11, -100, -100, -100, -100]},
+        {"input_ids": [16, 17, 18], "labels": [-100, -100, 18]},
+    ]
+)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(
+    ("overlong", "kept", "message"),
+    [
+        ("truncate", [[3, 4, 5, 6], [9, 10, 11, 12], [16, 17, 18]], "2 examples are cut at max_length=4, 5 of 16"),
+        ("split", [[3, 4, 5, 6], [7, 8], [9, 10, 11, 12], [16, 17, 18]], "1 segments of other examples have no token"),
+        ("drop", [[16, 17, 18]], "2 of 3 examples are longer than max_length=4 and left out, 13 of 16 tokens are lost"),
+    ],
+)
+def test_overlong_examples_go_where_they_are_sent(tmp_path, caplog, packing, overlong, kept, message):
+    ours = trainer(
+        tmp_path, train_dataset=LONG, eval_dataset=LONG, max_length=4, packing=packing, overlong=overlong
+    )  # fmt: skip
+    assert [ids for ids, _ in documents(ours.train_dataset)] == kept
+    assert documents(ours.eval_dataset) == documents(ours.train_dataset)
+    assert f"train data set: {message}" in caplog.text
+    expected = [sum(label != -100 for label in labels) for _, labels in documents(ours.train_dataset)]
+    assert sorted(ours.train_dataset.scored.tolist()) == sorted(expected)
+
+
+def test_scored_tokens_are_counted_by_segment_over_chunks_and_blocks(monkeypatch):
+    monkeypatch.setattr("packsft.data.packs.BLOCK", 4_000)
+    rng = np.random.default_rng(0)
+    table = [
+        Dataset.from_dict({"input_ids": rows, "labels": rows})
+        for rows in ([[7] * n for n in (3, 0, 300, 1)], [[7] * 5], [[7] * 2_100, [7] * 2_100, [7] * 4])
+    ]  # the second of 2,100 ends past a block of 4,000
+    labels = [np.where(rng.random(n) < 0.5, -100, 7) for part in table for n in map(len, part["labels"])]
+    parts = iter(labels)
+    table = [part.remove_columns("labels").add_column("labels", [next(parts).tolist() for _ in part]) for part in table]
+    packs = pack_dataset(concatenate_datasets(table), 200, strategy="bfd_split", name="train", seed=0)
+    plan = packs.plan
+    expected = [
+        (labels[example][start + 1 : stop] != -100).sum()
+        for example, start, stop in zip(*(a.astype(int) for a in (plan.examples, plan.starts, plan.stops)), strict=True)
+    ]
+    assert packs.scored.tolist() == expected
+    assert packs.scored.dtype == np.uint8
