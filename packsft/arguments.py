@@ -17,9 +17,8 @@ from transformers.utils import is_kernels_available
 from trl import SFTConfig
 
 from packsft.config import PackedSFTConfig
+from packsft.packing import PACKING_STRATEGIES, STRATEGIES
 from packsft.step.memory import can_measure
-
-STRATEGIES = ("step", "bfd", "bfd_split", "wrapped")
 
 logger = logging.getLogger("packsft")
 
@@ -51,12 +50,13 @@ def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
     """Everything about the call that can be known to be wrong before a row is tokenised."""
     if args.packing and args.max_length is None:
         raise ValueError("packing=True needs max_length, the number of tokens in a pack; got max_length=None")
-    if args.packing and args.packing_strategy not in STRATEGIES:
-        raise ValueError(f"packing_strategy={args.packing_strategy!r} is unknown, expected one of {STRATEGIES}")
+    if args.packing and args.packing_strategy not in PACKING_STRATEGIES:
+        raise ValueError(f"packing_strategy={args.packing_strategy!r} is unknown, expected one of {PACKING_STRATEGIES}")
     if _takes_exact_steps(args):
         _check_exact_steps(args)
     _warn_of_idle_settings(args)
-    if args.packing and args.packing_strategy != "step" and args.train_sampling_strategy == "group_by_length":
+    plans_packs = args.packing and not STRATEGIES[args.packing_strategy].exact_steps
+    if plans_packs and args.train_sampling_strategy == "group_by_length":
         raise ValueError(
             "train_sampling_strategy='group_by_length' brings examples of similar length together, and under "
             f"packing_strategy={args.packing_strategy!r} it would see packs, which are all about as long: leave it "
@@ -121,7 +121,8 @@ def skips_preparation(args: SFTConfig) -> bool:
 
 
 def _takes_exact_steps(args: SFTConfig) -> bool:
-    return args.packing and args.packing_strategy == "step" and not skips_preparation(args)
+    strategy = STRATEGIES.get(args.packing_strategy if args.packing else "none")
+    return strategy is not None and strategy.exact_steps and not skips_preparation(args)
 
 
 def _warn_of_idle_settings(args: SFTConfig) -> None:

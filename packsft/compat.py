@@ -19,6 +19,7 @@ import torch
 import transformers
 import trl
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from packaging.version import Version
 from torch import Tensor, nn
@@ -48,6 +49,13 @@ def knows_peft() -> bool:
 
 class _NoLayer:
     """In the place of PEFT's tuner layer: no head is an instance of it."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a forward or backward failed for want of memory, on a GPU or the CPU (accelerate knows the messages)."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, Exception) and should_reduce_batch_size(error)
+    )
 
 
 @contextmanager

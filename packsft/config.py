@@ -10,7 +10,7 @@ import torch
 from packsft_kernels.varlen_attention import BACKENDS
 from trl import SFTConfig
 
-from packsft.packing import OVERLONG, check_max_lost_fraction, resolve_overlong
+from packsft.packing import OVERLONG, PACKING_STRATEGIES, check_max_lost_fraction, resolve_overlong
 
 logger = logging.getLogger("packsft")
 
@@ -71,7 +71,7 @@ class PackedSFTConfig(SFTConfig):
         default="step",
         metadata={
             "help": "What is packed together: the examples of an optimizer step, or of the whole data set.",
-            "choices": ["step", "bfd", "bfd_split", "wrapped"],
+            "choices": list(PACKING_STRATEGIES),
         },
     )
     tokens_per_pass: int | str | None = field(

@@ -19,17 +19,14 @@ def stream_of(count, shards=1) -> IterableDataset:
 
 
 def documents(pack):
-    """The input ids of each document of a pack or of a batch, fillers (one token) left out."""
-    ids, found = [int(i) for i in pack["input_ids"].reshape(-1)], []
-    for length in pack["seq_lengths"]:
-        if length > 1:
-            found.append(tuple(ids[:length]))
-        ids = ids[length:]
-    return found
+    """The input ids of each document of a pack."""
+    return [tuple(document.input_ids.tolist()) for document in pack]
 
 
 def batch_documents(batch):
-    """The documents of a batch, or of the passes of a step."""
+    """The input ids of each document of a batch, or of the passes of a step; a batch without documents pads itself."""
     if "passes" in batch:
         return [document for part in batch["passes"] for document in batch_documents(part)]
-    return documents({"input_ids": batch["input_ids"], "seq_lengths": batch["cu_seq_lens_q"].diff().tolist()})
+    if not batch["num_documents"]:
+        return []
+    return [tuple(ids.tolist()) for ids in batch["input_ids"][0].split(batch["cu_seq_lens_q"].diff().tolist())]

@@ -47,20 +47,21 @@ def test_rows_to_plan():
 def test_the_trainer_leaves_out_the_row_without_a_scored_token(packed):
     plan = packed.train_dataset.plan
     assert [plan[i].tolist() for i in range(len(plan))] == [[0, 2], [4, 1]]
-    report = packed.packing_report
-    assert (report.examples_in, report.examples_packed, report.unscored_dropped) == (5, 4, 1)
-    assert (report.tokens_in, report.tokens_kept, report.tokens_lost) == (15, 14, 1)
-    assert report.fill == 14 / 16
+    account = packed.packing_report.account
+    assert (account.examples_in, account.examples_packed, account.examples_unscored) == (5, 4, 1)
+    assert (account.tokens_in, account.tokens_kept, account.tokens_lost) == (15, 14, 1)
+    assert packed.packing_report.fill == 14 / 16
 
 
 def test_plan_to_packs(packed):
-    first, second = packed.train_dataset
-    assert first["input_ids"].tolist() == [3, 4, 5, 6, 1, 8, 9, 1]
-    assert first["labels"].tolist() == [-100, -100, 5, 6, 1, -100, 9, 1]
-    assert first["seq_lengths"] == [5, 3]
-    assert second["input_ids"].tolist() == [11, 12, 13, 1, 7, 1]
-    assert second["labels"].tolist() == [-100, -100, 13, 1, 7, 1]
-    assert second["seq_lengths"] == [4, 2]
+    packs = [[(d.input_ids.tolist(), d.labels.tolist()) for d in pack] for pack in packed.train_dataset]
+    assert packs == [
+        [([3, 4, 5, 6, 1], [-100, -100, 5, 6, 1]), ([8, 9, 1], [-100, 9, 1])],
+        [
+            ([11, 12, 13, 1], [-100, -100, 13, 1]),
+            ([7, 1], [-100, 1]),
+        ],  # the first label of a row, here 7, is gone
+    ]
 
 
 def test_packs_to_batches(batches):
@@ -89,7 +90,7 @@ def test_packs_to_batches(batches):
         "cu_seq_lens_k": [0, 4, 6],
         "max_length_q": 4,
         "max_length_k": 4,
-        "labels": [[-100, -100, 13, 1, -100, 1]],  # the row's own label of its first token, 7, is gone
+        "labels": [[-100, -100, 13, 1, -100, 1]],
         "loss_rows": [1, 2, 4],
         "loss_targets": [13, 1, 1],
         "num_items": 3,

@@ -1,6 +1,6 @@
-"""`packsft check`: whether packed training is the same training, on a model by name, with the trainer as it is.
+"""`packsft check`: whether packed training is the same training, on a model by name.
 
-Loads and builds; what is measured is `claims.py`'s, and how a step is split is `invariance.py`'s.
+Loads and prepares; `proof/claims.py` measures, and `proof/invariance.py` measures how a step may be split.
 
     python -m packsft.app.check FOLDER   # one process of the check of batch invariance
 """
@@ -8,20 +8,24 @@ Loads and builds; what is measured is `claims.py`'s, and how a step is split is 
 from __future__ import annotations
 
 import sys
-import tempfile
 from typing import Any
 
 import torch
-from datasets import Dataset
+from accelerate.utils import send_to_device
+from packsft_kernels import LossOptions
 from packsft_kernels.varlen_attention import BACKENDS
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import is_peft_available
 
-from packsft.app.inspect import load_rows
+from packsft.app.inspect import tokenised_rows
+from packsft.compat import is_out_of_memory
 from packsft.config import PackedSFTConfig
+from packsft.data.collator import PackingCollator
+from packsft.data.packs import pack_dataset
 from packsft.model.head import count_embeddings
-from packsft.proof.claims import PackingCheck, random_documents
-from packsft.proof.invariance import InvarianceResult, certify_by_name, number_tokenizer, train_layouts
+from packsft.model.prepared import PreparedModel
+from packsft.proof.claims import PackingCheck, check_packing, first_documents, random_documents
+from packsft.proof.invariance import InvarianceResult, certify_by_name, train_layouts
 from packsft.trainer import PackedSFTTrainer
 
 WORKER = "packsft.app.check"
@@ -41,64 +45,65 @@ def check_model(
     data: str | None = None,
     max_length: int = 1024,
 ) -> PackingCheck:
-    """`PackedSFTTrainer.check_packing` on a model by folder or hub name, or "smollm2".
+    """`claims.check_packing` on a model by folder or hub name, or "smollm2".
 
     Args:
         model: a causal language model.
         adapter: folder or hub name of a PEFT adapter on it.
-        attn: a name of `varlen_attention.BACKENDS`, or else of transformers' attentions; None: what the trainer takes.
+        attn: a name in `varlen_attention.BACKENDS` or of a transformers attention; None: what the trainer takes.
         dtype: what the model computes in.
-        data: a data set, see `inspection.load_rows`; None: tokens at random.
+        data: a data set, see `inspect.load_rows`; None: random tokens.
         max_length: where documents are cut.
 
     Raises:
-        ValueError: the model does not run by itself, or `adapter` without PEFT; and what the trainer raises.
+        ValueError: the model does not run by itself, `adapter` without PEFT, or what `PreparedModel` raises.
     """
-    own_attention = attn if attn not in (None, *BACKENDS) else None
-    network, tokenizer = _load(model, getattr(torch, dtype), own_attention, needs_tokenizer=data is not None)
+    rows = None if data is None else tokenised_rows(data, model)
+    network: Any = _load(model, getattr(torch, dtype), attn if attn not in (None, *BACKENDS) else None)
     if adapter is not None:
         if not is_peft_available():
             raise ValueError(f"adapter {adapter}: needs the package peft, which is not installed")
         from peft import PeftModel
 
         network = PeftModel.from_pretrained(network, adapter, is_trainable=True)
-    device = TrainingArguments("unused", report_to="none", use_cpu=not torch.accelerator.is_available()).device
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
     network = network.to(device)
     try:
         with torch.no_grad():
-            network(input_ids=torch.tensor([[0, 1]], device=network.device))
+            network(input_ids=torch.tensor([[0, 1]], device=device))
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{model} does not run by itself in {dtype}: {error}") from error
-    with tempfile.TemporaryDirectory() as folder:
-        args = PackedSFTConfig(
-            folder, bf16=False, report_to="none", max_length=max_length, gradient_checkpointing=False,
-            attention_backend=attn if attn in BACKENDS else "auto",
-        )  # fmt: skip
-        rows = random_documents(count_embeddings(network), max_length)
-        return PackedSFTTrainer(
-            model=network,
-            args=args,
-            train_dataset=Dataset.from_list(rows) if data is None else load_rows(data),
-            processing_class=tokenizer,
-        ).check_packing()
+    config = network.config.get_text_config()
+    routes = hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", 0.0) != 0.0
+    prepared = PreparedModel(
+        network,
+        LossOptions(),
+        attention_backend=attn if attn in BACKENDS else "auto",
+        max_length=max_length,
+        needs_aux_loss=routes,
+    )
+    vocab_size = count_embeddings(prepared.base_model)
+    if rows is None:
+        documents = random_documents(vocab_size, max_length)
+    else:
+        packs = pack_dataset(rows, max_length, strategy="none", name="train", vocab_size=vocab_size)
+        documents = first_documents(packs, max_length)
+    collator = PackingCollator(pad_token_id=0, padded=prepared.padded, max_length=max_length, masked=routes)
+    return check_packing(network, prepared, documents, collator, lambda batch: send_to_device(batch, device))
 
 
-def _load(model: str, dtype: torch.dtype, attn: str | None, *, needs_tokenizer: bool) -> tuple[PreTrainedModel, Any]:
+def _load(model: str, dtype: torch.dtype, attn: str | None) -> PreTrainedModel:
     if model == "smollm2":
         from packsft.app.smollm2 import load_smollm2
 
-        network, tokenizer = load_smollm2(dtype)
+        network, _ = load_smollm2(dtype)
         if attn is not None:
             network.set_attn_implementation(attn)
-        return network, tokenizer
+        return network
     options = {} if attn is None else {"attn_implementation": attn}
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options)
-    if not needs_tokenizer:
-        return network, number_tokenizer(count_embeddings(network))
-    try:
-        return network, AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"{model}: its tokenizer, which data needs, could not be loaded: {error}") from error
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options)
 
 
 if __name__ == "__main__":

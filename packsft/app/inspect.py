@@ -21,7 +21,7 @@ from datasets.exceptions import DatasetsError
 from rich.console import Console
 
 from packsft.app.tables import print_table
-from packsft.data.batch import IGNORE_INDEX
+from packsft.data.document import IGNORE_INDEX
 from packsft.data.packs import pack_dataset
 from packsft.packing import (
     MaxLength,
@@ -32,6 +32,7 @@ from packsft.packing import (
     simulate_steps,
 )
 from packsft.packing.max_length import CANDIDATES, LOST_AT_MOST, recommended_max_length
+from packsft.packing.strategies import strategy_named
 
 FILE_KINDS = {
     ".jsonl": "json",
@@ -108,21 +109,14 @@ def inspect_data(
     Raises:
         ValueError, OSError: whatever the user can put right, named.
     """
-    rows = load_rows(data, split)
-    form = _form(rows, data)
-    if form == ("input_ids",):
-        if assistant_only_loss and not {"labels", "assistant_masks"} & set(rows.column_names):
-            raise ValueError(f"{data} is tokenised without assistant_masks, which --assistant-only-loss needs")
-        rows = label_rows(rows, completion_only_loss)
-    else:
-        rows = _tokenise(rows, data, model, assistant_only_loss, completion_only_loss)
+    rows = tokenised_rows(data, model, split, assistant_only_loss, completion_only_loss)
     packed = pack_dataset(
         rows,
         max_length,
         strategy=strategy,
         overlong=overlong,
         name=split,
-        seed=seed if strategy in ("bfd", "bfd_split") else None,
+        seed=seed if strategy_named(strategy).repacks else None,
     )
     compared = compare_max_lengths(packed.rows.lengths, {*CANDIDATES, max_length})
     report = packing_report(
@@ -134,7 +128,7 @@ def inspect_data(
         tokens_per_pass=tokens_per_pass,
     )
     plan = packed.plan
-    if strategy == "step":  # what a picture shows of it
+    if packed.strategy.exact_steps:  # a picture shows the passes of some steps
         size = per_device_train_batch_size * gradient_accumulation_steps * devices
         tokens_per_pass = tokens_per_pass or max_length
         plan = _as_packs(plan, tokens_per_pass, simulate_steps(packed.lengths, size, tokens_per_pass, devices, 64))
@@ -142,20 +136,44 @@ def inspect_data(
 
 
 def _as_packs(plan: PackPlan, tokens_per_pass: int, steps: list[list[list[np.ndarray]]]) -> PackPlan:
-    """The passes of some steps as the packs of a plan, in the order of the steps; `plan` has a document per pack."""
+    """The passes of some steps as the packs of a plan, in step order; `plan` has one document per pack."""
     passes = [documents for shares in steps for share in shares for documents in share if len(documents)]
-    pieces = np.concatenate(passes)
+    segments = np.concatenate(passes)
     return replace(
         plan,
         offsets=np.cumsum([0, *map(len, passes)]),
-        examples=plan.examples[pieces],
-        starts=plan.starts[pieces],
-        stops=plan.stops[pieces],
+        examples=plan.examples[segments],
+        starts=plan.starts[segments],
+        stops=plan.stops[segments],
         max_length=tokens_per_pass,
     )
 
 
 # ---- data ----
+
+
+def tokenised_rows(
+    data: str,
+    model: str | None,
+    split: str = "train",
+    assistant_only_loss: bool = False,
+    completion_only_loss: bool | None = None,
+) -> Dataset:
+    """Columns `input_ids` and `labels` of a data set, as the trainer makes them.
+
+    Args:
+        data: see `load_rows`.
+        model: whose tokenizer to take, for text.
+
+    Raises:
+        ValueError, OSError: whatever the user can put right, named.
+    """
+    rows = load_rows(data, split)
+    if _form(rows, data) != ("input_ids",):
+        return _tokenise(rows, data, model, assistant_only_loss, completion_only_loss)
+    if assistant_only_loss and not {"labels", "assistant_masks"} & set(rows.column_names):
+        raise ValueError(f"{data} is tokenised without assistant_masks, which --assistant-only-loss needs")
+    return label_rows(rows, completion_only_loss)
 
 
 def load_rows(data: str, split: str = "train") -> Dataset:
@@ -322,7 +340,10 @@ def _load_tokenizer(model: str) -> Any:
 
     from packsft.app.smollm2 import load_smollm2_tokenizer
 
-    tokenizer = load_smollm2_tokenizer() if model == "smollm2" else AutoTokenizer.from_pretrained(model)
+    try:
+        tokenizer = load_smollm2_tokenizer() if model == "smollm2" else AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"{model}: its tokenizer, which text needs, could not be loaded: {error}") from error
     if tokenizer.eos_token is None:
         raise ValueError(f"the tokenizer of {model} has no EOS token, so that no example would have an end")
     return tokenizer

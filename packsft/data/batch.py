@@ -1,6 +1,6 @@
-"""The contract between collator, trainer and head: which keys a batch of packed documents has, and what they mean.
+"""The contract between collator, trainer and head: the keys of a batch of packed documents.
 
-Everything about a pack is worked out once, on the host, by the collator. Nothing here reads a device.
+The collator works everything out once, on the host. Nothing here reads a device.
 
 | key                            | shape, dtype    | meaning                                                           |
 |--------------------------------|-----------------|-------------------------------------------------------------------|
@@ -13,28 +13,31 @@ Everything about a pack is worked out once, on the host, by the collator. Nothin
 | `loss_rows`                    | `[N]` int32     | positions t whose next token is scored                            |
 | `loss_targets`                 | `[N]` int64     | `labels[t + 1]` of those positions                                |
 | `loss_weights`                 | `[N]` float64   | weight of each position's loss; only where examples count equally |
-| `num_items`                    | int or float    | N, or the sum of the weights: what alone the loss is divided by   |
+| `num_items`                    | int or float    | N, or the sum of the weights: the batch's share of the divisor    |
 | `num_scored`                   | int             | N                                                                 |
 | `num_tokens`                   | int             | tokens of the documents, without padding                          |
 | `num_documents`                | int             | D                                                                 |
 
-For `torch.compile` the collator pads T, D and N (`round_sizes`): the counts are those without what is padded.
+For `torch.compile` the collator pads T, D and N (`round_sizes`). Counts exclude padding.
 
-A padded batch (for models that cannot keep packed documents apart) has `[B, S]` `input_ids` and `labels`, and its
-`loss_rows` count through the flattened rows; it has no boundaries, since right padding comes after what it could hurt.
-For a mixture of experts it has an `attention_mask`: the router's loss is not to count padding.
+A padded batch (for models on which packed documents see each other) has `[B, S]` `input_ids` and `labels`, and its
+`loss_rows` count through the flattened rows. It has no boundaries: right padding comes after all it could harm. For a
+mixture of experts it has an `attention_mask`, so that the router's loss excludes padding.
+
+A batch without documents has one token that is not scored, and counts of 0: a rank with no work left still runs its
+forward and backward, because the other ranks wait for it.
 
 Under exact-step packing an item of the data loader is an optimizer step: the batches of its passes on this rank, and
-what is common to all ranks.
+what all ranks have in common. A pass is what is elsewhere called a micro-batch: one forward and backward.
 
-| key               | type         | meaning                                                                        |
-|-------------------|--------------|--------------------------------------------------------------------------------|
-| `passes`          | list         | batches as above, as many on every rank                                        |
-| `input_ids`       | int64        | those of the passes, joined, for metrics that want them                        |
-| `examples`        | `[B]` int64  | the step's examples on all ranks, by their place in the data set; of a stream, |
-|                   | or list      | which has no places, their rows                                                |
-| `num_items`       | int or float | what the step's loss is divided by, on all ranks                               |
-| `tokens_per_pass` | int          | the bound that the passes were planned for                                     |
+| key               | type          | meaning                                                                   |
+|-------------------|---------------|---------------------------------------------------------------------------|
+| `passes`          | list          | batches as above, equally many on every rank                              |
+| `input_ids`       | int64         | the input ids of all passes, joined, for metrics that want them           |
+| `examples`        | `[B]` int64   | the step's examples on all ranks, as indices into the data set; a stream, |
+|                   | or list       | which has no indices, gives the examples themselves                       |
+| `num_items`       | int or float  | what the step's loss is divided by, on all ranks                          |
+| `tokens_per_pass` | int           | the limit that the passes were planned for                                |
 """
 
 from __future__ import annotations
@@ -45,7 +48,8 @@ from typing import Any
 
 import numpy as np
 
-IGNORE_INDEX = -100  # a label that is not scored
+from packsft.data.document import Pack
+
 LOSS_KEYS = ("loss_rows", "loss_targets", "loss_weights")  # read by the head, unknown to the models
 # for the trainer; labels would make the model compute its own loss
 HOST_KEYS = ("labels", "num_items", "num_scored", "num_tokens", "num_documents")
@@ -53,26 +57,26 @@ HOST_KEYS = ("labels", "num_items", "num_scored", "num_tokens", "num_documents")
 
 @dataclass
 class StepRows:
-    """An optimizer step before it is collated: the rows of each pass on this rank, and the keys common to all ranks."""
+    """An optimizer step before it is collated: the documents of each pass on this rank, and what all ranks share."""
 
-    passes: list[list[dict[str, Any]]]
-    examples: np.ndarray | list[dict[str, Any]]
+    passes: list[Pack]
+    examples: np.ndarray | list[Pack]
     num_items: int | float
     tokens_per_pass: int
 
 
 def document_lengths(batch: Mapping[str, Any]) -> Any:
-    """`[1, T]` tokens of the document that each token is in; None for a padded batch."""
+    """`[1, T]`: the length of the document that each token is in; None for a padded batch."""
     if "cu_seq_lens_q" not in batch:
         return None
     return batch["cu_seq_lens_q"].diff()[batch["seq_idx"].long()]
 
 
 def loss_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What the head takes beside the model's own inputs."""
+    """The inputs of the head, beside the model's own."""
     return {key: batch[key] for key in LOSS_KEYS if key in batch}
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model's own forward takes."""
+    """The inputs of the model's own forward."""
     return {key: value for key, value in batch.items() if key not in LOSS_KEYS + HOST_KEYS}

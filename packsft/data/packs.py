@@ -1,6 +1,6 @@
-"""Tokenised rows and a plan to a data set of packs: gathers the tokens of one pack when it is asked for.
+"""A data set of packs: a plan over tokenised rows. The tokens of a pack are gathered when it is asked for.
 
-Knows Arrow columns of token ids; knows nothing of text, models or devices.
+Knows Arrow columns of token ids, not text, models or devices.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from packsft.data.batch import IGNORE_INDEX, StepRows
+from packsft.data.document import IGNORE_INDEX, Pack, first_outside, make_document, outside_vocabulary
 from packsft.packing import (
+    STRATEGIES,
     Segments,
+    Strategy,
     balanced_order,
-    check_losses,
     check_max_lost_fraction,
     cut_examples,
-    describe_losses,
     pack_segments,
-    plan_step,
 )
 
 BLOCK = 1 << 22  # values that are counted at once
@@ -71,13 +70,10 @@ class TokenRows:
 
     def check_ids(self, vocab_size: int) -> None:
         """Raises ValueError, naming the row, for an id or a label outside the vocabulary."""
-        for name, column, ignore in (("input_ids", self._ids, None), ("labels", self._labels, IGNORE_INDEX)):
-            if (found := column.first_outside(vocab_size, ignore)) is not None:
+        for name, column in (("input_ids", self._ids), ("labels", self._labels)):
+            if (found := column.first_outside(name, vocab_size)) is not None:
                 row, value = found
-                raise ValueError(
-                    f"row {row} of the data set: {name} holds {value}, but the vocabulary has {vocab_size} entries, "
-                    f"0 to {vocab_size - 1}" + (" (or -100, not scored)" if ignore is not None else "")
-                )
+                raise ValueError(outside_vocabulary(f"row {row} of the data set", name, value, vocab_size))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_dataset": self._dataset}  # not the views: a worker maps the Arrow file of the data set itself
@@ -130,36 +126,31 @@ class _ListColumn:
                 counts[segments][block] = running[end[block] - low] - running[begin[block] - low]
         return counts
 
-    def first_outside(self, vocab_size: int, ignored: int | None) -> tuple[int, int] | None:
-        """(row, value) of the first value that is no id, or None."""
+    def first_outside(self, name: str, vocab_size: int) -> tuple[int, int] | None:
+        """(row, value) of the first value outside the vocabulary, or None."""
         for (offsets, values), first in zip(self._chunks, self._first_rows, strict=False):
             begin, end = offsets[0], offsets[-1]
-            used = values[begin:end]
-            bad = (used < 0) | (used >= vocab_size)
-            if ignored is not None:
-                bad &= used != ignored
-            if bad.any():
-                at = int(np.argmax(bad))
-                return int(first + np.searchsorted(offsets, begin + at, side="right") - 1), int(used[at])
+            if (at := first_outside(values[begin:end], name, vocab_size)) is not None:
+                return int(first + np.searchsorted(offsets, begin + at, side="right") - 1), int(values[begin + at])
         return None
 
 
 class PackedDataset(torch.utils.data.Dataset):
-    """A plan over rows. Item i is pack i: `input_ids`, `labels` and `seq_lengths`, gathered when asked for.
+    """A plan over rows. Item i is pack i: a list of `Document`s, gathered when asked for.
 
     Args:
         rows: the tokens.
-        segments: which of them may be packed.
+        segments: the segments to pack.
         scored: `[S]` integers, the scored tokens of each segment.
-        seed: of the plan. With one, `set_epoch` packs anew, into as many packs.
-        per_example: the segments of an example together weigh 1 in the loss (`loss_weights`, one number per document).
+        seed: of the plan. With a seed, `set_epoch` packs anew, into the same number of packs.
+        per_example: the segments of an example together weigh 1 in the loss.
 
     Attributes:
         plan: the packs.
-        scored: `[S]` unsigned integers, the scored tokens of each piece of the plan.
+        scored: `[S]` unsigned integers, the scored tokens of each segment of the plan.
         lengths: `[P]` int64, the tokens of each item.
-        items: `[P]` int64 or float64, what each brings to the loss's denominator: scored tokens, or their weights.
-        repacks: whether an epoch's packs are other ones.
+        items: `[P]` int64 or float64, what each item adds to the loss's denominator: scored tokens, or their weights.
+        repacks: whether each epoch has its own packs.
     """
 
     def __init__(
@@ -174,9 +165,9 @@ class PackedDataset(torch.utils.data.Dataset):
         self.rows = rows
         self._segments, self._segment_scored, self._per_example = segments, scored, per_example
         self.seed = seed
-        self.repacks = seed is not None and segments.strategy in ("bfd", "bfd_split")
+        self.repacks = seed is not None and STRATEGIES[segments.strategy].repacks
         self._pack(seed, None)
-        if self.repacks:  # another seed may need a pack more, but none needs more than the plan that mixes nothing
+        if self.repacks:  # another seed may need one pack more, but never more than the plan that mixes nothing
             fewest = len(pack_segments(segments)[0])
             if fewest > len(self):
                 self._pack(seed, fewest)
@@ -196,19 +187,19 @@ class PackedDataset(torch.utils.data.Dataset):
             self.items = np.add.reduceat(items, plan.offsets[:-1])
 
     def set_epoch(self, epoch: int) -> None:
-        """Pack anew for an epoch, the first of which is 0, so that other examples meet; without a seed, nothing."""
+        """Pack anew for an epoch (the first is 0), so that other examples meet. Without a seed, do nothing."""
         if self.repacks and epoch != self.epoch:
             assert self.seed is not None
             self._pack(self.seed + epoch, len(self))
             self.epoch = epoch
 
     def most_tokens(self, num_items: int) -> int:
-        """Tokens of the longest so many items together."""
+        """Tokens of the `num_items` longest items together."""
         return int(np.sort(self.lengths)[-num_items:].sum())
 
     @property
-    def strategy(self) -> str:
-        return self.plan.strategy
+    def strategy(self) -> Strategy:
+        return STRATEGIES[self.plan.strategy]
 
     def check_ids(self, vocab_size: int) -> None:
         self.rows.check_ids(vocab_size)
@@ -216,20 +207,18 @@ class PackedDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
-        """Item `index`, or (epoch, index): a worker that outlives its epoch hears of the next one in this way."""
+    def __getitem__(self, index: int | tuple[int, int]) -> Pack:
+        """Item `index`, or (epoch, index): this tells a persistent worker when a new epoch begins."""
         if isinstance(index, tuple):
             epoch, index = index
             self.set_epoch(epoch)
-        pieces = [self.rows.tokens(*piece) for piece in self.plan.pieces(int(index))]
-        item = {
-            "input_ids": np.concatenate([ids for ids, _ in pieces]),
-            "labels": np.concatenate([labels for _, labels in pieces]),
-            "seq_lengths": [len(ids) for ids, _ in pieces],
-        }
-        if self._weights is not None:
-            item["loss_weights"] = self._weights[self.plan.offsets[index] : self.plan.offsets[index + 1]].tolist()
-        return item
+        segments = self.plan.segments(int(index))
+        first = int(self.plan.offsets[index])
+        weights = [None] * len(segments) if self._weights is None else self._weights[first : first + len(segments)]
+        return [
+            make_document(*self.rows.tokens(*segment), weight)
+            for segment, weight in zip(segments, weights, strict=True)
+        ]
 
 
 def pack_dataset(
@@ -245,23 +234,23 @@ def pack_dataset(
     keep_end: bool = False,
     per_example: bool = False,
 ) -> PackedDataset:
-    """Plan the packs of a tokenised data set and wrap it. Segments in which nothing is scored are left out.
+    """Plan the packs of a tokenised data set. Segments without a scored token are left out.
 
     Args:
         dataset: columns `input_ids` and `labels`.
         max_length: tokens a pack holds, and where an example is cut; None only with `strategy="none"`.
         strategy: of `plan_packs`; "none" for one example per item.
-        name: what the messages call the data set.
-        overlong: of `plan_packs`: what becomes of an example longer than `max_length`.
-        max_lost_fraction: the share of the data set's tokens, 0 to 1, that may be lost for whatever reason.
+        name: how messages call the data set.
+        overlong: of `plan_packs`: what happens to an example longer than `max_length`.
+        max_lost_fraction: the share of the data set's tokens, 0 to 1, that may be lost for any reason.
         vocab_size: ids and labels must be below it.
-        seed: mixes which examples meet, and the order of the packs; with one, every epoch is packed anew.
-        keep_end: a truncated example keeps its last tokens rather than its first.
-        per_example: examples weigh the same in the loss, rather than scored tokens.
+        seed: mixes which examples meet, and the order of the packs; with a seed, every epoch is packed anew.
+        keep_end: a truncated example keeps its last tokens instead of its first.
+        per_example: examples weigh the same in the loss, instead of scored tokens.
 
     Raises:
-        ValueError: an empty data set, one without a scored token, one that loses more than `max_lost_fraction`, a row
-            that is not well formed, or what `cut_examples` refuses.
+        ValueError: the data set is empty, has no scored token or loses more than `max_lost_fraction`, a row is not
+            well formed, or `cut_examples` refuses it.
     """
     check_max_lost_fraction(max_lost_fraction)
     if len(dataset) == 0:
@@ -277,20 +266,20 @@ def pack_dataset(
     if not len(plan):
         raise ValueError(
             f"no example of the {name} data set has a token to score within max_length={max_length} (labels that are "
-            f"not -100, after an example's first token): {'; '.join(describe_losses(vars(plan), max_length))}"
+            f"not -100, after an example's first token): {'; '.join(plan.account.describe_losses(max_length))}"
         )
-    check_losses(vars(plan), max_length, max_lost_fraction, f"{name} data set")
+    plan.account.check_lost_fraction(max_lost_fraction, max_length, f"{name} data set")
     return packed
 
 
 class PackSampler(torch.utils.data.Sampler):
-    """Every epoch its own packs, in an order in which those that run at once cost attention the same.
+    """Gives each epoch its own packs, in an order in which packs that run at once cost attention the same.
 
     Yields (epoch, pack).
 
     Args:
-        packs: a data set that packs anew.
-        group_size: the packs that run at once: those of a batch, on all devices.
+        packs: a data set that repacks.
+        group_size: how many packs run at once: the packs of a batch, on all devices.
     """
 
     def __init__(self, packs: PackedDataset, group_size: int) -> None:
@@ -307,49 +296,3 @@ class PackSampler(torch.utils.data.Sampler):
         assert self._packs.seed is not None
         for pack in balanced_order(self._packs.plan, self._group_size, self._packs.seed + epoch):
             yield epoch, int(pack)
-
-
-class StepDataset(torch.utils.data.Dataset):
-    """Optimizer steps over a data set whose items are single examples: what a batch of indices is, packed for one rank.
-
-    The data loader asks for a whole step at once, the same one on every rank (`per_device_batch_size * accumulation *
-    ranks` examples in the sampler's order). All ranks plan it, from the lengths alone, and each gathers its own passes.
-    """
-
-    total_dataset_length = 0  # accelerate would cut what it gathers of a last batch, as if examples were repeated
-
-    def __init__(
-        self,
-        examples: PackedDataset,
-        batch_size: int,
-        tokens_per_pass: int,
-        rank: int = 0,
-        num_ranks: int = 1,
-        padded: bool = False,
-    ) -> None:
-        self.examples = examples
-        self.tokens_per_pass = tokens_per_pass
-        self._batch_size, self._rank, self._num_ranks, self._padded = batch_size, rank, num_ranks, padded
-
-    def longest(self) -> int:
-        """Tokens of the longest example."""
-        return self.examples.most_tokens(1)
-
-    def most_tokens_per_rank(self) -> int:
-        """An upper bound on the tokens that a step brings to a rank, if they are dealt evenly."""
-        return -(-self.examples.most_tokens(self._batch_size) // self._num_ranks)
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.examples[index]  # a sampler by length looks at single examples
-
-    def __getitems__(self, indices: list[int]) -> list[StepRows]:
-        return [self.step(np.array(indices, dtype=np.int64))]
-
-    def step(self, examples: np.ndarray) -> StepRows:
-        """The passes of this rank in the step that takes these examples, `[B]`."""
-        ranks = plan_step(self.examples.lengths[examples], self.tokens_per_pass, self._num_ranks, padded=self._padded)
-        passes = [[self.examples[i] for i in examples[documents]] for documents in ranks[self._rank]]
-        return StepRows(passes, examples, self.examples.items[examples].sum().item(), self.tokens_per_pass)

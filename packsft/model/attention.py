@@ -1,8 +1,8 @@
 """Registers `attn_implementation="packsft"` with transformers: per-document attention where boundaries arrive.
 
-A layer that is handed `cu_seq_lens_q` attends within documents, through `packsft_kernels.varlen_attention`, and needs
-no mask. A layer that is not (generation, padded evaluation) gets SDPA with transformers' own mask. The decision is
-made by the keyword argument alone, so it holds when a checkpointed layer is recomputed in the backward.
+A layer that gets `cu_seq_lens_q` attends within documents, through `packsft_kernels.varlen_attention`, and needs no
+mask. Without it (generation, padded evaluation) a layer runs SDPA with transformers' own mask. The keyword argument
+alone decides, so recomputation of a checkpointed layer in the backward takes the same path.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def packed_attention_forward(
     """transformers' attention interface: `[B, heads, S, K]` in, `([B, S, H, K], None)` out.
 
     Raises:
-        ValueError: inside a packed forward the boundaries did not arrive, so that documents would see each other, or
-            the model handed over a mask that it made itself.
+        ValueError: inside a packed forward the boundaries did not arrive, so documents would see each other, or the
+            model passed a mask of its own.
     """
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is None:
@@ -61,8 +61,9 @@ def packed_attention_forward(
     sinks = kwargs.get("s_aux")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, K], views
     out = varlen_attention(
-        q, k, v, cu_seqlens, int(kwargs["max_length_q"]), scale=scaling, sinks=sinks, backend=_backend, **options
-    )
+        q, k, v, cu_seqlens, int(kwargs["max_length_q"]), scale=scaling, sinks=sinks, backend=_backend_of(module),
+        **options,
+    )  # fmt: skip
     return out.unsqueeze(0), None
 
 
@@ -96,14 +97,24 @@ def _unpacked(
     return out.transpose(1, 2).contiguous()
 
 
-_backend = "auto"
+def set_backend(model: nn.Module, backend: str) -> None:
+    """Choose the back end of packed attention for this model: "auto" or a name in `varlen_attention.BACKENDS`.
+
+    Every module keeps the name, since only its attention layers are called with it; a deep copy keeps it too.
+    """
+    for module in model.modules():
+        module.packsft_backend = backend  # type: ignore[assignment]
+
+
+def _backend_of(module: nn.Module) -> str:
+    return getattr(module, "packsft_backend", "auto")
 
 
 def backend_of(model: PreTrainedModel) -> tuple[str, AttentionSpec]:
-    """The back end that a training forward of the model takes under the autocast that is on, and what it is asked for.
+    """The back end of a training forward under the current autocast, and what it has to support.
 
     Raises:
-        ValueError: the back end was chosen by name and cannot run it.
+        ValueError: the back end was chosen by name and cannot run.
     """
     config, device = model.config.get_text_config(), model.device.type
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -112,22 +123,16 @@ def backend_of(model: PreTrainedModel) -> tuple[str, AttentionSpec]:
         device, dtype, head_dim, dropout=getattr(config, "attention_dropout", 0.0) or 0.0,
         softcap=getattr(config, "attn_logit_softcapping", None), window=getattr(config, "sliding_window", None),
     )  # fmt: skip
-    return choose_backend(spec, _backend), spec
-
-
-def set_backend(backend: str) -> None:
-    """Choose the back end of packed attention for this process: "auto" or a name of `varlen_attention.BACKENDS`."""
-    global _backend
-    _backend = backend
+    return choose_backend(spec, _backend_of(model)), spec
 
 
 @contextmanager
 def packed_forward() -> Iterator[None]:
     """While open, transformers builds no mask for `attn_implementation="packsft"`.
 
-    The mask function is SDPA's, which a padded call needs. In a packed call it would build a [T, T] mask, and even to
-    find out that it must, transformers reads `position_ids` back from the device. A name that is not in the mask
-    registry is handed no mask and no read takes place (`transformers.masking_utils._preprocess_mask_arguments`).
+    The registered mask function is SDPA's, which a padded call needs. In a packed call it would build a [T, T] mask,
+    and transformers would read `position_ids` back from the device to decide that it must. For a name that is not in
+    the mask registry it builds no mask and reads nothing (`transformers.masking_utils._preprocess_mask_arguments`).
     """
     mask_function = MASKS.pop(ATTENTION_NAME, None)
     try:
@@ -139,17 +144,17 @@ def packed_forward() -> Iterator[None]:
 
 @contextmanager
 def watch_masks() -> Iterator[list[tuple[str, int]]]:
-    """While open, ordinary forwards of `attn_implementation="packsft"` list what layers are told by their mask alone.
+    """While open, ordinary forwards of `attn_implementation="packsft"` list windows expressed only in the mask.
 
-    The list gets (kind of layer, n) where a mask is another than the attention is told (causal, `sliding_window`), so
-    that packed attention, which has no mask, is right for documents of at most n tokens.
+    The list gets (layer class, n) where a mask differs from what the attention arguments say (causal,
+    `sliding_window`). Packed attention, which has no mask, is then right only for documents of at most n tokens.
     """
     found: list[tuple[str, int]] = []
-    made: dict[int, tuple[int, Tensor]] = {}  # storage: (window, mask), kept so that no other mask takes its place
+    made: dict[int, tuple[int, Tensor]] = {}  # storage: (window, mask, kept alive)
 
     def watched_mask(*args: Any, **kwargs: Any) -> Tensor | None:
         mask = sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
-        if mask is not None:  # of BART's cross attention there is none
+        if mask is not None:  # BART's cross attention has none
             made[mask.untyped_storage().data_ptr()] = kwargs.get("local_size") or sys.maxsize, mask
         return mask
 

@@ -1,14 +1,14 @@
-"""The LM head inside the model's forward: loss and per-token metrics from hidden states, the logits never whole.
+"""The LM head inside the model's forward: loss and per-token metrics from hidden states, never the whole logits.
 
-`install_head` teaches a model's forward the keyword arguments of `batch.LOSS_KEYS`. With them it runs the backbone
-and scores only the listed positions, in one of two ways:
+`install_head` teaches a model's forward the keyword arguments in `batch.LOSS_KEYS`. With them, the forward runs the
+backbone and scores only the listed positions, in one of two ways:
 
-- fused: `linear_cross_entropy` on the head's weight and the narrow products that a LoRA adds to it, after a probe has
-  shown that it reproduces the model's own log-probabilities;
-- compact logits: the model's own head on the scored positions, then `cross_entropy`. Any head works: other adapters,
-  quantised weights, transforms between backbone and head.
+- fused: `linear_cross_entropy` on the head's weight and the low-rank products that a LoRA adds to it. A probe first
+  shows that it reproduces the model's own log-probabilities.
+- compact logits: the model's own head on the scored positions, then `cross_entropy`. This works with any head: other
+  adapters, quantised weights, transforms between backbone and head.
 
-It happens inside the forward so that the hooks of DDP, FSDP and ZeRO fire around it.
+It runs inside the forward so that the hooks of DDP, FSDP and ZeRO fire around it.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from packsft.compat import gathered_parameters
+from packsft.compat import gathered_parameters, is_out_of_memory
 from packsft.data.batch import LOSS_KEYS
 from packsft.model.adapters import Addition, exercised, low_rank_of, split_head
 
 
 @dataclass
 class HeadOutput(ModelOutput):
-    """What a forward with `loss_rows` returns. All are 0-d tensors on the device, of N scored rows.
+    """The output of a forward with `loss_rows`: 0-d tensors on the device, over N scored rows.
 
     Attributes:
-        loss: sum of the rows' losses over `num_items`, the only differentiable one.
+        loss: sum of the rows' losses / `num_items`; the only differentiable one.
         entropy_sum: sum of the entropies of the predicted distributions, in nats.
         num_correct: rows whose target is the first argmax.
-        aux_loss: the router's load-balancing loss of a mixture of experts, unweighted, where the model returns one.
+        aux_loss: the router's load-balancing loss of a mixture of experts, unweighted, if the model returns one.
     """
 
     loss: Tensor
@@ -50,14 +50,14 @@ class HeadOutput(ModelOutput):
 
 
 def count_embeddings(model: PreTrainedModel) -> int:
-    """Entries of the vocabulary as the model embeds it, an adapter on the embeddings or not."""
+    """Rows of the input embeddings, with or without an adapter on them."""
     embedding = model.get_input_embeddings()
     return getattr(embedding, "base_layer", embedding).weight.shape[0]
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` for the length of the context; each module's own flag comes back."""
+    """`model.eval()` within the context; each module's own flag is restored."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -70,17 +70,16 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss: bool = False) -> str | None:
     """Teach `model.forward` the keyword arguments `loss_rows`, `loss_targets`, `loss_weights` and `num_items`.
 
-    Without them the forward stays what it was. Call before the model is wrapped (DDP, FSDP); a PEFT model's base model
-    is what to pass.
+    Without them the forward does not change. Call this before the model is wrapped (DDP, FSDP); for a PEFT model, pass
+    its base model.
 
     Args:
         model: a causal language model with output embeddings.
         options: the loss; softcap and logit scale are the model's and are filled in here.
-        needs_aux_loss: whether the router's loss of a mixture of experts is wanted, which only the model's own output
-            has.
+        needs_aux_loss: whether the router's loss of a mixture of experts is wanted; only the model's own output has it.
 
     Returns:
-        None where the head is fused, else the reason why the compact-logits path is taken.
+        None if the head is fused, otherwise the reason for compact logits.
 
     Raises:
         ValueError: the model has no language-model head.
@@ -164,7 +163,7 @@ def _fused_loss(
 
 
 def _compact_logits(forward: Any, rows: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-    """The model's outputs and its logits `[N, V]` of the rows (positions in the flattened batch)."""
+    """The model's outputs, and its logits `[N, V]` at `rows` (positions in the flattened batch)."""
     packed = kwargs["input_ids"].shape[0] == 1 if "input_ids" in kwargs else False
     if packed and "logits_to_keep" in inspect.signature(forward).parameters:
         outputs = forward(*args, logits_to_keep=rows.long(), **kwargs)
@@ -182,7 +181,7 @@ def _reduce(output: LossOutput, aux_loss: Tensor | None = None) -> HeadOutput:
 
 
 def _logit_transform(config: Any) -> dict[str, Any]:
-    """How the model makes logits of its head's output, as `LossOptions` fields; transformers has no one name for it."""
+    """How the model turns its head's output into logits, as `LossOptions` fields; configurations name it variously."""
 
     def first_of(*names: str) -> float | None:
         return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
@@ -196,7 +195,7 @@ def _logit_transform(config: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def _why_not_fused(model: PreTrainedModel, options: LossOptions) -> str | None:
-    """None if the fused head gives the model's own log-probabilities on a few tokens, else the reason."""
+    """None if the fused head gives the model's own log-probabilities on a few tokens, otherwise the reason."""
     head = split_head(model.get_output_embeddings())
     if isinstance(head, str):
         return head
@@ -216,10 +215,12 @@ def _why_not_fused(model: PreTrainedModel, options: LossOptions) -> str | None:
             terms = float(weight.norm(dim=1).max() * hidden.norm(dim=-1).max())
         theirs = logits[:7].double().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
         return f"the probe of the head failed: {error}"
-    # Both round the logits to their dtype (PEFT what it adds to the adapter's), and ours each log-probability, whose
-    # size the vocabulary decides: a few units in the last place of the largest is all they may differ by; and by those
-    # of the terms that a logit is the sum of, in what sums are kept in.
+    # Both round logits to their dtype (PEFT rounds its addition to the adapter's dtype), and ours rounds each
+    # log-probability. They may differ by a few units in the last place of the largest logit and log-probability, and
+    # of the terms that a logit is the sum of, in the dtype of the sums.
     eps = max(torch.finfo(tensor.dtype).eps for tensor in (logits, *(addition.idle for addition in additions)))
     allowed = 4 * eps * float(logits.abs().max().clamp(min=1))
     allowed += 4 * torch.finfo(ours.dtype).eps * (float(theirs.abs().max()) + options.logit_scale * terms)

@@ -1,15 +1,14 @@
-"""Does this very model keep packed documents apart? Two backwards answer, exactly, before the first step.
+"""Checks on the user's own model, before the first step, that packed documents do not see each other.
 
-Three documents of unequal length lie in one row. The summed squared logits of the last document, and then those of
-one of its middle rows, are backpropagated to the input embeddings. The gradient at every other document and at every
-later position must be exactly 0.0, and at the source's own positions it must not be. There is no tolerance and no
-reference run: what cannot be reached has a gradient of exactly zero in any dtype.
+Three documents of unequal length lie in one row. The summed squared logits of the last document, and then those of one
+of its middle positions, are backpropagated to the input embeddings. The gradient must be exactly 0.0 at every other
+document and at every later position, and must not be 0.0 at the source's own positions. The check needs no tolerance
+and no reference run: a position that cannot be reached has a gradient of exactly zero in any dtype.
 
-The source is the last document, since from the first one a causal leak would read 0.0.
+The source is the last document, because a causal leak from the first document reads 0.0.
 
-A second forward is of the last document alone. The first layer has to be given the same in both, or positions are not
-the document's own. And it tells what only a mask says: some models tell their attention layers of a sliding window or
-of chunks by the mask alone, and packed attention has none.
+A second forward runs the last document alone. It detects two more faults: the first layer gets other inputs than in
+the packed row (positions do not restart), and windows expressed only in the mask, since packed attention has no mask.
 """
 
 from __future__ import annotations
@@ -24,20 +23,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from packsft.compat import is_out_of_memory
 from packsft.data.batch import model_inputs
 from packsft.data.collator import PackingCollator
 from packsft.model.attention import packed_forward, watch_masks
 from packsft.model.head import count_embeddings, eval_mode
 
 NOT_CHECKED = "not checked"
-DOCUMENT_LENGTHS = (9, 14, 11)  # unequal, and none of them what another starts or ends at
+DOCUMENT_LENGTHS = (9, 14, 11)  # unequal, and no length equals a boundary offset
 
 
 @dataclass(frozen=True)
 class IsolationVerdict:
-    """`isolated`, or the reason why packed documents cannot be trusted to stay apart on this model.
+    """`isolated`, or the `reason` why documents may see each other on this model.
 
-    `leak` is the largest gradient at a position that the source must not reach.
+    `leak`: the largest gradient at a position that the source must not reach.
     """
 
     isolated: bool
@@ -48,12 +48,15 @@ class IsolationVerdict:
 def check_isolation(
     model: PreTrainedModel, autocast: Callable[[], AbstractContextManager], max_length: int | None = None
 ) -> IsolationVerdict:
-    """Run the check on a model as it will be trained. Parameters, gradients, modes and random state stay as they are.
+    """Run the check on a model as it will be trained. Parameters, gradients, modes and random state do not change.
 
     Args:
         model: the causal language model, before its forward is wrapped.
-        autocast: the context that training runs its forward in.
-        max_length: the longest document; None: of any length.
+        autocast: gives the context in which training runs its forward.
+        max_length: the most tokens of a document; None for any length.
+
+    Raises:
+        torch.OutOfMemoryError, RuntimeError: out of memory, which says nothing about the model.
     """
     ids = _random_ids(model, sum(DOCUMENT_LENGTHS))
     devices = [model.device] if model.device.type == "cuda" else []
@@ -71,7 +74,9 @@ def check_isolation(
     except (
         TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError, AssertionError,
     ) as error:  # fmt: skip
-        # Whatever a model of somebody else raises at a packed row, it trains as padded passes: the reason is passed on.
+        if is_out_of_memory(error):
+            raise
+        # whatever else a model raises on a packed row, it trains on padded rows, and the notice gives the reason
         return IsolationVerdict(False, f"a packed forward raised {type(error).__name__}: {error}")
     return verdict
 
@@ -82,7 +87,7 @@ def _random_ids(model: PreTrainedModel, count: int) -> Tensor:
 
 
 def _leak(model: PreTrainedModel, ids: Tensor) -> IsolationVerdict:
-    """Whether anything reaches the last document, or one of its middle rows, that must not."""
+    """Whether another document reaches the last one, or a later position reaches one of its middle positions."""
     batch = PackingCollator(pad_token_id=0)([{"input_ids": ids[0].tolist(), "seq_lengths": list(DOCUMENT_LENGTHS)}])
     inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in model_inputs(batch).items()}
     begin = sum(DOCUMENT_LENGTHS[:-1])
@@ -105,10 +110,10 @@ def _leak(model: PreTrainedModel, ids: Tensor) -> IsolationVerdict:
 
 
 def _same_positions(packed: list[Tensor], alone: list[Tensor]) -> bool:
-    """Whether the first layer is given the same for the last document as for that document alone.
+    """Whether the first layer gets the same input for the last document of the row as for that document alone.
 
-    Some models count positions through the row whatever `position_ids` say (BART's decoder), others begin at another
-    number than 0 (RoBERTa). Where positions count only by their distance, the first layer does not see them.
+    Some models count positions through the row and ignore `position_ids` (BART's decoder); others start at a number
+    other than 0 (RoBERTa). The first layer does not see relative positions.
     """
     if not packed or not alone or packed[0].shape[1] <= DOCUMENT_LENGTHS[-1]:
         return True
@@ -121,7 +126,7 @@ def _same_positions(packed: list[Tensor], alone: list[Tensor]) -> bool:
 
 @torch.no_grad()
 def _lost_mask(model: PreTrainedModel, ids: Tensor, max_length: int) -> IsolationVerdict:
-    """Whether a layer's mask keeps from it what packed attention, which has no mask, would let it see."""
+    """Whether a window is expressed only in a layer's mask, and is shorter than a document may be."""
     with watch_masks() as told_by_mask_alone:
         model(input_ids=ids.to(model.device), use_cache=False)
     layer, window = min(told_by_mask_alone, key=lambda item: item[1], default=("", sys.maxsize))
@@ -129,12 +134,12 @@ def _lost_mask(model: PreTrainedModel, ids: Tensor, max_length: int) -> Isolatio
         return IsolationVerdict(True)
     limit = f"max_length={max_length}" if max_length < sys.maxsize else "there is no max_length"
     return IsolationVerdict(
-        False, f"{layer} knows of its window of {window} tokens from its mask alone, and packing has none ({limit})"
+        False, f"{layer} knows of its window of {window} tokens from its mask alone, and packing has no mask ({limit})"
     )
 
 
 def _gradient(source: Tensor, leaf: Tensor) -> Tensor:
-    """`[T]` largest absolute gradient of the summed squares at each input position; parameters get none."""
+    """`[T]`: the largest absolute gradient of the summed squares at each input position. Parameters get no gradient."""
     (gradient,) = torch.autograd.grad(source.float().square().sum(), leaf, retain_graph=True)
     return gradient[0].abs().amax(-1)
 
@@ -169,7 +174,7 @@ def _embedding_leaf(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def _first_layer_input(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The hidden states that the layer which runs first is given, as the only item of the list."""
+    """The input hidden states of the layer that runs first, as the only item of the list."""
     given: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -187,7 +192,7 @@ def _first_layer_input(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, layer) of the stack of layers with the most parameters."""
+    """(name, layer) for each layer of the stack with the most parameters."""
     stacks = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
     if not stacks:
         return []
@@ -197,7 +202,7 @@ def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 @contextmanager
 def watch_layers(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
-    """(name, hidden states) of each decoder layer, in the order in which they ran."""
+    """(name, hidden states) of each decoder layer, in running order."""
     outputs: list[tuple[str, Tensor]] = []
     handles = []
     for layer_name, layer in decoder_layers(model):

@@ -1,51 +1,83 @@
-"""What packing leaves out of a data set, told from its account, and when it is too much.
-
-An account is counts by the names of `PackPlan`: `examples_in`, `examples_empty`, `tokens_truncated` and so on.
-"""
+"""The account of a data set: how many examples and tokens went in, how many were lost, and why."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 
-def describe_losses(account: Mapping[str, Any], max_length: int | None) -> list[str]:
-    """One clause for each reason that there is."""
-    of_examples, of_tokens = f"of {account['examples_in']} examples", f"of {account['tokens_in']} tokens are lost"
-    losses = []
-    if account["examples_empty"]:
-        losses.append(f"{account['examples_empty']} {of_examples} are empty and left out")
-    unscored = [f"{account['examples_unscored']} {of_examples}"] if account["examples_unscored"] else []
-    if account["segments_unscored"]:
-        unscored.append(f"{account['segments_unscored']} segments of other examples")
-    if unscored:
-        which, tokens = " and ".join(unscored), account["tokens_unscored"]
-        losses.append(f"{which} have no token to score and are left out, {tokens} {of_tokens}")
-    if account["examples_overlong_dropped"]:
-        losses.append(
-            f"{account['examples_overlong_dropped']} {of_examples} are longer than max_length={max_length} and left "
-            f"out, {account['tokens_dropped']} {of_tokens}"
-        )
-    if account["examples_truncated"]:
-        losses.append(
-            f"{account['examples_truncated']} examples are cut at max_length={max_length}, "
-            f"{account['tokens_truncated']} {of_tokens}"
-        )
-    return losses
+@dataclass
+class Account:
+    """Counts of examples, segments and tokens. Padding is not counted.
+
+    - `examples_in` = `examples_packed` + `examples_empty` (length 0) + `examples_unscored` (no segment has a scored
+      token) + `examples_overlong_dropped` (longer than `max_length`, and left out)
+    - of the packed examples, `examples_truncated` lost tokens to `max_length`, and `examples_split` lie in more than
+      one segment
+    - `segments_unscored`: segments of packed examples that were left out because they have no scored token
+    - `tokens_in` = `tokens_kept` + `tokens_truncated` + `tokens_unscored` (of whole examples, and of segments)
+      + `tokens_dropped` (of overlong examples)
+    """
+
+    examples_in: int = 0
+    examples_packed: int = 0
+    examples_empty: int = 0
+    examples_unscored: int = 0
+    examples_overlong_dropped: int = 0
+    examples_truncated: int = 0
+    examples_split: int = 0
+    segments_unscored: int = 0
+    tokens_in: int = 0
+    tokens_truncated: int = 0
+    tokens_unscored: int = 0
+    tokens_dropped: int = 0
+
+    @property
+    def tokens_lost(self) -> int:
+        """Tokens lost for any reason."""
+        return self.tokens_truncated + self.tokens_unscored + self.tokens_dropped
+
+    @property
+    def tokens_kept(self) -> int:
+        """`tokens_in - tokens_lost`."""
+        return self.tokens_in - self.tokens_lost
+
+    def describe_losses(self, max_length: int | None) -> list[str]:
+        """One clause for each reason why something was lost."""
+        of_examples, of_tokens = f"of {self.examples_in} examples", f"of {self.tokens_in} tokens are lost"
+        losses = []
+        if self.examples_empty:
+            losses.append(f"{self.examples_empty} {of_examples} are empty and left out")
+        unscored = [f"{self.examples_unscored} {of_examples}"] if self.examples_unscored else []
+        if self.segments_unscored:
+            unscored.append(f"{self.segments_unscored} segments of other examples")
+        if unscored:
+            losses.append(
+                f"{' and '.join(unscored)} have no token to score and are left out, {self.tokens_unscored} {of_tokens}"
+            )
+        if self.examples_overlong_dropped:
+            losses.append(
+                f"{self.examples_overlong_dropped} {of_examples} are longer than max_length={max_length} and left out, "
+                f"{self.tokens_dropped} {of_tokens}"
+            )
+        if self.examples_truncated:
+            losses.append(
+                f"{self.examples_truncated} examples are cut at max_length={max_length}, "
+                f"{self.tokens_truncated} {of_tokens}"
+            )
+        return losses
+
+    def check_lost_fraction(self, max_lost_fraction: float, max_length: int | None, name: str) -> None:
+        """Raises ValueError, with every reason, if the data set `name` loses more than this share of its tokens."""
+        if self.tokens_lost > max_lost_fraction * self.tokens_in:
+            raise ValueError(
+                f"the {name} loses {self.tokens_lost} of {self.tokens_in} tokens "
+                f"({self.tokens_lost / self.tokens_in:.2%}), more than max_lost_fraction={max_lost_fraction} allows: "
+                f"{'; '.join(self.describe_losses(max_length))}. Raise max_length or max_lost_fraction, or set "
+                "overlong='split'"
+            )
 
 
 def check_max_lost_fraction(max_lost_fraction: float) -> None:
-    """Raises ValueError for what is not between 0 and 1."""
+    """Raises ValueError unless it lies between 0 and 1."""
     if not 0 <= max_lost_fraction <= 1:
         raise ValueError(f"max_lost_fraction={max_lost_fraction!r}: must be between 0 and 1, a share of all tokens")
-
-
-def check_losses(account: Mapping[str, Any], max_length: int | None, max_lost_fraction: float, name: str) -> None:
-    """Raises ValueError, with every reason, where more than that share of the tokens of the set `name` is lost."""
-    lost = account["tokens_truncated"] + account["tokens_unscored"] + account["tokens_dropped"]
-    if lost > max_lost_fraction * account["tokens_in"]:
-        raise ValueError(
-            f"the {name} loses {lost} of {account['tokens_in']} tokens ({lost / account['tokens_in']:.2%}), more than "
-            f"max_lost_fraction={max_lost_fraction} allows: {'; '.join(describe_losses(account, max_length))}. Raise "
-            "max_length or max_lost_fraction, or set overlong='split'"
-        )

@@ -1,10 +1,10 @@
-"""An order of packs in which those that are trained on together cost attention the same.
+"""Orders packs so that packs trained at the same time cost attention the same.
 
-Attention costs the square of a document's length, so that packs of equally many tokens can differ several times over,
-and all ranks wait for the one with the costliest pack. This file knows a plan's lengths, not ranks or samplers.
+Attention costs the square of a document's length, so packs of equal size can differ several times in cost, and all
+ranks wait for the costliest pack. This file knows lengths only.
 
-The order is for a sampler that keeps it (`packsft.data.packs.PackSampler`), of which `accelerate` hands consecutive
-batches to consecutive ranks. The groups come shuffled already.
+The order is for a sampler that keeps it (`packsft.data.packs.PackSampler`): accelerate then gives consecutive batches
+to consecutive ranks. Groups come shuffled.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ def attention_costs(plan: PackPlan) -> NDArray[np.int64]:
 
 
 def balanced_order(plan: PackPlan, group_size: int, seed: int = 0) -> NDArray[np.int64]:
-    """A permutation of the packs, `[P]`, in which each run of `group_size` packs costs attention nearly the same.
+    """A permutation `[P]` of the packs in which each run of `group_size` packs costs attention nearly the same.
 
-    `group_size` is what all devices take at once: packs per device * devices. Their passes are then even one by one,
-    and so is a step of several (times the accumulation, the passes of a group would not be). The packs are sorted by
-    cost and neighbours make a group; `seed` says which few stay outside a group and come last, the order of the groups,
-    and the order within each.
+    `group_size` is what all devices take at once: packs per device * devices, without gradient accumulation. Then each
+    micro-batch is balanced, and so is a step of several. Packs are sorted by cost, and neighbours make a group. `seed`
+    decides which packs stay outside a group and come last, the order of the groups, and the order within a group.
 
     Raises ValueError for a `group_size` below 1.
     """
@@ -43,9 +42,9 @@ def balanced_order(plan: PackPlan, group_size: int, seed: int = 0) -> NDArray[np
 
 
 def cost_imbalance(costs: NDArray[np.int64], ranks: int, accumulation: int = 1) -> float:
-    """The highest cost of a rank in an optimizer step over the mean of the ranks, averaged over the steps; 1 is even.
+    """Cost of the busiest rank over the mean of the ranks, averaged over the optimizer steps; 1 means balanced.
 
-    `costs` in the order of training, dealt to the ranks one by one; the rest that makes no whole step is left out.
+    `costs` come in training order and are dealt to the ranks one by one; an incomplete last step is left out.
     """
     step = ranks * accumulation
     steps = costs[: len(costs) // step * step].reshape(-1, accumulation, ranks).sum(axis=1)

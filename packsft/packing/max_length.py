@@ -1,6 +1,6 @@
-"""Which `max_length` a data set asks for: what each of several would cut off, and how many packs it would make.
+"""Compares several `max_length` for a data set: what each would cut off, and how many packs it would make.
 
-Knows lengths alone. What a longer one costs in memory is the trainer's, and whether the model can take it the model's.
+Knows lengths only, not what a longer row costs in memory, and not what the model can take.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LOST_AT_MOST = 0.005  # of the tokens
 
 @dataclass(frozen=True)
 class MaxLength:
-    """What a `max_length` would do to the examples if each were cut there, and the packs (`"bfd"`) that they make."""
+    """The effect of one `max_length`: examples truncated there, and the `"bfd"` packs that they make."""
 
     max_length: int
     examples_truncated: int
@@ -42,5 +42,5 @@ def compare_max_lengths(lengths: IntArray, candidates: Iterable[int] = CANDIDATE
 
 
 def recommended_max_length(compared: Sequence[MaxLength], lost_at_most: float = LOST_AT_MOST) -> int | None:
-    """The smallest that loses at most that share of the tokens, or None if all lose more."""
+    """The smallest `max_length` that loses at most this share of the tokens, or None if all lose more."""
     return min((each.max_length for each in compared if each.share_lost <= lost_at_most), default=None)

@@ -1,13 +1,13 @@
-"""From segments to a plan: which piece of which example lies in which pack.
+"""Plans packs: which segment lies in which pack.
 
-A plan is a few flat integer arrays, some bytes per example; it never holds or copies a token. It is the same for the
-same lengths, `max_length`, strategy and seed, in every process, and its `fingerprint` proves it. This file refuses to
-know tokens, tensors, data sets and models: numpy is its only import. What is cut and left out is `segments.py`'s.
+A plan is a few flat integer arrays, some bytes per example; it never holds or copies a token. The same lengths,
+`max_length`, strategy and seed give the same plan in every process, and its `fingerprint` proves it. This file knows
+lengths only. Examples are cut in `segments.py`.
 
-Best fit decreasing puts the longest example left into the fullest pack that still has room. Here it runs over
-histograms (of lengths, and of the space left in packs), so its cost follows the number of distinct lengths and not of
-examples. Sources: Krell et al., arXiv 2107.02027 (packing by histogram); Ding et al., arXiv 2404.10830 (best fit
-decreasing for training sequences).
+Best fit decreasing puts the longest remaining segment into the fullest pack that still has room. It runs over
+histograms (of lengths, and of the space left in packs), so its cost follows the number of distinct lengths and not the
+number of examples. Sources: Krell et al., arXiv 2107.02027 (packing by histogram); Ding et al., arXiv 2404.10830
+(best fit decreasing for training sequences).
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ import os
 import zipfile
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .account import Account
 from .segments import IntArray, Segments, cut_examples, ranges, smallest
+from .strategies import STRATEGIES
 
 _ARRAYS = ("offsets", "examples", "starts", "stops")
 _NONE = np.zeros(0, np.int64)
@@ -33,20 +34,15 @@ _NONE = np.zeros(0, np.int64)
 
 @dataclass(frozen=True, eq=False)
 class PackPlan:
-    """Packs as flat arrays: pack `i` holds the pieces `offsets[i]:offsets[i + 1]`, in this order.
+    """P packs of S segments, as flat arrays. Pack `i` holds the segments `offsets[i]:offsets[i + 1]`, in this order.
 
-    Piece `j` is the tokens `starts[j]:stops[j]` of example `examples[j]`; it becomes one document of the pack.
-    P packs, S pieces. The arrays are read-only and stored in the smallest unsigned dtype that holds them; the methods
-    return int64, in which differences cannot wrap around. Plans are compared by `fingerprint`.
+    Segment `j` is the tokens `starts[j]:stops[j]` of example `examples[j]`; it becomes one document of the pack. The
+    arrays are read-only and stored in the smallest unsigned dtype that holds them. The methods return int64, in which
+    differences cannot wrap around. Compare plans by `fingerprint`.
 
     - `offsets` `[P + 1]`, `examples` `[S]`, `starts` `[S]`, `stops` `[S]`
-    - `max_length`: the most tokens in a pack; `strategy`: one of `STRATEGIES`
-    - `examples_in` = `examples_packed` + `examples_empty` (of length 0) + `examples_unscored` (left out since none of
-      their segments has a scored token) + `examples_overlong_dropped` (longer than `max_length`, and left out)
-    - among those packed, `examples_truncated` lost tokens to `max_length`, `examples_split` lie in more than one piece,
-      and `segments_unscored` of their segments were removed, since they have no scored token
-    - `tokens_in` = `num_tokens` + `tokens_truncated` + `tokens_unscored` (of whole examples, and of segments of others)
-      + `tokens_dropped` (of the overlong examples left out)
+    - `max_length`: the most tokens in a pack; `strategy`: a name in `STRATEGIES`
+    - `account`: what went in, and what was lost and why
     """
 
     offsets: IntArray
@@ -55,18 +51,7 @@ class PackPlan:
     stops: IntArray
     max_length: int
     strategy: str
-    examples_in: int
-    examples_packed: int
-    examples_empty: int
-    examples_unscored: int
-    examples_overlong_dropped: int
-    examples_truncated: int
-    examples_split: int
-    segments_unscored: int
-    tokens_in: int
-    tokens_truncated: int
-    tokens_unscored: int
-    tokens_dropped: int
+    account: Account
 
     def __post_init__(self) -> None:
         for name in _ARRAYS:
@@ -75,8 +60,6 @@ class PackPlan:
             object.__setattr__(self, name, array)
         assert self.offsets[0] == 0
         assert self.offsets[-1] == len(self.examples) == len(self.starts) == len(self.stops)
-        left_out = self.examples_empty + self.examples_unscored + self.examples_overlong_dropped
-        assert self.examples_in == self.examples_packed + left_out
 
     def __len__(self) -> int:
         """The number of packs."""
@@ -86,10 +69,12 @@ class PackPlan:
         """The example indices of a pack, `[D]` int64, in the order in which they lie in it."""
         return self.examples[self._slice(pack)].astype(np.int64)
 
-    def pieces(self, pack: int) -> NDArray[np.int64]:
-        """A pack's documents, `[D, 3]` int64: one row (example, start, stop) per document."""
+    def segments(self, pack: int) -> NDArray[np.int64]:
+        """A pack's segments, `[D, 3]` int64: one row (example, start, stop) per document."""
         where = self._slice(pack)
         return np.stack([a[where].astype(np.int64) for a in (self.examples, self.starts, self.stops)], axis=1)
+
+    pieces = segments  # its first name
 
     def seq_lengths(self, pack: int) -> NDArray[np.int64]:
         """The lengths of a pack's documents in tokens, `[D]` int64."""
@@ -107,11 +92,6 @@ class PackPlan:
     def num_tokens(self) -> int:
         """Tokens in all packs."""
         return int(self.stops.sum(dtype=np.int64) - self.starts.sum(dtype=np.int64))
-
-    @property
-    def tokens_lost(self) -> int:
-        """`tokens_in - num_tokens`, whatever the reason."""
-        return self.tokens_in - self.num_tokens
 
     @property
     def lower_bound(self) -> int:
@@ -136,9 +116,9 @@ class PackPlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to exactly `path`, as npz without pickle."""
-        content: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        content = {name: getattr(self, name) for name in (*_ARRAYS, "max_length", "strategy")}
         with open(path, "wb") as file:  # given a name instead of a file, numpy would append .npz to it
-            np.savez(file, fingerprint=self.fingerprint, **content)
+            np.savez(file, fingerprint=self.fingerprint, **content, **asdict(self.account))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PackPlan:
@@ -147,12 +127,13 @@ class PackPlan:
             if not zipfile.is_zipfile(opened):
                 raise ValueError(f"{os.fspath(path)} is not a packing plan: it is no npz file")
         with np.load(path, allow_pickle=False) as file:
-            missing = [name for name in ("fingerprint", *(field.name for field in fields(cls))) if name not in file]
-            if missing:
+            counts = [field.name for field in fields(Account)]
+            names = ("fingerprint", *_ARRAYS, "max_length", "strategy", *counts)
+            if missing := [name for name in names if name not in file]:
                 raise ValueError(f"{os.fspath(path)} is not a packing plan: it lacks {', '.join(missing)}")
-            content = {field.name: file[field.name] for field in fields(cls)}
-            fingerprint = file["fingerprint"].item()
-        plan = cls(**{name: value if name in _ARRAYS else value.item() for name, value in content.items()})
+            content = {name: file[name] if name in _ARRAYS else file[name].item() for name in names}
+        fingerprint, account = content.pop("fingerprint"), Account(**{name: content.pop(name) for name in counts})
+        plan = cls(**content, account=account)
         if plan.fingerprint != fingerprint:
             raise ValueError(
                 f"{os.fspath(path)} is damaged: its plan has fingerprint {plan.fingerprint}, not {fingerprint}"
@@ -168,30 +149,30 @@ def plan_packs(
     overlong: str | None = None,
     seed: int | None = None,
 ) -> PackPlan:
-    """Plan packs of at most `max_length` tokens for examples of the given lengths (in tokens, `[examples]` integers).
+    """Plan packs of at most `max_length` tokens for examples of the given lengths (`[examples]` integers, in tokens).
 
-    Strategies
+    Strategies:
     - `"bfd"`: best fit decreasing
     - `"bfd_split"`: the same, with `overlong="split"`
-    - `"wrapped"`: the examples end to end in order, cut every `max_length` tokens; each piece is its own document
-    - `"none"`: packing off, one example (or segment of a split one) per pack
-    - `"step"`: the same; what meets in a pass is planned when the examples of an optimizer step are known (steps.py)
+    - `"wrapped"`: examples end to end in order, cut every `max_length` tokens; each segment is a document
+    - `"none"`: no packing, one example (or one segment of a split example) per pack
+    - `"step"`: the same; `steps.py` packs the examples of an optimizer step once they are known
 
-    `overlong` says what becomes of an example longer than `max_length`: `"truncate"` (the default), `"split"` into
-    segments of `max_length` tokens and a rest, `"drop"`, or `"error"`. Examples of length 0 are not packed. All that is
-    lost is counted.
+    `overlong` says what happens to an example longer than `max_length`: `"truncate"` (the default), `"split"` into
+    segments of `max_length` tokens and a rest, `"drop"`, or `"error"`. Examples of length 0 are not packed. Everything
+    that is lost is counted in the plan's `account`.
 
-    The two best-fit strategies make as many packs as one-by-one best fit decreasing over the whole set, or fewer: where
-    that is more than 0.1% above the lower bound, exact fill is tried and the better kept. Their packs come in the order
-    in which they were opened, the one with the longest document first; in a pack, documents come in decreasing length,
-    those of equal length in the order of their index.
+    The two best-fit strategies make at most as many packs as one-by-one best fit decreasing over the whole set. Where
+    that is more than 0.1% above the lower bound, exact fill is tried and the better plan kept. Packs come in the order
+    in which they were opened, the pack with the longest document first. Documents of a pack come in decreasing length,
+    equal lengths in the order of their index.
 
-    With a `seed`, the packs come in a random order, and the best-fit strategies mix lengths within packs: most packs
-    begin with examples drawn at random and are then filled up by best fit, for at most 0.3 points of fill (tokens over
-    packs times `max_length`). Where that cannot be had, as for sizes near a fraction of `max_length` or very few packs,
-    only examples of equal length change places. Another seed for each epoch lets other examples meet.
+    With a `seed`, packs come in random order, and the best-fit strategies mix lengths within packs: most packs begin
+    with examples drawn at random and are then filled by best fit, which costs at most 0.3 points of fill (tokens over
+    packs times `max_length`). Where this is impossible (sizes near a fraction of `max_length`, very few packs), only
+    examples of equal length change places. A new seed for each epoch lets other examples meet.
 
-    Raises ValueError naming the row or the argument, as `cut_examples` and `pack_segments` do.
+    Raises ValueError that names the row or the argument, as `cut_examples` and `pack_segments` do.
     """
     return pack_segments(cut_examples(lengths, max_length, strategy=strategy, overlong=overlong), seed=seed)[0]
 
@@ -199,12 +180,12 @@ def plan_packs(
 def pack_segments(
     segments: Segments, *, seed: int | None = None, num_packs: int | None = None
 ) -> tuple[PackPlan, NDArray[np.int64]]:
-    """The plan of `plan_packs` for segments, and `[S]`: which of them each piece of the plan is.
+    """Plan packs of segments. Returns the plan, and `[S]`: which segment each segment of the plan is.
 
-    With `num_packs`, exactly so many packs, those with the most documents split in two: for plans of other seeds that
-    are to be as long as a first one.
+    With `num_packs`, the plan has exactly this many packs: the packs with the most documents are split in two. This
+    keeps plans of other seeds as long as the first one.
 
-    Raises ValueError for a seed that is no integer of at least 0, or a `num_packs` that cannot be.
+    Raises ValueError for a seed that is no integer of at least 0, or a `num_packs` that is impossible.
     """
     if seed is not None and (not isinstance(seed, (int, np.integer)) or seed < 0):
         raise ValueError(f"seed={seed!r}: give None or an integer of at least 0")
@@ -212,10 +193,10 @@ def pack_segments(
     if segments.packs is not None:  # "wrapped"
         begins = np.flatnonzero(np.diff(segments.packs.astype(np.int64), prepend=-1))
         offsets, order = np.append(begins, len(segments)), np.arange(len(segments))
-    elif segments.strategy in ("none", "step"):
-        offsets, order = np.arange(len(segments) + 1), np.arange(len(segments))
-    else:
+    elif STRATEGIES[segments.strategy].repacks:
         offsets, order = _pack(segments.stops - segments.starts, segments.max_length, rng, num_packs)
+    else:
+        offsets, order = np.arange(len(segments) + 1), np.arange(len(segments))
     if num_packs is not None:
         offsets = _split_packs(offsets, num_packs)
     if rng is not None:
@@ -230,7 +211,7 @@ def pack_segments(
         stops=segments.stops[order],
         max_length=segments.max_length,
         strategy=segments.strategy,
-        **segments.account,
+        account=segments.account,
     )
     return plan, order
 
@@ -247,11 +228,11 @@ def _split_packs(offsets: NDArray[np.int64], num_packs: int) -> NDArray[np.int64
 def _pack(
     sizes: IntArray, max_length: int, rng: np.random.Generator | None, most_packs: int | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Pack pieces of the given sizes (1 to `max_length`): the packs' offsets `[P + 1]` and the pieces in order `[S]`.
+    """Pack segments of the given sizes (1 to `max_length`). Returns pack offsets `[P + 1]` and segments in order `[S]`.
 
-    Best fit decreasing, or exact fill where that needs fewer packs. The second is tried only where the first is more
-    than 0.1% above the lower bound, so that the usual case pays nothing for it. With `rng`, mixed if that costs little,
-    or needs no more than `most_packs`.
+    Uses best fit decreasing, or exact fill where it needs fewer packs. Exact fill is tried only where best fit is more
+    than 0.1% above the lower bound, so the usual case pays nothing for it. With `rng`, mixes lengths if that costs
+    little, or needs no more than `most_packs`.
     """
     if not len(sizes):
         return np.zeros(1, np.int64), np.zeros(0, np.int64)
@@ -290,12 +271,12 @@ def _mixed(
     lower_bound: int,
     rng: np.random.Generator,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
-    """Packs begun at random and filled up by best fit decreasing; None where that takes more than `most_packs`.
+    """Begin packs at random and fill them by best fit decreasing; None if that takes more than `most_packs`.
 
-    The pieces in a random order are cut into runs of about 0.8 `max_length`, each the beginning of a pack; a piece that
-    would not fit is left to the filling. The more packs begin so, the more lengths mix, but what fills the rest must be
-    small enough: so as many as `most_packs` allows. `order` holds the pieces by decreasing size, each
-    size from its place in `firsts` on.
+    Segments in random order are cut into runs of about 0.8 `max_length`. Each run begins a pack; a segment that would
+    not fit is left for the filling. More packs begun this way mix more lengths, but what fills the rest must be small
+    enough, so the number begun is as high as `most_packs` allows. `order` holds the segments by decreasing size; each
+    size starts at its place in `firsts`.
     """
     shuffled = rng.permutation(smallest(np.arange(len(sizes))))
     ends = np.cumsum(sizes[shuffled], dtype=np.int64)
@@ -325,15 +306,16 @@ def _best_fit_decreasing(
     counts: IntArray,
     max_length: int,
     begun_spaces: IntArray = _NONE,
-    begun_pieces: IntArray = _NONE,
+    begun_segments: IntArray = _NONE,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Offsets of the packs, and the pieces in them as places in the order of decreasing size.
+    """Returns pack offsets, and the segments of the packs as places in the order of decreasing size.
 
-    Packs may be begun already: with `begun_pieces` in each, which then come first in that order, and spaces left.
+    Packs may already be begun: each holds `begun_segments`, which come first in the order, and has `begun_spaces` left.
 
-    All pieces of one size meet all packs with one remaining space at once. This is one-by-one best fit exactly: of
-    equal pieces, a pack that took one and has room for another is the fullest with room, so it takes the next one too,
-    until it has `space // size` of them. Hence every batch below fills whole packs, but for the last pieces of a size.
+    All segments of one size meet all packs with one remaining space at once. This equals one-by-one best fit: if a pack
+    took one of several equal segments and has room for another, it is the fullest pack with room, so it takes the next
+    one too, until it has `space // size` of them. So every batch below fills whole packs, except for the last segments
+    of a size.
     """
     by_space = np.argsort(begun_spaces, kind="stable").astype(np.int32)
     levels, begins = np.unique(begun_spaces[by_space], return_index=True)
@@ -341,7 +323,7 @@ def _best_fit_decreasing(
     open_packs = {space: [packs] for space, packs in chunks_of if space}  # space: the packs that have it left
     spaces = list(open_packs)  # ascending
     num_packs = len(begun_spaces)
-    batches = [np.arange(num_packs, dtype=np.int32)]  # the packs that took `takes` pieces each, dealt in order
+    batches = [np.arange(num_packs, dtype=np.int32)]  # the packs that took `takes` segments each, dealt in order
     takes: list[int] = []
     for size, left in zip(distinct.tolist(), counts.tolist(), strict=True):
         while left:
@@ -369,9 +351,10 @@ def _best_fit_decreasing(
                 open_packs[space] = [batch]
                 spaces.insert(bisect_left(spaces, space), space)
 
-    # Each entry of `packs` took the next `num_taken` pieces; sorting the entries by pack gives the plan.
+    # Each entry of `packs` took the next `num_taken` segments; sorting the entries by pack gives the plan.
     packs = np.concatenate(batches)
-    num_taken = np.concatenate((begun_pieces, np.repeat(takes, [len(batch) for batch in batches[1:]]))).astype(np.int64)
+    newly_taken = np.repeat(takes, [len(batch) for batch in batches[1:]])
+    num_taken = np.concatenate((begun_segments, newly_taken)).astype(np.int64)
     entries = np.argsort(packs, kind="stable")
     dealt = ranges((np.cumsum(num_taken) - num_taken)[entries], num_taken[entries])
     last_entries = np.cumsum(np.bincount(packs)) - 1
@@ -379,11 +362,12 @@ def _best_fit_decreasing(
 
 
 def _exact_fill(distinct: IntArray, counts: IntArray, max_length: int) -> list[tuple[list[int], int]]:
-    """Patterns (indices into `distinct`, longest first) and how many packs follow each, together all pieces.
+    """Returns patterns (indices into `distinct`, longest first), and how many packs follow each. They use all segments.
 
-    A pack of sizes near max_length / k has no small piece to fill its rest, so what best fit decreasing leaves open
-    stays open. Here each pack is the longest piece left, more of the longest that fit, and then the two pieces that
-    fill the rest best. A pattern is followed until one of its sizes is used up: no more patterns than distinct sizes.
+    A pack of sizes near max_length / k has no small segment to fill its rest, so best fit decreasing leaves it open.
+    Here each pack takes the longest remaining segment, more of the longest that fit, and then the two segments that
+    fill the rest best. A pattern repeats until one of its sizes is used up, so there are at most as many patterns as
+    distinct sizes.
     """
     sizes, left = distinct[::-1].astype(np.int64), counts[::-1].copy()  # ascending, as searchsorted wants it
     alive = np.arange(len(sizes))  # the sizes of which something is left
@@ -416,7 +400,7 @@ def _exact_fill(distinct: IntArray, counts: IntArray, max_length: int) -> list[t
 
 
 def _best_pair(sizes: NDArray[np.int64], space: int) -> tuple[list[int], int]:
-    """Of ascending sizes, the indices of the one or two that fill a space best, and how much of it they fill."""
+    """The indices of the one or two ascending sizes that fill a space best, and how much of it they fill."""
     fitting = int(np.searchsorted(sizes, space, side="right"))
     first = np.unique(np.linspace(0, fitting - 1, min(fitting, 256)).astype(np.int64))  # probes: a bound on the cost
     if not fitting:
@@ -429,7 +413,7 @@ def _best_pair(sizes: NDArray[np.int64], space: int) -> tuple[list[int], int]:
 
 
 def _deal(patterns: list[tuple[list[int], int]], firsts: IntArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Offsets and pieces as `_best_fit_decreasing` gives them; pieces of a size are dealt from its first place on."""
+    """Offsets and segments as in `_best_fit_decreasing`; segments of a size are dealt from its first place on."""
     place = firsts.tolist()
     dealt = []
     for pattern, times in patterns:

@@ -1,7 +1,6 @@
-"""What a packing plan does to a data set and to the number of optimizer steps, as data.
+"""Reports what a packing plan does to a data set and to the number of optimizer steps.
 
-Nothing is lost silently: every example and token that goes in is counted as packed, or as lost and why. This file
-refuses to draw; `rows` gives labels and texts to whoever prints a table, `as_dict` gives plain values for JSON.
+Draws nothing: `rows` gives labels and texts for a table, `as_dict` gives plain values for JSON.
 """
 
 from __future__ import annotations
@@ -13,47 +12,35 @@ from typing import Any
 
 import numpy as np
 
+from .account import Account
 from .balance import attention_costs, balanced_order, cost_imbalance
 from .plan import PackPlan
 from .steps import simulate_steps
+from .strategies import STRATEGIES
 
 SIMULATED_STEPS = 64
 
 
 @dataclass(frozen=True)
 class PackingReport:
-    """Counts before and after packing; tokens are tokens of the examples, without padding.
+    """Counts before and after packing. Tokens are tokens of the examples, without padding.
 
-    - `examples_in` = `examples_packed` + `examples_dropped` (of length 0) + `unscored_dropped` (no scored token)
-      + `overlong_dropped` (longer than `max_length`)
-    - `examples_truncated`, `examples_split`: among the packed, those that were cut short or lie in several pieces
-    - `segments_unscored`: segments of the packed that are left out, since they have no scored token
-    - `tokens_in` = `tokens_kept` + `tokens_lost`, for any of these reasons
-    - `packs`, under "step" the passes of an epoch on all devices, estimated from those of 64 steps; `fill`: tokens /
-      (packs * max_length), or tokens_per_pass; `packs_lower_bound`: ceil(tokens / max_length)
+    - `account`: what went in, and what was lost and why
+    - `packs`: under "step" the passes of an epoch on all ranks, estimated from 64 steps; `fill`: tokens / (packs *
+      max_length), or tokens_per_pass; `packs_lower_bound`: ceil(tokens / max_length)
     - `examples_per_pack_*`: documents in a pack; 0 without packs
-    - `steps_packed`, `steps_unpacked`: optimizer steps, `ceil(samples / effective_batch_size) * num_train_epochs`,
-      where samples are packs or packed examples (or the segments of those that are split); `steps_exact`: under
-      exact-step packing, whose steps take the examples that an unpacked run's would
+    - `steps_packed`, `steps_unpacked`: optimizer steps, `ceil(samples / effective_batch_size) * num_train_epochs`;
+      samples are packs, or packed examples (segments of examples that are split)
+    - `steps_exact`: optimizer steps under exact-step packing, whose steps take the examples of an unpacked run
     - `examples_per_step_mean`: packed examples in an optimizer step; unpacked it is `effective_batch_size`
-    - `cost_imbalance`: attention cost (sum of squared document lengths) of the busiest of `ranks` devices over their
-      mean, averaged over the optimizer steps, in the order of training; `cost_imbalance_shuffled`: were the order
-      random; None for a single rank or without a whole step
+    - `cost_imbalance`: attention cost (sum of squared document lengths) of the busiest of `ranks` ranks over their
+      mean, averaged over the optimizer steps in training order; `cost_imbalance_shuffled`: the same in a random order.
+      None for a single rank or without a whole step
     """
 
     strategy: str
     max_length: int
-    examples_in: int
-    examples_packed: int
-    examples_truncated: int
-    examples_split: int
-    examples_dropped: int
-    unscored_dropped: int
-    overlong_dropped: int
-    segments_unscored: int
-    tokens_in: int
-    tokens_kept: int
-    tokens_lost: int
+    account: Account
     packs: int
     packs_lower_bound: int
     fill: float
@@ -71,30 +58,35 @@ class PackingReport:
     cost_imbalance_shuffled: float | None
 
     def as_dict(self) -> dict[str, str | int | float | None]:
-        """Field names and plain Python values."""
-        return asdict(self)
+        """Field names and plain Python values, those of the account among them."""
+        values = asdict(self)
+        tokens = {"tokens_kept": self.account.tokens_kept, "tokens_lost": self.account.tokens_lost}
+        return values.pop("account") | tokens | values
 
     def rows(self) -> list[tuple[str, str]]:
-        """Labels and texts for a two-column table; a count that is 0 is left out unless it says something."""
-        rows = [("examples", f"{self.examples_in:,}")]
-        if self.examples_packed != self.examples_in:
-            rows.append(("examples kept", f"{self.examples_packed:,}"))
+        """Labels and texts for a two-column table. A count of 0 is left out unless it says something."""
+        account = self.account
+        rows = [("examples", f"{account.examples_in:,}")]
+        if account.examples_packed != account.examples_in:
+            rows.append(("examples kept", f"{account.examples_packed:,}"))
         for label, count in (
-            ("dropped, empty", self.examples_dropped),
-            ("dropped, no scored token", self.unscored_dropped),
-            (f"dropped, above {self.max_length:,} tokens", self.overlong_dropped),
-            (f"truncated at {self.max_length:,} tokens", self.examples_truncated),
-            ("split", self.examples_split),
+            ("dropped, empty", account.examples_empty),
+            ("dropped, no scored token", account.examples_unscored),
+            (f"dropped, above {self.max_length:,} tokens", account.examples_overlong_dropped),
+            (f"truncated at {self.max_length:,} tokens", account.examples_truncated),
+            ("split", account.examples_split),
         ):
             if count:
-                rows.append((f"examples {label}", f"{count:,} ({count / self.examples_in:.2%})"))
-        if self.segments_unscored:
-            rows.append(("segments dropped, no scored token", f"{self.segments_unscored:,}"))
-        lost = f"{self.tokens_lost:,} ({self.tokens_lost / self.tokens_in:.2%})" if self.tokens_lost else "0"
-        rows += [("tokens kept", f"{self.tokens_kept:,}"), ("tokens lost", lost)]
+                rows.append((f"examples {label}", f"{count:,} ({count / account.examples_in:.2%})"))
+        if account.segments_unscored:
+            rows.append(("segments dropped, no scored token", f"{account.segments_unscored:,}"))
+        lost = (
+            f"{account.tokens_lost:,} ({account.tokens_lost / account.tokens_in:.2%})" if account.tokens_lost else "0"
+        )
+        rows += [("tokens kept", f"{account.tokens_kept:,}"), ("tokens lost", lost)]
         if self.strategy == "none":
             return [*rows, ("optimizer steps", f"{self.steps_unpacked:,}")]
-        exact = self.strategy == "step"
+        exact = STRATEGIES[self.strategy].exact_steps
         kind = "passes of an epoch" if exact else f"packs of {self.max_length:,}"
         rows += [
             (
@@ -136,9 +128,10 @@ def packing_report(
 ) -> PackingReport:
     """Report on a plan.
 
-    `effective_batch_size` is per_device_train_batch_size * ranks * gradient_accumulation_steps; `packs_at_once` is
-    per_device_train_batch_size * ranks where training follows `balanced_order`, else None; `tokens_per_pass`, by
-    default the plan's `max_length`, is for the strategy "step" only.
+    Args:
+        effective_batch_size: per_device_train_batch_size * ranks * gradient_accumulation_steps.
+        packs_at_once: per_device_train_batch_size * ranks if training follows `balanced_order`, otherwise None.
+        tokens_per_pass: for the strategy "step" only; the plan's `max_length` by default.
 
     Raises ValueError for an `effective_batch_size` that is below 1 or no multiple of `ranks`, or `num_train_epochs` of
     0 or less.
@@ -153,9 +146,10 @@ def packing_report(
     def steps(samples: int) -> int:
         return math.ceil(-(-samples // effective_batch_size) * num_train_epochs)  # epochs may be a fraction
 
-    # what an unpacked run would take one by one: the segments; those of "wrapped" end where its packs do
-    samples = plan.examples_packed if plan.strategy == "wrapped" else len(plan.examples)
-    if plan.strategy == "step":
+    # an unpacked run takes segments one by one, except that the segments of "wrapped" exist only through its packs
+    strategy = STRATEGIES[plan.strategy]
+    samples = plan.account.examples_packed if strategy.end_to_end else len(plan.examples)
+    if strategy.exact_steps:
         packs = _exact_steps(plan, effective_batch_size, ranks, tokens_per_pass or plan.max_length)
     else:
         packs = _packs(plan, effective_batch_size, ranks, packs_at_once)
@@ -163,17 +157,7 @@ def packing_report(
     return PackingReport(
         strategy=plan.strategy,
         max_length=plan.max_length,
-        examples_in=plan.examples_in,
-        examples_packed=plan.examples_packed,
-        examples_truncated=plan.examples_truncated,
-        examples_split=plan.examples_split,
-        examples_dropped=plan.examples_empty,
-        unscored_dropped=plan.examples_unscored,
-        overlong_dropped=plan.examples_overlong_dropped,
-        segments_unscored=plan.segments_unscored,
-        tokens_in=plan.tokens_in,
-        tokens_kept=plan.num_tokens,
-        tokens_lost=plan.tokens_lost,
+        account=plan.account,
         effective_batch_size=effective_batch_size,
         num_train_epochs=num_train_epochs,
         steps_packed=steps(len(plan)),
@@ -187,7 +171,7 @@ def packing_report(
 
 
 def _packs(plan: PackPlan, effective_batch_size: int, ranks: int, packs_at_once: int | None) -> dict[str, Any]:
-    """What a plan over the whole data set makes, and the attention cost in the order of its training."""
+    """The packs of a plan over the whole data set, and the attention cost in training order."""
     imbalance = shuffled = None
     if ranks > 1 and len(plan) >= effective_batch_size:
         costs, accumulation = attention_costs(plan), effective_batch_size // ranks
@@ -207,7 +191,7 @@ def _packs(plan: PackPlan, effective_batch_size: int, ranks: int, packs_at_once:
 
 
 def _exact_steps(plan: PackPlan, effective_batch_size: int, ranks: int, tokens_per_pass: int) -> dict[str, Any]:
-    """The passes of an epoch, from those of some steps in a random order."""
+    """The passes of an epoch, estimated from some steps in a random order."""
     lengths = plan.stops.astype(np.int64) - plan.starts
     steps = simulate_steps(lengths, effective_batch_size, tokens_per_pass, ranks, SIMULATED_STEPS)
     passes = [documents for shares in steps for share in shares for documents in share]

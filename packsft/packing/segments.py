@@ -1,7 +1,7 @@
-"""From the lengths of the examples to segments: which tokens of each may be packed, and an account of the rest.
+"""Cuts examples into segments: which tokens of each example may be packed, and an account of the rest.
 
-A segment is a run of tokens of one example, at most `max_length` long. This file cuts, leaves out and counts; it
-refuses to know which segments meet in a pack (`plan.py`), tokens and data sets: numpy is its only import.
+A segment is a run of tokens of one example, at most `max_length` long; in a pack it is one document. This file knows
+lengths only. Which segments meet in a pack is decided in `plan.py`.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .account import Account
+from .strategies import STRATEGIES, strategy_named
+
 IntArray = NDArray[np.integer[Any]]
 
-STRATEGIES = ("step", "bfd", "bfd_split", "wrapped", "none")
 OVERLONG = ("truncate", "split", "drop", "error")
 
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """Segment `j` is the tokens `starts[j]:stops[j]` of example `examples[j]`; S of them, by example and then by start.
+    """S segments, sorted by example and start. Segment `j` is the tokens `starts[j]:stops[j]` of example `examples[j]`.
 
     - `examples` `[S]`, `starts` `[S]`, `stops` `[S]` integers
-    - `lengths` `[examples]` int64, of all examples that were cut
-    - `max_length`, `strategy`, `overlong`: as in `cut_examples`, `overlong` never None
-    - `packs` `[S]`: the packs of "wrapped", whose places are those of the cuts; else None
+    - `lengths` `[examples]` int64: the lengths of all examples before they were cut
+    - `max_length`, `strategy`, `overlong`: as in `cut_examples`; `overlong` is never None
+    - `packs` `[S]`: the pack of each segment under "wrapped", which cuts where its packs end; otherwise None
     - `unscored`: the example of each segment that `keep_scored` removed
     """
 
@@ -46,7 +48,7 @@ class Segments:
         return len(self.examples)
 
     def keep_scored(self, scored: NDArray[Any]) -> Segments:
-        """The segments of which `scored` `[S]`, a count or a flag, is not 0. In "wrapped" the others leave holes."""
+        """Keeps the segments whose `scored` `[S]` (a count or a flag) is not 0. Under "wrapped" packs get shorter."""
         keep = scored != 0
         if keep.all():
             return self
@@ -60,8 +62,8 @@ class Segments:
         )
 
     @cached_property
-    def account(self) -> dict[str, int]:
-        """Where every example and token went: the counts of a `PackPlan`, by name."""
+    def account(self) -> Account:
+        """Where every example and token went."""
         packed = np.zeros(len(self.lengths), bool)
         packed[self.examples] = True
         overlong = self.lengths > self.max_length
@@ -72,30 +74,30 @@ class Segments:
         tokens_in, tokens_dropped = int(self.lengths.sum()), int(self.lengths[dropped].sum())
         tokens_kept = int(self.stops.sum(dtype=np.int64) - self.starts.sum(dtype=np.int64))
         tokens_truncated = int(self.lengths[truncated].sum()) - self.max_length * int(truncated.sum())
-        return {
-            "examples_in": len(packed),
-            "examples_packed": int(packed.sum()),
-            "examples_empty": empty,
-            "examples_unscored": len(packed) - int(packed.sum()) - empty - int(dropped.sum()),
-            "examples_overlong_dropped": int(dropped.sum()),
-            "examples_truncated": int(truncated.sum()),
-            "examples_split": int(again[:1].sum()) + int((again[1:] & ~again[:-1]).sum()),
-            "segments_unscored": int(packed[self.unscored].sum()),
-            "tokens_in": tokens_in,
-            "tokens_truncated": tokens_truncated,
-            "tokens_unscored": tokens_in - tokens_kept - tokens_truncated - tokens_dropped,
-            "tokens_dropped": tokens_dropped,
-        }
+        return Account(
+            examples_in=len(packed),
+            examples_packed=int(packed.sum()),
+            examples_empty=empty,
+            examples_unscored=len(packed) - int(packed.sum()) - empty - int(dropped.sum()),
+            examples_overlong_dropped=int(dropped.sum()),
+            examples_truncated=int(truncated.sum()),
+            examples_split=int(again[:1].sum()) + int((again[1:] & ~again[:-1]).sum()),
+            segments_unscored=int(packed[self.unscored].sum()),
+            tokens_in=tokens_in,
+            tokens_truncated=tokens_truncated,
+            tokens_unscored=tokens_in - tokens_kept - tokens_truncated - tokens_dropped,
+            tokens_dropped=tokens_dropped,
+        )
 
 
 def resolve_overlong(strategy: str, overlong: str | None) -> str:
-    """What a strategy does with an overlong example where `overlong` asks for it; None for the strategy's own way.
+    """What happens to an overlong example; None means the strategy's own way. An unknown strategy does not split.
 
-    Raises ValueError for one that is unknown, or that contradicts a strategy which splits.
+    Raises ValueError for an unknown `overlong`, or one that contradicts a strategy which splits.
     """
     if overlong is not None and overlong not in OVERLONG:
         raise ValueError(f"overlong={overlong!r} is unknown, expected None or one of {list(OVERLONG)}")
-    splits = strategy in ("bfd_split", "wrapped")
+    splits = strategy in STRATEGIES and STRATEGIES[strategy].splits
     if splits and overlong not in (None, "split"):
         raise ValueError(
             f"overlong={overlong!r} contradicts the strategy {strategy!r}, which splits what is longer than "
@@ -112,24 +114,23 @@ def cut_examples(
     overlong: str | None = None,
     keep_end: bool = False,
 ) -> Segments:
-    """Cut examples of the given lengths (in tokens, `[examples]` integers) into segments of at most `max_length`.
+    """Cut examples of the given lengths (`[examples]` integers, in tokens) into segments of at most `max_length`.
 
-    `overlong` says what becomes of an example longer than that
-    - `"truncate"`: its first `max_length` tokens are kept, with `keep_end` its last
-    - `"split"`: it is cut every `max_length` tokens
-    - `"drop"`: it is left out
-    - `"error"`: nothing is cut
-    - None: split by the strategies "bfd_split" and "wrapped", else truncated
+    `overlong` says what happens to an example longer than `max_length`:
+    - `"truncate"`: keep its first `max_length` tokens, or its last ones with `keep_end`
+    - `"split"`: cut it every `max_length` tokens
+    - `"drop"`: leave it out
+    - `"error"`: raise
+    - None: the strategies "bfd_split" and "wrapped" split, the others truncate
 
-    "wrapped" cuts the examples laid end to end, whether they are overlong or not. Examples of length 0 give no segment.
+    "wrapped" lays all examples end to end and cuts every `max_length` tokens. Examples of length 0 give no segment.
 
-    Raises ValueError naming the row or the argument: lengths that are negative, not integers or not one per row;
-    `max_length` None or below 1; an unknown strategy; an `overlong` that is unknown or contradicts the strategy; with
-    `overlong="error"`, an overlong example.
+    Raises ValueError that names the row or the argument: a length that is negative or no integer; lengths that are not
+    1-D; a `max_length` that is None or below 1; an unknown strategy; an `overlong` that is unknown or contradicts the
+    strategy; an overlong example with `overlong="error"`.
     """
     max_length = _checked_max_length(max_length)
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy={strategy!r}: choose one of {', '.join(STRATEGIES)}")
+    end_to_end = strategy_named(strategy).end_to_end
     overlong = resolve_overlong(strategy, overlong)
     lengths = _checked_lengths(lengths)
 
@@ -145,9 +146,9 @@ def cut_examples(
     kept = lengths if len(examples) == len(lengths) else lengths[examples]
     packs = None
     if overlong == "split":
-        phases = (np.cumsum(kept) - kept) % max_length if strategy == "wrapped" else np.zeros_like(kept)
+        phases = (np.cumsum(kept) - kept) % max_length if end_to_end else np.zeros_like(kept)
         examples, starts, stops = _cut(examples, kept, phases, max_length)
-        if strategy == "wrapped":
+        if end_to_end:
             packs = smallest((np.cumsum(stops - starts) - 1) // max_length)
     else:
         starts = smallest(np.maximum(kept - max_length, 0)) if keep_end else np.zeros(len(kept), np.uint8)
@@ -159,10 +160,10 @@ def _cut(
     examples: IntArray, lengths: IntArray, phases: IntArray, max_length: int
 ) -> tuple[IntArray, IntArray, IntArray]:
     """Cut examples at every multiple of `max_length`, where example `e` starts `phases[e]` after such a multiple."""
-    num_pieces = (phases + lengths - 1) // max_length + 1
-    cuts = ranges(np.zeros_like(num_pieces), num_pieces) * max_length - np.repeat(phases, num_pieces)
-    stops = np.minimum(cuts + max_length, np.repeat(lengths, num_pieces))
-    return np.repeat(examples, num_pieces), np.maximum(cuts, 0), stops
+    num_segments = (phases + lengths - 1) // max_length + 1
+    cuts = ranges(np.zeros_like(num_segments), num_segments) * max_length - np.repeat(phases, num_segments)
+    stops = np.minimum(cuts + max_length, np.repeat(lengths, num_segments))
+    return np.repeat(examples, num_segments), np.maximum(cuts, 0), stops
 
 
 def ranges(starts: IntArray, counts: IntArray) -> NDArray[np.int64]:

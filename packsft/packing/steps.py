@@ -1,9 +1,9 @@
-"""Exact-step packing: the examples of one optimizer step to passes, as many on every rank and as costly.
+"""Exact-step packing: lays the examples of one optimizer step into passes, equally many and balanced on all ranks.
 
-An unpacked run says which examples a step takes. Here those, and no others, are laid into as few passes of at most
-`tokens_per_pass` tokens as hold them. How many tokens a pass holds is then a matter of speed and memory: the step, and
-with it the schedule and the loss curve, is the unpacked one's. This file knows lengths, not samplers or processes: who
-asks gets the same answer in every process.
+An unpacked run decides which examples a step takes. Exactly these are laid into the fewest passes of at most
+`tokens_per_pass` tokens. (A pass is a micro-batch: one forward and backward of the model.) The size of a pass changes
+speed and memory only; the step, the schedule and the loss curve are those of the unpacked run. This file knows lengths
+only and gives the same answer in every process.
 """
 
 from __future__ import annotations
@@ -22,18 +22,17 @@ Passes = list[NDArray[np.int64]]
 def plan_step(
     lengths: Sequence[int] | NDArray[np.integer[Any]], tokens_per_pass: int, num_ranks: int = 1, *, padded: bool = False
 ) -> list[Passes]:
-    """For each rank its passes, for each pass the documents in it, as indices into `lengths`.
+    """For each rank a list of passes, for each pass its documents, as indices into `lengths`.
 
-    Every document is in one pass; all ranks have the same number of passes, the smallest that best fit finds, and
-    one of them may be empty. Ranks and passes are made to hold equal shares of the tokens and of the attention cost
-    (the sum of the squared lengths), as far as the passes have room. A document longer than `tokens_per_pass` is a pass
-    of its own: it is never cut here.
+    Every document is in one pass. All ranks have the same number of passes, the smallest that best fit finds; a pass
+    may be empty. Ranks and passes get equal shares of the tokens and of the attention cost (sum of squared lengths), as
+    far as there is room. A document longer than `tokens_per_pass` gets a pass of its own: nothing is cut here.
 
     Args:
         lengths: tokens of each document of the step, `[D]` integers of at least 1.
-        tokens_per_pass: the most tokens in a pass; with `padded` its documents times the longest of them.
-        num_ranks: how many processes share the step.
-        padded: for passes that are rows of documents padded to the longest: documents of similar length meet.
+        tokens_per_pass: the most tokens in a pass; with `padded`, its number of documents times the longest of them.
+        num_ranks: how many ranks share the step.
+        padded: passes are rows padded to the longest document, so documents of similar length go together.
 
     Raises:
         ValueError: `tokens_per_pass` or `num_ranks` below 1, or a length that is no integer of at least 0.
@@ -58,7 +57,7 @@ def plan_step(
 def simulate_steps(
     lengths: NDArray[np.int64], effective_batch_size: int, tokens_per_pass: int, num_ranks: int, num_steps: int
 ) -> list[list[Passes]]:
-    """For each of the first steps of an epoch in a random order what `plan_step` gives, as indices into `lengths`."""
+    """`plan_step` for the first steps of an epoch in a random order, as indices into `lengths`."""
     order = np.random.default_rng(0).permutation(len(lengths))[: num_steps * effective_batch_size]
     steps = [order[first : first + effective_batch_size] for first in range(0, len(order), effective_batch_size)]
     return [
@@ -68,7 +67,7 @@ def simulate_steps(
 
 
 def _rows_of_similar_length(lengths: NDArray[np.int64], order: NDArray[np.int64], tokens_per_pass: int) -> Passes:
-    """Runs of the documents by decreasing length, each as long as documents * longest allows."""
+    """Runs of documents by decreasing length, each as long as documents * longest allows."""
     passes, at = [], 0
     while at < len(order):
         count = max(1, tokens_per_pass // max(1, int(lengths[order[at]])))
@@ -78,11 +77,11 @@ def _rows_of_similar_length(lengths: NDArray[np.int64], order: NDArray[np.int64]
 
 
 def _balanced(lengths: NDArray[np.int64], sizes: NDArray[np.int64], tokens_per_pass: int, num_passes: int) -> Passes:
-    """Exactly `num_passes` passes of equal cost, or none where the room does not allow it.
+    """Exactly `num_passes` passes of equal cost, or none if there is no room for that.
 
-    By decreasing length, each document goes to the pass that is then the least loaded, the load being the larger of
-    its shares of tokens and of attention. Where that leaves a document without room, fewer of them, the longest, are
-    laid so and the rest by best fit: they are short, and cost attention little.
+    By decreasing length, each document goes to the least loaded pass; the load is the larger of the pass's shares of
+    tokens and of attention cost. If a document then finds no room, only the longest documents are spread this way, and
+    the rest go by best fit: they are short and cost little attention.
     """
     order = np.argsort(-sizes, kind="stable").tolist()
     tokens_share = num_passes / max(1, int(lengths.sum()))
@@ -111,7 +110,7 @@ def _balanced(lengths: NDArray[np.int64], sizes: NDArray[np.int64], tokens_per_p
 
 
 def _dealt(passes: Passes, lengths: NDArray[np.int64], num_ranks: int) -> list[Passes]:
-    """The passes dealt to the ranks, equally many to each: the costliest first, to the rank with the least so far."""
+    """Deals the passes to the ranks, equally many to each: the costliest first, to the rank with the least load."""
     tokens = np.array([lengths[documents].sum() for documents in passes], dtype=float)
     attention = np.array([(lengths[documents] ** 2).sum() for documents in passes], dtype=float)
     cost = np.maximum(tokens / max(1.0, tokens.sum()), attention / max(1.0, attention.sum()))

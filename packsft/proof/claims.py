@@ -1,54 +1,55 @@
-"""Is packed training the same training, on this very model and data? Each claim measured beside what it may differ by.
+"""Proves on the user's own model and data that packed training is the same training.
 
-Isolation is exact (`isolation.py`). The others compare two ways to the same numbers, in the dtype of the training:
+The claim of isolation is exact (`model/isolation.py`). Each other claim compares two computations of the same numbers,
+in the dtype of the training, and measures the difference beside an allowed one:
 
-- *alone*: every document through the model by itself, the loss by its definition on the model's own logits;
+- *alone*: each document through the model by itself; the loss by its definition, from the model's own logits
 - *rounded*: the same documents as one right-padded batch in which embeddings, each layer's hidden states and the logits
-  are rounded otherwise, so that the model's difference from itself is known;
-- *packed*: the batches of the training, the loss by its definition on the model's own logits;
-- *trained*: the batches of the training through the head that is trained, in one pass, in two, and one per document.
-
-Knows models and batches; what trains them is the trainer's.
+  are rounded differently: the difference from *alone* is the model's numerical noise
+- *packed*: the batches of the training; the loss by its definition, from the model's own logits
+- *trained*: the batches of the training through the head that is trained: in one micro-batch, in two, one per document
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from packsft_kernels import LossOptions, reference
+from packsft_kernels import reference
 from torch import Tensor, nn
 
-from packsft.data.batch import IGNORE_INDEX, loss_inputs, model_inputs
+from packsft.data.batch import loss_inputs, model_inputs
 from packsft.data.collator import PackingCollator
+from packsft.data.document import IGNORE_INDEX, Document, Pack, documents_of, make_document
 from packsft.model.head import eval_mode
 from packsft.model.isolation import IsolationVerdict, decoder_layers, watch_layers
+from packsft.model.prepared import PreparedModel
 from packsft.proof.invariance import rounds_to_float32
 
-Row = Mapping[str, Any]
 Numbers = dict[str, Tensor]  # the loss and the gradient of every parameter, by name
 
 LOSS = "the loss"  # its name among the numbers
-# What a tensor may differ by: twice what it changes by where the model rounds otherwise, and so many roundings. Sums of
-# half-precision products are kept in float32 and rounded once; those of float32 and float64 round as they grow.
+# The allowed difference of a tensor: twice its numerical noise, plus this many roundings. Sums of half-precision
+# products are kept in float32 and rounded once; sums in float32 and float64 round as they grow.
 NOISE = 2
 ROUNDINGS = {torch.float64: 8, torch.float32: 8, torch.bfloat16: 2, torch.float16: 2}
-ROUNDED_AWAY = 100  # a gradient so many times smaller than the largest may be its rounding
+ROUNDED_AWAY = 100  # a gradient this many times smaller than the largest may be its rounding
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What was found of `claim`: the largest `difference` beside the `allowed` one, and `where` it is.
+    """The result of a claim: the largest `difference`, the `allowed` one, and `where` it is.
 
-    Both are norms, relative to that of the tensor they are in. Of isolation, the difference is the largest gradient at
-    another document, and the allowed one is 0.
+    Both are norms, relative to the norm of the tensor they are in. For isolation, the difference is the largest
+    gradient at another document, and 0 is allowed.
     """
 
     claim: str
@@ -60,7 +61,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class PackingCheck:
-    """`claims`, and the `facts` they were found under, by name."""
+    """The claims, and the facts of the run by name: how the model is trained, what was checked on."""
 
     claims: tuple[Claim, ...]
     facts: dict[str, str]
@@ -70,7 +71,7 @@ class PackingCheck:
         return all(claim.holds for claim in self.claims)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values; None for a difference that is no finite number."""
+        """Plain values; None for a difference that is not finite."""
 
         def plain(value: Any) -> Any:
             return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -79,7 +80,7 @@ class PackingCheck:
         return {"holds": self.holds, "claims": claims, "facts": self.facts}
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Texts of a table's lines, the headings first."""
+        """The texts of a table, headings first."""
         return [
             ("claim", "holds", "largest difference", "allowed", "where"),
             *(
@@ -90,25 +91,48 @@ class PackingCheck:
         ]  # fmt: skip
 
 
-def check_claims(ways: Ways, isolation: IsolationVerdict) -> tuple[Claim, ...]:
-    """Measure every claim; the first is what `check_isolation` found.
+def check_packing(
+    model: nn.Module,
+    prepared: PreparedModel,
+    documents: Pack,
+    collator: PackingCollator,
+    to_device: Callable[[dict[str, Any]], dict[str, Any]],
+) -> PackingCheck:
+    """Measure every claim on a prepared model; for a model that packs, the isolation check runs again.
 
-    Parameters, gradients, modes and random state stay as they are. Takes the memory of three sets of gradients of all
+    Parameters, gradients, modes and random state do not change. Takes the memory of three sets of gradients of all
     trained parameters, in float32 at least.
+
+    Args:
+        model: as it is trained: the prepared model, or a PEFT model around it.
+        documents: at least one has a token to score.
+        collator: of the training.
+        to_device: brings a batch to the device.
+
+    Raises:
+        ValueError: no document has a token to score.
     """
+    if not prepared.padded:
+        prepared.check_isolation()
+    claims = _measure(Comparison(model, prepared, documents, collator, to_device), prepared.isolation)
+    tokens = sum(map(len, documents))
+    return PackingCheck(claims, prepared.describe() | {"checked on": f"{len(documents)} documents of {tokens} tokens"})
+
+
+def _measure(ways: Comparison, isolation: IsolationVerdict) -> tuple[Claim, ...]:
     devices = [ways.device] if ways.device.type == "cuda" else []
     with torch.random.fork_rng(devices), eval_mode(ways.model):
         rounding = ways.rounding
         logits = _compare("hidden states and logits are those of the documents alone", *ways.logits(), rounding)
         alone, rounded = ways.alone(), ways.rounded()
         noise = {name: _norm(rounded[name] - alone[name]) for name in alone}
-        del rounded  # each of these is as large as the parameters that are trained
+        del rounded  # each of these is as large as the trained parameters
         trained = ways.trained([ways.documents])
         as_alone = _compare("loss and gradients are those of the documents alone", trained, alone, noise, rounding)
         del alone
         own = "the head gives the model's own loss and gradients"
         head = _compare(own, trained, ways.packed(), noise, rounding)
-        halves = [rows for rows in (ways.documents[::2], ways.documents[1::2]) if rows]
+        halves = [half for half in (ways.documents[::2], ways.documents[1::2]) if half]
         two_passes = "two passes give the loss and gradients of one"
         two = _compare(two_passes, ways.trained(halves), trained, noise, rounding)
         each_document = "a pass per document gives the loss and gradients of one"
@@ -119,83 +143,66 @@ def check_claims(ways: Ways, isolation: IsolationVerdict) -> tuple[Claim, ...]:
     return apart, logits, head, two, each, as_alone
 
 
-def random_documents(vocab_size: int, max_length: int) -> list[Row]:
-    """Documents of unequal lengths, `max_length` (of at most 128) among them, tokens at random."""
+def random_documents(vocab_size: int, max_length: int) -> Pack:
+    """Documents of random tokens and unequal lengths, the longest `max_length`, but at most 128."""
     generator = np.random.default_rng(0)
-    rows: list[Row] = []
+    documents = []
     for length in (9, 14, 11, 33, 2, 128):
-        ids = generator.integers(vocab_size, size=min(length, max_length)).tolist()
-        rows.append({"input_ids": ids, "labels": [IGNORE_INDEX] * (len(ids) // 3) + ids[len(ids) // 3 :]})
-    return rows
-
-
-def first_documents(rows: Any, max_length: int | None, max_tokens: int = 256, max_documents: int = 8) -> list[Row]:
-    """The first documents of a training set, as many as make at most so many tokens.
-
-    Of a document longer than half of `max_tokens` the end is taken, where its answer is.
-
-    Args:
-        rows: items with `input_ids` and, where not all are scored, `labels`; or, with `seq_lengths`, several documents.
-            Of a stream a copy is read.
-        max_length: where documents are cut.
-    """
-    documents: list[Row] = []
-    rows = copy.deepcopy(rows) if isinstance(rows, torch.utils.data.IterableDataset) else rows
-    for document in _split(rows):
-        cut: Row = {name: values[:max_length][-(max_tokens // 2) :] for name, values in document.items()}
-        if len(documents) == max_documents or sum(len(one["input_ids"]) for one in [*documents, cut]) > max_tokens:
-            break
-        documents.append(cut)
+        ids = generator.integers(vocab_size, size=min(length, max_length))
+        labels = ids.copy()
+        labels[: len(ids) // 3] = IGNORE_INDEX
+        documents.append(make_document(ids, labels))
     return documents
 
 
-def _split(rows: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
-    for row in rows:
-        ids = np.asarray(row["input_ids"])
-        labels = np.asarray(row.get("labels", ids))
-        for stop, length in zip(np.cumsum(lengths := row.get("seq_lengths", [len(ids)])), lengths, strict=True):
-            yield {"input_ids": ids[stop - length : stop], "labels": labels[stop - length : stop]}
+def first_documents(items: Any, max_length: int | None, max_tokens: int = 256, max_documents: int = 8) -> Pack:
+    """The first documents of a training set, as many as have at most `max_tokens` tokens together.
 
-
-@dataclass
-class Ways:
-    """The ways to the numbers of an optimizer step over all documents.
+    From a document longer than half of `max_tokens` the end is taken, where its answer is.
 
     Args:
-        model: as it is trained.
-        documents: rows of one document each, `input_ids` and `labels`.
-        collator: of the training.
-        prepare: brings a batch to the device.
-        loss: of a batch, divided by the number, through the head that is trained.
-        autocast: the context that training runs its forward in.
-        packed_forward: the context of a forward on a batch of the training, `loss` apart.
-        options: of the loss.
+        items: packs, or rows that the user made. A copy of a stream is read.
+        max_length: where documents are cut.
+    """
+    found: Pack = []
+    items = copy.deepcopy(items) if isinstance(items, torch.utils.data.IterableDataset) else items
+    packs = (item if isinstance(item, list) else documents_of(item, f"row {i}") for i, item in enumerate(items))
+    for document in itertools.chain.from_iterable(packs):
+        stop = min(len(document), max_length or len(document))
+        cut = document.part(max(0, stop - max_tokens // 2), stop)
+        if len(found) == max_documents or sum(map(len, [*found, cut])) > max_tokens:
+            break
+        found.append(replace(cut, weight=1.0 / max(1, cut.num_scored)))
+    return found
 
-    Raises:
-        ValueError: no document has a token to score.
+
+class Comparison:
+    """Computes the numbers of an optimizer step over all documents in the ways that the claims compare.
+
+    The arguments are those of `check_packing`.
     """
 
-    model: Any
-    documents: Sequence[Row]
-    collator: PackingCollator
-    prepare: Callable[[dict[str, Any]], dict[str, Any]]
-    loss: Callable[[dict[str, Any], float], Tensor]
-    autocast: Callable[[], AbstractContextManager]
-    packed_forward: Callable[[], AbstractContextManager]
-    options: LossOptions
-
-    def __post_init__(self) -> None:
-        self._parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.device = next(self.model.parameters()).device
-        self._num_items = sum(self.collator([document])["num_items"] for document in self.documents)
+    def __init__(
+        self,
+        model: Any,
+        prepared: PreparedModel,
+        documents: Pack,
+        collator: PackingCollator,
+        to_device: Callable[[dict[str, Any]], dict[str, Any]],
+    ) -> None:
+        self.model, self.documents = model, documents
+        self._prepared, self._collator, self._to_device = prepared, collator, to_device
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.device = next(model.parameters()).device
+        self._num_items = sum(collator([[document]])["num_items"] for document in documents)
         if not self._num_items:
             raise ValueError("none of the documents has a token to score: all their labels are -100")
 
     @functools.cached_property
     def dtype(self) -> torch.dtype:
-        """The lowest precision that the forward uses."""
+        """The lowest precision of the forward."""
         dtypes = {parameter.dtype for parameter in self.model.parameters() if parameter.dtype in ROUNDINGS}
-        with self.autocast():
+        with self._prepared.autocast():
             if torch.is_autocast_enabled(self.device.type):
                 dtypes = {torch.get_autocast_dtype(self.device.type)}
         dtype = max(dtypes, key=lambda one: torch.finfo(one).eps)
@@ -211,38 +218,37 @@ class Ways:
 
     @torch.no_grad()
     def logits(self) -> tuple[Numbers, Numbers, dict[str, float]]:
-        """Those of each layer and the logits, by name, documents end to end: packed, alone, and what rounded ones are
-        off by."""
+        """Hidden states of each layer and the logits, by name, documents end to end: packed, alone, and their noise."""
         each = [self._hidden([document], input_ids=_ids(document)) for document in self.documents]
         alone = {name: torch.cat([hidden[name] for hidden in each]) for name in each[0]}
         with self._rounded_otherwise():
             rounded = self._hidden(self.documents, **self._padded())
         noise = {name: _norm(rounded[name] - alone[name]) for name in alone}
-        with self.packed_forward():
+        with self._prepared.packed_forward():
             packed = self._hidden(self.documents, **model_inputs(self._batch(self.documents)))
         return packed, alone, noise
 
-    def _hidden(self, rows: Sequence[Row], **inputs: Any) -> Numbers:
-        with self.autocast(), watch_layers(self.model) as layers:
+    def _hidden(self, documents: Pack, **inputs: Any) -> Numbers:
+        with self._prepared.autocast(), watch_layers(self.model) as layers:
             logits = self._own_logits(**inputs)
         named = [*((name, hidden) for name, hidden in layers if hidden.dim() == 3), ("logits", logits)]
-        return {name: _end_to_end(hidden, rows) for name, hidden in named}
+        return {name: _end_to_end(hidden, documents) for name, hidden in named}
 
     def _own_logits(self, **inputs: Any) -> Tensor:
         inputs = {name: x.to(self.device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
         return self.model(use_cache=False, **inputs).logits
 
     def _padded(self) -> dict[str, Tensor]:
-        """Documents below each other, as everybody's collator lays them out."""
-        lengths = torch.tensor([len(document["input_ids"]) for document in self.documents])
+        """Documents one below the other, as the usual collators lay them out."""
+        lengths = torch.tensor([len(document) for document in self.documents])
         ids = [_ids(document)[0] for document in self.documents]
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         return {"input_ids": nn.utils.rnn.pad_sequence(ids, batch_first=True), "attention_mask": mask.long()}
 
     @contextmanager
     def _rounded_otherwise(self) -> Iterator[None]:
-        """Embeddings and hidden states of each layer are off by up to `rounding`, and the head's sums by roundings of
-        the terms they are made of, which may be far larger (outlier features cancel in a softmax)."""
+        """Perturbs embeddings and hidden states of each layer by up to `rounding`, and the head's sums by roundings of
+        their terms, which may be far larger (outlier features cancel in a softmax)."""
         generators: dict[torch.device, torch.Generator] = {}  # a model may lie on several devices
 
         def off(like: Tensor) -> Tensor:
@@ -262,7 +268,7 @@ class Ways:
                 return None
             weight_VM = weight.detach()
             eps = torch.finfo(torch.promote_types(self.dtype, torch.float32)).eps
-            # a sum of n terms that are as large is off by some sqrt(n) roundings (Higham and Mary, 2019)
+            # a sum of n terms of equal size is off by about sqrt(n) roundings (Higham and Mary, 2019)
             forward_eps, backward_eps = (eps * math.sqrt(n) for n in (weight_VM.shape[1], weight_VM.shape[0]))
             terms = hidden.detach().norm(dim=-1, keepdim=True) * weight_VM.norm(dim=1)
             logits = logits + (forward_eps * off(logits) * terms).to(logits.dtype)
@@ -296,32 +302,32 @@ class Ways:
             return self._add([self._own_loss(self.documents, **self._padded())])
 
     def packed(self) -> Numbers:
-        with self.packed_forward():
+        with self._prepared.packed_forward():
             return self._add([self._own_loss(self.documents, **model_inputs(self._batch(self.documents)))])
 
-    def trained(self, passes: Iterable[Sequence[Row]]) -> Numbers:
-        return self._add(self._trained_loss(rows) for rows in passes)
+    def trained(self, micro_batches: Iterable[Pack]) -> Numbers:
+        return self._add(self._trained_loss(documents) for documents in micro_batches)
 
-    def _trained_loss(self, rows: Sequence[Row]) -> Tensor:
-        with self.autocast():
-            return self.loss(self._batch(rows), self._num_items)
+    def _trained_loss(self, documents: Pack) -> Tensor:
+        with self._prepared.autocast():
+            return self._prepared.loss(self.model, self._batch(documents), self._num_items).loss
 
-    def _batch(self, rows: Sequence[Row]) -> dict[str, Any]:
-        return self.prepare(self.collator(list(rows)))
+    def _batch(self, documents: Pack) -> dict[str, Any]:
+        return self._to_device(self._collator([documents]))
 
-    def _own_loss(self, rows: Sequence[Row], **inputs: Any) -> Tensor:
-        """By its definition, from the model's own logits."""
-        with self.autocast():
-            logits_TV = _end_to_end(self._own_logits(**inputs), rows)
-        scored = loss_inputs(self.prepare(replace(self.collator, padded=False)(list(rows))))
+    def _own_loss(self, documents: Pack, **inputs: Any) -> Tensor:
+        """The loss by its definition, from the model's own logits."""
+        with self._prepared.autocast():
+            logits_TV = _end_to_end(self._own_logits(**inputs), documents)
+        scored = loss_inputs(self._to_device(replace(self._collator, padded=False)([documents])))
         return reference.cross_entropy(
-            logits_TV.double(),  # or the rounding of this loss would be taken for the head's
+            logits_TV.double(),  # otherwise the rounding of this loss counts as the head's
             rows=scored["loss_rows"], targets=scored["loss_targets"], weights=scored.get("loss_weights"),
-            options=self.options, num_items=self._num_items,
+            options=self._prepared.options, num_items=self._num_items,
         ).loss  # fmt: skip
 
     def _add(self, losses: Iterable[Tensor]) -> Numbers:
-        """Loss and gradients of the passes together; the graph of one is gone before the next is made."""
+        """Loss and gradients, summed; the graph of one loss is freed before the next is built."""
         total: Numbers = {}
         for loss in losses:
             gradients = torch.autograd.grad(loss, list(self._parameters.values()), allow_unused=True)
@@ -335,13 +341,13 @@ class Ways:
         return total
 
 
-def _ids(document: Row) -> Tensor:
-    return torch.tensor(np.asarray(document["input_ids"], dtype=np.int64))[None]
+def _ids(document: Document) -> Tensor:
+    return torch.from_numpy(document.input_ids)[None]
 
 
-def _end_to_end(hidden: Tensor, rows: Sequence[Row]) -> Tensor:
-    """`[T, ...]` of a packed row `[1, T + pad, ...]` or of padded ones `[D, S, ...]`."""
-    lengths = [len(row["input_ids"]) for row in rows]
+def _end_to_end(hidden: Tensor, documents: Pack) -> Tensor:
+    """`[T, ...]` from a packed row `[1, T + pad, ...]` or from padded rows `[D, S, ...]`."""
+    lengths = [len(document) for document in documents]
     if hidden.shape[0] == 1:
         return hidden[0, : sum(lengths)]
     return torch.cat([hidden[i, :length] for i, length in enumerate(lengths)])
@@ -352,9 +358,9 @@ def _norm(tensor: Tensor) -> float:
 
 
 def _compare(claim: str, found: Numbers, truth: Numbers, noise: Mapping[str, float], rounding: float) -> Claim:
-    """Every tensor of `found` beside `truth`; the claim speaks of the first that is too far off, or of the worst."""
+    """Compares every tensor of `found` with `truth`; the claim names the first that is too far off, or the worst."""
     sizes = {name: _norm(exact) for name, exact in truth.items()}
-    # a gradient that is zero but for rounding (a key's bias changes no softmax) has the rounding of what it is a sum of
+    # a gradient that is zero except for rounding (a key's bias changes no softmax) has the rounding of its terms
     largest = max((size for name, size in sizes.items() if name != LOSS), default=0.0)
     worst = (-1.0, Claim(claim, True, 0.0, 0.0))
     for name, exact in truth.items():

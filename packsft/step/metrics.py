@@ -1,6 +1,6 @@
-"""Training metrics that stay on the device between two logs: sums of 0-d tensors, read once when they are logged.
+"""Training metrics that stay on the device between two logs: sums of 0-d tensors, read once per log.
 
-The keys are TRL's (`mean_token_accuracy`, `entropy`, `num_tokens`, `aux_loss`), the means weighted by scored tokens.
+The keys are TRL's (`mean_token_accuracy`, `entropy`, `num_tokens`, `aux_loss`). Means are weighted by scored tokens.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from packsft.model.head import HeadOutput
 
 
 class MetricSums:
-    """Sums over the micro-steps since the last log, on one rank.
+    """Sums over the micro-batches since the last log, on one rank.
 
     Args:
-        filter_nonfinite: leave passes whose mean loss is not finite out of `loss` (`logging_nan_inf_filter`).
+        filter_nonfinite: leave micro-batches whose mean loss is not finite out of `loss` (`logging_nan_inf_filter`).
     """
 
     def __init__(self, filter_nonfinite: bool = False) -> None:
@@ -29,16 +29,16 @@ class MetricSums:
 
     def _reset(self) -> None:
         self._device_sums: dict[str, Tensor] = {}
-        self._scored = self._tokens = self._passes = 0
+        self._scored = self._tokens = self._micro_batches = 0
         self._started: float | None = None
 
     def start(self) -> None:
-        """A pass begins; the first one since the last log starts the clock."""
+        """A micro-batch begins; the first since the last log starts the clock."""
         if self._started is None:
             self._started = time.perf_counter()
 
     def skip(self, seconds: float) -> None:
-        """Leave out an evaluation that took place between two passes."""
+        """Leave the time of an evaluation out."""
         if self._started is not None:
             self._started += seconds
 
@@ -48,7 +48,7 @@ class MetricSums:
         return int(accelerator.reduce(tokens, reduction="sum"))
 
     def copy(self) -> MetricSums:
-        """The sums as they are now, to come back to when a step is taken again."""
+        """The sums as they are now, to restore when a step is taken again."""
         kept = copy.copy(self)
         kept._device_sums = dict(self._device_sums)
         return kept
@@ -56,16 +56,16 @@ class MetricSums:
     def add(
         self, output: HeadOutput, *, scored: int, tokens: int, items: float = 0.0, mean_loss: Tensor | None = None
     ) -> None:
-        """Count one pass.
+        """Count one micro-batch.
 
         Args:
             output: what the head returned.
-            scored: N, scored tokens of the pass, known on the host.
-            tokens: tokens of the pass, known on the host.
+            scored: N, its scored tokens, known on the host.
+            tokens: its tokens, known on the host.
             items: what `mean_loss` was divided by: N, or the sum of the weights.
-            mean_loss: mean loss of the pass, where it is to be averaged over all of them (evaluation).
+            mean_loss: its mean loss, if the losses are to be averaged (evaluation).
         """
-        self._passes += 1
+        self._micro_batches += 1
         self._scored += scored
         self._tokens += tokens
         sums = {"entropy": output.entropy_sum, "num_correct": output.num_correct, "aux_loss": output.aux_loss}
@@ -82,16 +82,16 @@ class MetricSums:
         """Sum over ranks, read the device once, and start anew. Empty if nothing was counted.
 
         Returns:
-            `entropy` and `mean_token_accuracy` and, where they were counted, `loss` per scored token (or example) and
-            `aux_loss` per pass; `tokens` and `seconds` since the clock was started.
+            `entropy` and `mean_token_accuracy`; `loss` per scored token (or example) and `aux_loss` per micro-batch, if
+            they were counted; `tokens` and `seconds` since the clock was started.
         """
-        if not self._passes:
+        if not self._micro_batches:
             return {}
         names = sorted(self._device_sums)
-        counts = [float(self._scored), float(self._tokens), float(self._passes)]
+        counts = [float(self._scored), float(self._tokens), float(self._micro_batches)]
         values = torch.stack([self._device_sums[name] for name in names])
         values = torch.cat([values, torch.tensor(counts, dtype=values.dtype, device=values.device)])
-        *sums, scored, tokens, passes = accelerator.reduce(values, reduction="sum").tolist()
+        *sums, scored, tokens, micro_batches = accelerator.reduce(values, reduction="sum").tolist()
         total = dict(zip(names, sums, strict=True))
         seconds = 0.0 if self._started is None else time.perf_counter() - self._started
         self._reset()
@@ -104,5 +104,5 @@ class MetricSums:
         if "loss" in total:
             metrics["loss"] = total["loss"] / total["loss_items"] if total["loss_items"] else math.nan
         if "aux_loss" in total:
-            metrics["aux_loss"] = total["aux_loss"] / passes
+            metrics["aux_loss"] = total["aux_loss"] / micro_batches
         return metrics

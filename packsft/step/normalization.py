@@ -1,8 +1,8 @@
-"""What a loss is divided by: known on the host, summed over an optimizer step and its ranks.
+"""The denominator of the loss, known on the host and summed over an optimizer step and its ranks.
 
-The loss of an optimizer step is the sum over all its scored tokens divided by their number (or, where every example
-counts the same, the weighted sum divided by the sum of the weights), however they are split into passes, micro-batches
-and ranks. Gradients of the parts then add up to the gradient of one large batch.
+The loss of an optimizer step is the sum over all its scored tokens divided by their number (if every example counts the
+same, the weighted sum divided by the sum of the weights). It does not depend on how the step is split into
+micro-batches and ranks: their gradients add up to the gradient of one large batch.
 """
 
 from __future__ import annotations
@@ -13,31 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from packsft.data.ranks import Ranks
+
 
 def items_in_step(
     batches: Sequence[Mapping[str, Any]], accelerator: Any, *, across_ranks: bool
 ) -> int | float | Tensor:
-    """The scored tokens of an optimizer step, or the sum of their weights. Without any, 1: its loss is zero.
+    """The scored tokens of an optimizer step, or the sum of their weights. Without any, 1: the loss is zero.
 
     Args:
-        batches: what this rank's data loader gave for the step: its micro-batches, or one exact step, which knows the
-            number on all ranks already.
+        batches: what this rank's data loader gave for the step: its micro-batches, or one exact step, which already
+            knows the number over all ranks.
         accelerator: accelerate's; sums over its processes.
         across_ranks: whether to sum over ranks (transformers' `average_tokens_across_devices`).
 
     Returns:
-        A number, or with several ranks a 0-d tensor on the device, which is not read back. Ranks that share a batch
-        count it once.
+        A number; with several ranks a 0-d tensor on the device, which is not read back. Ranks that share a batch count
+        it once.
     """
     items = sum(batch["num_items"] for batch in batches)
     if not across_ranks or accelerator.num_processes == 1 or any("passes" in batch for batch in batches):
         return items or 1
     total = accelerator.reduce(torch.tensor(items, dtype=torch.float64, device=accelerator.device), reduction="sum")
-    total = total / ranks_per_batch(accelerator)
+    total = total / Ranks.of(accelerator).sharing
     return torch.where(total > 0, total, 1.0)
-
-
-def ranks_per_batch(accelerator: Any) -> int:
-    """How many ranks work on the same batch: those of a tensor-parallel group."""
-    parallelism = getattr(accelerator, "parallelism_config", None)
-    return 1 if parallelism is None else parallelism.tp_size

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import release_memory
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
+from packsft.compat import is_out_of_memory
 from packsft.data.batch import StepRows
 from packsft.step.memory import fit_tokens
 
@@ -102,7 +102,7 @@ class PassWalker:
                 losses = [self._run(model, batch, num_items, batch is passes[-1]) for batch in passes]
                 return torch.stack(losses).sum()
             except RuntimeError as error:
-                if not isinstance(error, torch.OutOfMemoryError) and not should_reduce_batch_size(error):
+                if not is_out_of_memory(error):
                     raise
                 smaller = self._smaller(passes, error)
             # only here, where the exception no longer keeps the pass's activations alive

@@ -87,7 +87,7 @@ def test_tokens_without_labels_are_all_scored_whatever_the_kind_of_list(tmp_path
     lists = pa.array([[3, 4], [5, 6]]).cast(kind)
     Dataset(pa.table({"input_ids": lists})).save_to_disk(tmp_path / "tokens")
     report = inspect_data(str(tmp_path / "tokens")).report
-    assert (report.examples_packed, report.tokens_kept, report.packs) == (2, 4, 1)
+    assert (report.account.examples_packed, report.account.tokens_kept, report.packs) == (2, 4, 1)
 
 
 def test_several_processes_tokenise_as_one(tmp_path, tokenizer_folder, monkeypatch):
@@ -141,7 +141,7 @@ def test_json_is_all_of_stdout_and_the_report(tokens, tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     # packs [5 cut to 4], [4], [3], [2]; the row of a single token has nothing to score
     report = printed["report"]
-    assert (report["examples_in"], report["examples_packed"], report["unscored_dropped"]) == (5, 4, 1)
+    assert (report["examples_in"], report["examples_packed"], report["examples_unscored"]) == (5, 4, 1)
     assert (report["tokens_in"], report["tokens_kept"], report["tokens_lost"]) == (15, 13, 2)
     assert (report["packs"], report["steps_packed"], report["steps_unpacked"], report["steps_exact"]) == (4, 2, 2, 2)
     got = inspect_data(tokens, max_length=4, per_device_train_batch_size=2, num_train_epochs=1.0)
@@ -174,7 +174,7 @@ def test_documents_of_a_pack_differ_in_black_and_white():
 def test_tokenised_data_needs_neither_trl_nor_transformers(tokens, monkeypatch):
     for name in ("trl", "transformers"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it raises
-    assert inspect_data(tokens).report.examples_in == 5
+    assert inspect_data(tokens).report.account.examples_in == 5
 
 
 # ---- bad input ----

@@ -8,19 +8,14 @@ from runs import DEFAULTS, losses, trainer
 from tiny import ROWS, VOCAB, tiny_model, tiny_tokenizer
 from trl import SFTConfig, SFTTrainer
 
+from packsft.data.document import documents_of
 from packsft.data.packs import pack_dataset
 
 
 def documents(items):
-    """(input ids, labels) of all documents in packs, sorted; each document's first label is out of the loss anyway."""
-    found = []
-    for item in items:
-        start = 0
-        for length in item.get("seq_lengths", [len(item["input_ids"])]):
-            ids = list(map(int, item["input_ids"][start : start + length]))
-            found.append((ids, [-100, *map(int, item["labels"][start + 1 : start + length])]))
-            start += length
-    return sorted(found)
+    """(input ids, labels) of all documents in packs, ours or TRL's, sorted; no first label is ever scored."""
+    packs = (item if isinstance(item, list) else documents_of(item, "a row") for item in items)
+    return sorted((document.input_ids.tolist(), document.labels.tolist()) for pack in packs for document in pack)
 
 
 def trl_documents(dataset, tmp_path, **options):
@@ -35,7 +30,7 @@ def test_the_packed_documents_are_those_that_trl_prepares(form, tmp_path):
     packed = trainer(tmp_path, train_dataset=dataset, max_length=32, packing_strategy="bfd", **options)
     expected = [d for d in trl_documents(dataset, tmp_path, max_length=32, **options) if any(x != -100 for x in d[1])]
     assert documents(packed.train_dataset) == expected
-    assert max(sum(item["seq_lengths"]) for item in packed.train_dataset) <= 32
+    assert max(sum(map(len, item)) for item in packed.train_dataset) <= 32
     assert len(packed.train_dataset) < len(expected)
     packed.train()
     assert losses(packed)
@@ -87,7 +82,7 @@ def test_without_packing_no_padding_is_computed(tmp_path):
 def test_truncation_keeps_the_end_that_was_asked_for(tmp_path, keep, caplog):
     rows = Dataset.from_list([{"input_ids": [3, 4, 5, 6, 7, 8], "labels": [3, 4, 5, 6, 7, 8]}] * 2)
     ours = trainer(tmp_path, train_dataset=rows, max_length=4, packing=False, truncation_mode=keep)
-    assert ours.train_dataset[0]["input_ids"].tolist() == ([3, 4, 5, 6] if keep == "keep_start" else [5, 6, 7, 8])
+    assert ours.train_dataset[0][0].input_ids.tolist() == ([3, 4, 5, 6] if keep == "keep_start" else [5, 6, 7, 8])
     assert "2 examples are cut at max_length=4, 4 of 12 tokens are lost" in caplog.text
 
 
@@ -95,21 +90,23 @@ def test_examples_without_a_scored_token_are_counted_and_left_out(tmp_path, capl
     rows = [*ROWS[:2], {"input_ids": [3, 4, 5, 6, 7], "labels": [-100, -100, -100, -100, 7]}]  # scored past the cut
     ours = trainer(tmp_path, train_dataset=Dataset.from_list(rows), max_length=4)
     assert "1 of 3 examples have no token to score" in caplog.text
-    assert ours.packing_report.unscored_dropped == 1
-    assert sum(len(item["seq_lengths"]) for item in ours.train_dataset) == 2
+    assert ours.packing_report.account.examples_unscored == 1
+    assert sum(map(len, ours.train_dataset)) == 2
 
 
 def test_a_shuffled_selection_of_rows_is_read_in_its_own_order(tmp_path):
     rows = Dataset.from_list(ROWS).select([4, 0, 2])
     ours = trainer(tmp_path, train_dataset=rows, packing=False)
-    assert [item["input_ids"].tolist() for item in ours.train_dataset] == [ROWS[i]["input_ids"] for i in (4, 0, 2)]
+    assert [document.input_ids.tolist() for (document,) in ours.train_dataset] == [
+        ROWS[i]["input_ids"] for i in (4, 0, 2)
+    ]
 
 
 @pytest.mark.parametrize("strategy", ["bfd_split", "wrapped"])
 def test_a_split_example_loses_no_token_whichever_end_truncation_would_keep(tmp_path, strategy):
     rows = Dataset.from_list([{"input_ids": [3, 4, 5, 6, 7, 8], "labels": [3, 4, 5, 6, 7, 8]}] * 2)
     ours = trainer(tmp_path, train_dataset=rows, max_length=4, packing_strategy=strategy, truncation_mode="keep_end")
-    tokens = sorted(token for item in ours.train_dataset for token in item["input_ids"].tolist())
+    tokens = sorted(token for item in ours.train_dataset for document in item for token in document.input_ids.tolist())
     assert tokens == sorted([3, 4, 5, 6, 7, 8] * 2)
     ours.train()
 

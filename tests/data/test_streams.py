@@ -10,14 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from runs import losses, trainer
 from streams import batch_documents, documents, numbered_rows, stream_of
 from tiny import ROWS, tiny_model
 from torch.utils.data import DataLoader
 
 from packsft import PackedSFTTrainer
-from packsft.data.streams import PackedStream, StepStream
+from packsft.data.packs import pack_dataset
+from packsft.data.ranks import Ranks
+from packsft.data.steps import StepStream
+from packsft.data.streams import PackedStream
+from packsft.packing import Account
 
 COUNT = 41  # with 16 tokens a pack and 32 buffered: 17 packs, an uneven number over 2 and 3
 EVERY = sorted(tuple(row["input_ids"]) for row in numbered_rows(COUNT))
@@ -28,7 +32,7 @@ def packed(stream, **options):
 
 
 def sequence(packs):
-    return [(p["input_ids"].tolist(), p["labels"].tolist(), list(p["seq_lengths"])) for p in packs]
+    return [[(d.input_ids.tolist(), d.labels.tolist(), d.weight) for d in pack] for pack in packs]
 
 
 class Rows:
@@ -73,12 +77,12 @@ def test_killed_at_any_position_it_goes_on_with_the_same_packs(kind, strategy):
 @pytest.mark.parametrize("kind", ["one shard", "a plain iterable"])
 def test_a_killed_rank_goes_on_with_its_share(kind, num_ranks):
     for rank in range(num_ranks):
-        everything = sequence(packed(STREAMS[kind]()).share(rank, num_ranks))
+        everything = sequence(packed(STREAMS[kind]()).share(Ranks(rank, num_ranks)))
         for position in range(len(everything) + 1):
-            killed = packed(STREAMS[kind]()).share(rank, num_ranks)
+            killed = packed(STREAMS[kind]()).share(Ranks(rank, num_ranks))
             packs = iter(killed)
             begun = sequence(next(packs) for _ in range(position))
-            resumed = packed(STREAMS[kind]()).share(rank, num_ranks)
+            resumed = packed(STREAMS[kind]()).share(Ranks(rank, num_ranks))
             resumed.load_state_dict(killed.state_dict())
             assert begun + sequence(resumed) == everything
 
@@ -88,7 +92,7 @@ def test_a_killed_rank_goes_on_with_its_share(kind, num_ranks):
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_over_ranks_and_workers_every_example_comes_once_and_all_ranks_get_as_many_packs(kind, workers, num_ranks):
     shares = [
-        list(DataLoader(packed(STREAMS[kind]()).share(rank, num_ranks), batch_size=None, num_workers=workers))
+        list(DataLoader(packed(STREAMS[kind]()).share(Ranks(rank, num_ranks)), batch_size=None, num_workers=workers))
         for rank in range(num_ranks)
     ]
     assert len({len(share) for share in shares}) == 1
@@ -96,25 +100,25 @@ def test_over_ranks_and_workers_every_example_comes_once_and_all_ranks_get_as_ma
 
 
 def test_shards_divided_over_ranks_are_read_round_after_round():
-    shares = [packed(stream_of(COUNT, 5)).share(rank, 2, endless=True) for rank in range(2)]
-    passes = []
+    shares = [packed(stream_of(COUNT, 5)).share(Ranks(rank, 2), endless=True) for rank in range(2)]
+    epochs = []
     for share in shares:
         packs, seen = iter(share), []
-        while share._passes == 0:
+        while share._epochs_done == 0:
             seen.append(next(packs))
-        passes.append([document for pack in seen[:-1] for document in documents(pack)])
-        assert sequence(seen[-1:]) == sequence(seen[:1])  # no shuffling: the second pass is the first again
-    assert sorted(passes[0] + passes[1]) == EVERY
-    assert min(map(len, passes)) > 10  # both have read
+        epochs.append([document for pack in seen[:-1] for document in documents(pack)])
+        assert sequence(seen[-1:]) == sequence(seen[:1])  # no shuffling: the second epoch is the first again
+    assert sorted(epochs[0] + epochs[1]) == EVERY
+    assert min(map(len, epochs)) > 10  # both have read
 
-    killed = packed(stream_of(COUNT, 5)).share(1, 2, endless=True)
+    killed = packed(stream_of(COUNT, 5)).share(Ranks(1, 2), endless=True)
     packs = iter(killed)
     everything = sequence(next(packs) for _ in range(30))
-    for position in (0, 1, 9, 10, 11, 20):  # in the first pass, around its end, in a later one
-        killed = packed(stream_of(COUNT, 5)).share(1, 2, endless=True)
+    for position in (0, 1, 9, 10, 11, 20):  # in the first epoch, around its end, in a later one
+        killed = packed(stream_of(COUNT, 5)).share(Ranks(1, 2), endless=True)
         packs = iter(killed)
         begun = sequence(next(packs) for _ in range(position))
-        resumed = packed(stream_of(COUNT, 5)).share(1, 2, endless=True)
+        resumed = packed(stream_of(COUNT, 5)).share(Ranks(1, 2), endless=True)
         resumed.load_state_dict(killed.state_dict())
         packs = iter(resumed)
         assert begun + sequence(next(packs) for _ in range(30 - position)) == everything
@@ -126,8 +130,8 @@ def test_another_epoch_comes_in_another_order_and_anew():
     stream.set_epoch(1)
     second = sequence(stream)
     assert first != second
-    for passed in (stream, packed(stream_of(COUNT))):
-        assert sorted(document for pack in passed for document in documents(pack)) == EVERY
+    for whole in (stream, packed(stream_of(COUNT))):
+        assert sorted(document for pack in whole for document in documents(pack)) == EVERY
     next(iter(stream))
     stream.load_state_dict(stream.state_dict())
     stream.set_epoch(1)  # the epoch it is in: it goes on
@@ -139,9 +143,9 @@ def test_another_epoch_comes_in_another_order_and_anew():
 
 
 def test_a_state_of_another_share_is_refused():
-    killed = packed(stream_of(COUNT, 5)).share(0, 2, endless=True)
+    killed = packed(stream_of(COUNT, 5)).share(Ranks(0, 2), endless=True)
     next(iter(killed))
-    other = packed(stream_of(COUNT, 5)).share(1, 2, endless=True)
+    other = packed(stream_of(COUNT, 5)).share(Ranks(1, 2), endless=True)
     other.load_state_dict(killed.state_dict())
     with pytest.raises(ValueError, match=r"saved by .* \[0, 2, 0, 1\], and cannot go on in \[1, 2, 0, 1\]"):
         next(iter(other))
@@ -171,14 +175,16 @@ def test_what_is_left_out_or_cut_is_counted_and_said(caplog):
     ]
     stream = PackedStream(rows, 4, buffer_tokens=8)
     packs = list(stream)
-    assert sum(len(pack["input_ids"]) for pack in packs) == 4 + 2 + 3 + 4
-    expected = {"examples_in": 7, "tokens_in": 20, "packs": len(packs), "segments": 4, "examples_truncated": 1,
-                "tokens_truncated": 1, "examples_unscored": 2, "tokens_unscored": 6, "examples_empty": 1}  # fmt: skip
-    assert {name: count for name, count in stream.counts.items() if count} == expected
+    assert sum(len(document) for pack in packs for document in pack) == 4 + 2 + 3 + 4 == stream.account.tokens_kept
+    assert stream.account == Account(
+        examples_in=7, examples_packed=4, tokens_in=20, examples_truncated=1, tokens_truncated=1, examples_unscored=2,
+        tokens_unscored=6, examples_empty=1,
+    )  # fmt: skip
+    assert stream.num_packs == len(packs)
     assert "2 of 7 examples have no token to score" in caplog.text
     assert "1 examples are cut at max_length=4, 1 of 20 tokens are lost" in caplog.text
-    kept = next(iter(PackedStream([rows[0]], 4, keep_end=True)))
-    assert kept["input_ids"].tolist() == [4, 5, 6, 1]
+    (kept,) = next(iter(PackedStream([rows[0]], 4, keep_end=True)))
+    assert kept.input_ids.tolist() == [4, 5, 6, 1]
     with pytest.raises(ValueError, match="none of the 1 examples of the train stream has a token to score"):
         list(PackedStream(rows[5:6], 4))
 
@@ -197,9 +203,7 @@ LONG = [{"input_ids": list(range(3, 13)), "labels": [-100] * 6 + [9, 10, 11, 12]
 )
 def test_overlong_examples_go_where_they_are_sent(overlong, kept, lost, strategy, caplog):
     packs = list(PackedStream(LONG, 5, strategy=strategy, overlong=overlong))
-    assert sorted(documents({**pack, "input_ids": pack["input_ids"]}) for pack in packs) == sorted(
-        [tuple(ids)] for ids in kept
-    )
+    assert sorted(documents(pack) for pack in packs) == sorted([tuple(ids)] for ids in kept)
     assert lost in caplog.text
 
 
@@ -218,7 +222,30 @@ def test_an_overlong_example_that_must_not_be_and_too_much_lost_stop_the_stream(
 def test_the_segments_of_an_example_weigh_as_much_as_the_whole():
     row = {"input_ids": list(range(3, 13)), "labels": list(range(3, 13))}
     packs = list(PackedStream([row], 4, overlong="split", per_example=True))
-    assert sorted(weight for pack in packs for weight in pack["loss_weights"]) == [1 / 7] * 3
+    assert sorted(document.weight for pack in packs for document in pack) == [1 / 7] * 3
+
+
+def test_the_account_of_a_stream_is_that_of_a_plan():
+    rows = [*LONG, {"input_ids": [], "labels": []}, {"input_ids": [3, 4, 5, 6, 7, 8], "labels": [-100] * 4 + [7, 8]}]
+    for strategy, overlong in (("bfd", None), ("bfd", "drop"), ("bfd_split", None), ("none", "split"), ("step", None)):
+        stream = PackedStream(rows, 4, strategy=strategy, overlong=overlong)
+        list(stream)
+        planned = pack_dataset(Dataset.from_list(rows), 4, strategy=strategy, overlong=overlong, name="train")
+        assert stream.account == planned.plan.account
+
+
+def test_a_rank_without_a_pack_left_runs_a_batch_that_counts_nothing(tmp_path):
+    # 16 packs over 3 ranks; a mixture of experts, whose router would give even one token of padding a loss
+    ours = trainer(tmp_path, model=tiny_model("mixtral"), max_length=16)
+    assert [len(list(packed(stream_of(COUNT)).share(Ranks(rank, 3)))) for rank in range(3)] == [6, 6, 6]
+    *_, last = packed(stream_of(COUNT)).share(Ranks(1, 3))
+    assert last == []
+    batch = ours.data_collator([last])
+    counts = {name: batch[name] for name in ("num_items", "num_scored", "num_tokens", "num_documents")}
+    assert set(counts.values()) == {0}
+    assert batch["input_ids"].shape == (1, 1)  # its forward and backward take part in what all ranks wait for
+    assert ours.aux_loss_enabled
+    assert ours.compute_loss(ours.model, batch, num_items_in_batch=8).item() == 0.0
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -227,17 +254,15 @@ def test_exact_steps_of_a_stream_are_its_examples_in_order(num_ranks, workers):
     # 41 examples, 6 a step, the last one 5; passes of 16 tokens, as many on every rank
     shares = []
     for rank in range(num_ranks):
-        steps = StepStream(packed(stream_of(COUNT), strategy="step"), 6, 16).share(rank, num_ranks)
+        steps = StepStream(packed(stream_of(COUNT), strategy="step"), 6, 16).share(Ranks(rank, num_ranks))
         shares.append([step for batch in DataLoader(steps, 1, collate_fn=list, num_workers=workers) for step in batch])
     assert {len(share) for share in shares} == {7}
     rows = numbered_rows(COUNT)
     for i, step in enumerate(zip(*shares, strict=True)):
         assert len({len(part.passes) for part in step}) == 1
         assert {part.num_items for part in step} == {sum(len(row["labels"]) - 1 for row in rows[6 * i : 6 * i + 6])}
-        taken = [row for part in step for rows_of_pass in part.passes for row in rows_of_pass]
-        assert sorted(row["input_ids"].tolist() for row in taken) == sorted(
-            row["input_ids"] for row in rows[6 * i : 6 * i + 6]
-        )
+        taken = [document for part in step for pack in part.passes for document in documents(pack)]
+        assert sorted(taken) == sorted(tuple(row["input_ids"]) for row in rows[6 * i : 6 * i + 6])
 
 
 def test_exact_steps_of_a_killed_stream_go_on_after_any_step():
@@ -245,7 +270,7 @@ def test_exact_steps_of_a_killed_stream_go_on_after_any_step():
         return StepStream(packed(stream_of(COUNT, 3), strategy="step"), 6, 16)
 
     def seen(some):
-        return [sequence(row for rows in step.passes for row in rows) for step in some]
+        return [sequence(step.passes) for step in some]
 
     everything = seen(steps())
     for position in range(len(everything) + 1):

@@ -34,11 +34,11 @@ def spread(counts):
 
 def packs(plan):
     """The plan as nested lists of (example, start, stop)."""
-    return [[tuple(piece) for piece in plan.pieces(i).tolist()] for i in range(len(plan))]
+    return [[tuple(segment) for segment in plan.segments(i).tolist()] for i in range(len(plan))]
 
 
 def one_by_one_best_fit_decreasing(sizes, max_length):
-    """The number of packs of the textbook algorithm, one piece and one pack at a time."""
+    """The number of packs of the textbook algorithm, one segment and one pack at a time."""
     spaces = []
     for size in sorted(sizes, reverse=True):
         fitting = [space for space in spaces if space >= size]
@@ -63,10 +63,10 @@ def trl_packs(lengths, max_length, strategy):
 @given(lengths=LENGTHS, max_length=MAX_LENGTHS, seed=SEEDS)
 def test_each_kept_token_lies_in_exactly_one_pack_and_in_order(strategy, lengths, max_length, seed):
     plan = plan_packs(lengths, max_length, strategy=strategy, seed=seed)
-    pieces = sorted(piece for pack in packs(plan) for piece in pack)
-    rebuilt = {example: 0 for example, _, _ in pieces}
-    for example, start, stop in pieces:
-        assert start == rebuilt[example] < stop  # goes on where the piece before ended, and is not empty
+    segments = sorted(segment for pack in packs(plan) for segment in pack)
+    rebuilt = {example: 0 for example, _, _ in segments}
+    for example, start, stop in segments:
+        assert start == rebuilt[example] < stop  # goes on where the segment before ended, and is not empty
         rebuilt[example] = stop
     limit = max_length if strategy in ("bfd", "none") else max(lengths, default=0)
     assert rebuilt == {example: min(length, limit) for example, length in enumerate(lengths) if length}
@@ -87,15 +87,17 @@ def test_no_pack_is_empty_or_above_max_length(strategy, lengths, max_length, see
 @given(lengths=LENGTHS, max_length=MAX_LENGTHS, seed=SEEDS)
 def test_counts_add_up_to_the_input(strategy, lengths, max_length, seed):
     plan = plan_packs(lengths, max_length, strategy=strategy, seed=seed)
-    pieces = [piece for pack in packs(plan) for piece in pack]
-    num_pieces = np.bincount([example for example, _, _ in pieces], minlength=len(lengths))
-    kept = np.bincount([example for example, _, _ in pieces], [stop - start for _, start, stop in pieces], len(lengths))
-    assert plan.examples_in == len(lengths) == plan.examples_packed + plan.examples_empty
-    assert plan.examples_packed == (num_pieces > 0).sum()
-    assert plan.examples_empty == lengths.count(0)
-    assert plan.examples_split == (num_pieces > 1).sum()
-    assert plan.examples_truncated == (kept < lengths).sum()
-    assert plan.tokens_in == sum(lengths) == plan.num_tokens + plan.tokens_truncated
+    segments = [segment for pack in packs(plan) for segment in pack]
+    num_segments = np.bincount([example for example, _, _ in segments], minlength=len(lengths))
+    kept = np.bincount(
+        [example for example, _, _ in segments], [stop - start for _, start, stop in segments], len(lengths)
+    )
+    assert plan.account.examples_in == len(lengths) == plan.account.examples_packed + plan.account.examples_empty
+    assert plan.account.examples_packed == (num_segments > 0).sum()
+    assert plan.account.examples_empty == lengths.count(0)
+    assert plan.account.examples_split == (num_segments > 1).sum()
+    assert plan.account.examples_truncated == (kept < lengths).sum()
+    assert plan.account.tokens_in == sum(lengths) == plan.num_tokens + plan.account.tokens_truncated
     assert plan.num_tokens == kept.sum()
 
 
@@ -195,7 +197,7 @@ def test_sizes_near_a_quarter_of_max_length_fill_packs_to_97_percent():
 def test_indices_count_every_row_although_empty_ones_are_dropped():
     plan = plan_packs([0, 2, 0, 3], 3)
     assert [plan[i].tolist() for i in range(len(plan))] == [[3], [1]]
-    assert (plan.examples_in, plan.examples_packed, plan.examples_empty) == (4, 2, 2)
+    assert (plan.account.examples_in, plan.account.examples_packed, plan.account.examples_empty) == (4, 2, 2)
 
 
 def test_ten_equal_lengths_fill_packs_of_three():
@@ -227,7 +229,11 @@ def test_only_overlong_examples():
     assert split == [[(0, 0, 4)], [(0, 4, 8)], [(1, 0, 4)], [(1, 4, 6), (0, 8, 9)]]
     wrapped = plan_packs([9, 6], 4, strategy="wrapped")
     assert packs(wrapped) == [[(0, 0, 4)], [(0, 4, 8)], [(0, 8, 9), (1, 0, 3)], [(1, 3, 6)]]
-    assert (wrapped.examples_split, wrapped.examples_truncated, wrapped.tokens_truncated) == (2, 0, 0)
+    assert (wrapped.account.examples_split, wrapped.account.examples_truncated, wrapped.account.tokens_truncated) == (
+        2,
+        0,
+        0,
+    )
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
@@ -301,7 +307,7 @@ def test_without_a_seed_packs_and_documents_come_longest_first():
 
 def test_negative_and_out_of_range_indices():
     plan = plan_packs([5, 2, 3, 1], 4)
-    for accessor in (plan.__getitem__, plan.pieces, plan.seq_lengths):
+    for accessor in (plan.__getitem__, plan.segments, plan.seq_lengths):
         assert np.array_equal(accessor(-1), accessor(2))
         assert np.array_equal(accessor(-3), accessor(0))
         for outside in (3, -4):
@@ -312,8 +318,8 @@ def test_negative_and_out_of_range_indices():
 def test_arrays_take_the_smallest_dtype_and_answers_are_int64():
     plan = plan_packs(np.full(300, 200), 1000)
     assert (plan.examples.dtype, plan.starts.dtype, plan.stops.dtype) == (np.uint16, np.uint8, np.uint8)
-    assert plan[0].dtype == plan.pieces(0).dtype == plan.seq_lengths(0).dtype == np.int64
-    assert plan.pieces(1).tolist() == [[example, 0, 200] for example in range(5, 10)]
+    assert plan[0].dtype == plan.segments(0).dtype == plan.seq_lengths(0).dtype == np.int64
+    assert plan.segments(1).tolist() == [[example, 0, 200] for example in range(5, 10)]
 
 
 def test_a_plan_cannot_be_changed():
@@ -324,7 +330,7 @@ def test_a_plan_cannot_be_changed():
         plan.max_length = 5
 
 
-def test_fingerprint_tells_max_length_strategy_and_pieces_apart():
+def test_fingerprint_tells_max_length_strategy_and_segments_apart():
     fingerprints = {
         plan_packs([4, 4], 4).fingerprint,
         plan_packs([4, 4], 5).fingerprint,

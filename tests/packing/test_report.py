@@ -26,11 +26,14 @@ def test_counts_of_the_example_of_trl():
         "examples_packed": 4,
         "examples_truncated": 1,
         "examples_split": 0,
-        "examples_dropped": 1,
-        "unscored_dropped": 1,
-        "overlong_dropped": 0,
+        "examples_empty": 1,
+        "examples_unscored": 1,
+        "examples_overlong_dropped": 0,
         "segments_unscored": 0,
         "tokens_in": 17,
+        "tokens_truncated": 1,
+        "tokens_unscored": 6,
+        "tokens_dropped": 0,
         "tokens_kept": 10,
         "tokens_lost": 7,
         "packs": 3,
@@ -62,9 +65,14 @@ def test_a_fraction_of_an_epoch_is_rounded_up():
     assert report([4] * 10, num_train_epochs=0.5).steps_packed == 3  # 5 steps an epoch
 
 
-def test_split_examples_count_once_per_piece_in_a_pack():
-    got = report([9], strategy="bfd_split")  # pieces of 4, 4 and 1, each a pack
-    assert (got.examples_split, got.packs, got.tokens_lost, got.examples_per_pack_mean) == (1, 3, 0, 1.0)
+def test_split_examples_count_once_per_segment_in_a_pack():
+    got = report([9], strategy="bfd_split")  # segments of 4, 4 and 1, each a pack
+    assert (got.account.examples_split, got.packs, got.account.tokens_lost, got.examples_per_pack_mean) == (
+        1,
+        3,
+        0,
+        1.0,
+    )
 
 
 def test_no_packs_give_no_steps():

@@ -30,7 +30,7 @@ DRAWS = {
 
 
 def planned(strategy, overlong, lengths, max_length, seed, keep_end, unscored):
-    """(segments as cut, which are scored, plan, the segment of each piece); None where "error" stops."""
+    """(segments as cut, which are scored, plan, the segment of each segment); None where "error" stops."""
     if overlong == "error" and max(lengths, default=0) > max_length:
         with pytest.raises(ValueError, match="overlong other than 'error'"):
             plan_packs(lengths, max_length, strategy=strategy, overlong=overlong)
@@ -48,11 +48,11 @@ def test_every_scored_segment_lies_in_one_pack_and_everything_else_is_counted(st
         return
     cut, scored, plan, order = found
     lengths, max_length = np.array(draws["lengths"], int), draws["max_length"]
-    pieces = [tuple(piece) for i in range(len(plan)) for piece in plan.pieces(i).tolist()]
+    planned_segments = [tuple(segment) for i in range(len(plan)) for segment in plan.segments(i).tolist()]
     segments = list(zip(cut.examples.tolist(), cut.starts.tolist(), cut.stops.tolist(), strict=True))
     kept = [segment for segment, keep in zip(segments, scored, strict=True) if keep]
-    assert pieces == [kept[j] for j in order]
-    assert sorted(pieces) == sorted(kept) == kept
+    assert planned_segments == [kept[j] for j in order]
+    assert sorted(planned_segments) == sorted(kept) == kept
     assert all(1 <= plan.seq_lengths(i).sum() <= max_length for i in range(len(plan)))
 
     over = lengths > max_length
@@ -67,21 +67,22 @@ def test_every_scored_segment_lies_in_one_pack_and_everything_else_is_counted(st
     packed = np.isin(np.arange(len(lengths)), [example for example, _, _ in kept])
     per_example = np.bincount([example for example, _, _ in kept], minlength=len(lengths))
     dropped = over if overlong == "drop" else np.zeros_like(over)
-    assert plan.examples_in == len(lengths)
-    assert plan.examples_packed == packed.sum()
-    assert plan.examples_empty == (lengths == 0).sum()
-    assert plan.examples_overlong_dropped == dropped.sum()
-    assert plan.examples_unscored == (~packed & ~dropped & (lengths > 0)).sum()
-    assert plan.examples_split == (per_example > 1).sum()
-    assert plan.examples_truncated == ((over & packed).sum() if overlong == "truncate" else 0)
+    account = plan.account
+    assert account.examples_in == len(lengths)
+    assert account.examples_packed == packed.sum()
+    assert account.examples_empty == (lengths == 0).sum()
+    assert account.examples_overlong_dropped == dropped.sum()
+    assert account.examples_unscored == (~packed & ~dropped & (lengths > 0)).sum()
+    assert account.examples_split == (per_example > 1).sum()
+    assert account.examples_truncated == ((over & packed).sum() if overlong == "truncate" else 0)
     removed = [segment for segment, keep in zip(segments, scored, strict=True) if not keep]
-    assert plan.segments_unscored == sum(packed[example] for example, _, _ in removed)
+    assert account.segments_unscored == sum(packed[example] for example, _, _ in removed)
     of_whole, of_others = lengths[~packed & ~dropped].sum(), sum(e - s for x, s, e in removed if packed[x])
-    assert plan.tokens_unscored == of_whole + of_others
-    assert plan.tokens_dropped == lengths[dropped].sum()
-    assert plan.tokens_truncated == ((lengths - limit)[packed].sum() if overlong == "truncate" else 0)
-    assert plan.tokens_in == lengths.sum()
-    assert plan.tokens_lost == plan.tokens_truncated + plan.tokens_unscored + plan.tokens_dropped
+    assert account.tokens_unscored == of_whole + of_others
+    assert account.tokens_dropped == lengths[dropped].sum()
+    assert account.tokens_truncated == ((lengths - limit)[packed].sum() if overlong == "truncate" else 0)
+    assert account.tokens_in == lengths.sum()
+    assert account.tokens_lost == account.tokens_truncated + account.tokens_unscored + account.tokens_dropped
 
 
 @ways
@@ -95,7 +96,7 @@ def test_a_plan_is_its_seeds_in_any_process_and_survives_the_file(strategy, over
     )  # fmt: skip
     assert result.stdout.split() == [plans[1].fingerprint]
     plans[1].save(tmp_path / "plan")
-    assert PackPlan.load(tmp_path / "plan").tokens_dropped == plans[1].tokens_dropped
+    assert PackPlan.load(tmp_path / "plan").account == plans[1].account
 
 
 @pytest.mark.parametrize("lengths", [[], [9], [9, 5], [1], [1, 1]])
@@ -113,7 +114,7 @@ def test_few_or_only_overlong_examples(strategy, overlong, lengths, max_length):
 def test_wrapped_keeps_its_cuts_where_a_segment_is_removed():
     cut = cut_examples([3, 5, 4], 4, strategy="wrapped")  # [0 0:3, 1 0:1], [1 1:5], [2 0:4]
     plan, _ = pack_segments(cut.keep_scored(np.array([True, False, False, True])))
-    assert [plan.pieces(i).tolist() for i in range(len(plan))] == [[[0, 0, 3]], [[2, 0, 4]]]
+    assert [plan.segments(i).tolist() for i in range(len(plan))] == [[[0, 0, 3]], [[2, 0, 4]]]
 
 
 def test_an_overlong_example_is_named():

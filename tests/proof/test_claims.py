@@ -161,12 +161,10 @@ def test_the_run_begins_with_which_way_and_why(tmp_path, caplog):
 def test_the_documents_are_the_first_of_the_data_set_cut_as_in_training():
     rows = token_rows(12)
     found = first_documents(rows, 5, max_tokens=20)
-    assert [one["input_ids"].tolist() for one in found] == [
-        row["input_ids"][:5] for row in rows.select(range(len(found)))
-    ]
-    assert 12 < sum(len(one["input_ids"]) for one in found) <= 20
+    assert [one.input_ids.tolist() for one in found] == [row["input_ids"][:5] for row in rows.select(range(len(found)))]
+    assert 12 < sum(map(len, found)) <= 20
     pack = {"input_ids": [1, 2, 3], "labels": [-100, 2, -100], "seq_lengths": [2, 1]}
-    assert [(list(d["input_ids"]), list(d["labels"])) for d in first_documents([pack], None)] == [
+    assert [(d.input_ids.tolist(), d.labels.tolist()) for d in first_documents([pack], None)] == [
         ([1, 2], [-100, 2]), ([3], [-100]),
     ]  # fmt: skip
 
@@ -177,7 +175,7 @@ def test_one_document_and_prompts_longer_than_what_is_read_are_checked(tmp_path)
         checked = trainer(tmp_path, model=tiny_model("llama", max_position_embeddings=512), max_length=512,
                           train_dataset=Dataset.from_list(data))  # fmt: skip
         assert failing(checked.check_packing()) == []
-    assert [len(one["input_ids"]) for one in first_documents(rows * 4, 512)] == [128, 128]
+    assert [len(one) for one in first_documents(rows * 4, 512)] == [128, 128]
 
 
 def test_a_stream_is_checked_on_its_first_documents_and_trained_from_its_start(tmp_path):
@@ -210,6 +208,7 @@ def folders(tmp_path_factory):
     for family in ("llama", "stablelm", "mixtral"):
         tiny_model(family).save_pretrained(root / family)
     tiny_tokenizer().save_pretrained(root / "llama")
+    (root / "text.jsonl").write_text('{"text": "tell me a joke no"}')
     adapter = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     adapter.save_pretrained(root / "adapter")
     return root
@@ -248,12 +247,12 @@ def test_the_command_takes_data_and_an_adapter(folders, tmp_path, capsys):
         ([], "say what to check: --model, or --batch-invariance"),
         (["--geometry", "--dtype", "float64"], "--dtype has no meaning with --batch-invariance"),
         (["--model", "mixtral", "--dtype", "float64"], "does not run by itself in float64"),
-        (["--model", "stablelm", "--data", "x.jsonl"], "its tokenizer, which data needs"),
+        (["--model", "stablelm", "--data", "text.jsonl"], "its tokenizer, which text needs"),
         (["--model", "llama", "--attn", "flash_attn_2"], "cannot run this attention"),
     ],
 )
 def test_bad_input_is_one_line(options, message, folders, capsys):
-    options = [str(folders / option) if (folders / option).is_dir() and option else option for option in options]
+    options = [str(folders / option) if option and (folders / option).exists() else option for option in options]
     assert main(["check", *options]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("packsft: error:")

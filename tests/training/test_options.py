@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from packsft import PackedSFTTrainer
-from packsft import trainer as trainer_module
 from packsft.model.isolation import IsolationVerdict
 
 WAYS = {
@@ -58,7 +57,7 @@ def assert_same_weights(ours, theirs, tolerance):
 @pytest.fixture
 def trains_padded(monkeypatch):
     """A model that cannot keep packed documents apart."""
-    monkeypatch.setattr(trainer_module, "check_isolation", lambda *_: IsolationVerdict(False, "a stand-in's"))
+    monkeypatch.setattr("packsft.model.prepared.check_isolation", lambda *_: IsolationVerdict(False, "a stand-in's"))
 
 
 # ---- losses ----

@@ -1,0 +1,115 @@
+"""Optimizer steps over single examples: which of a step's examples this rank packs into which of its passes.
+
+All ranks plan every step from lengths alone, and each rank gathers its own passes only. A data set and a stream differ
+in where lengths and documents come from, and in nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from packsft.data.batch import StepRows
+from packsft.data.document import Pack
+from packsft.data.packs import PackedDataset
+from packsft.data.ranks import Ranks
+from packsft.packing import plan_step
+
+
+class _Steps:
+    """Plans steps of `batch_size` examples (on all ranks) for one rank.
+
+    Args:
+        examples: with the strategy "step", so that each item is one document.
+        batch_size: examples in a step, on all ranks.
+        tokens_per_pass, padded: see `plan_step`.
+        ranks: this rank's place.
+    """
+
+    def __init__(
+        self, examples: Any, batch_size: int, tokens_per_pass: int, ranks: Ranks | None = None, padded: bool = False
+    ) -> None:
+        self.examples = examples
+        self.tokens_per_pass = tokens_per_pass
+        self._batch_size, self._ranks, self._padded = batch_size, ranks or Ranks(), padded
+
+    def _plan(self, lengths: Any) -> list[np.ndarray]:
+        """The passes of this rank, as indices into the lengths of the step's examples."""
+        return plan_step(lengths, self.tokens_per_pass, self._ranks.size, padded=self._padded)[self._ranks.rank]
+
+
+class StepDataset(_Steps, torch.utils.data.Dataset):
+    """Optimizer steps over a `PackedDataset`. The loader asks for a whole step: the same indices on every rank."""
+
+    total_dataset_length = 0  # accelerate cuts what it gathers of a last batch, as if examples were repeated
+
+    def step(self, examples: np.ndarray) -> StepRows:
+        """The passes of this rank in the step that takes these examples, `[B]`."""
+        packed: PackedDataset = self.examples
+        passes = [
+            [document for index in examples[chosen] for document in packed[index]]
+            for chosen in self._plan(packed.lengths[examples])
+        ]
+        return StepRows(passes, examples, packed.items[examples].sum().item(), self.tokens_per_pass)
+
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return self.examples.most_tokens(1)
+
+    def most_tokens_per_rank(self) -> int:
+        """An upper bound on the tokens that a step brings to a rank, if they are dealt evenly."""
+        return -(-self.examples.most_tokens(self._batch_size) // self._ranks.size)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitems__(self, indices: list[int]) -> list[StepRows]:
+        return [self.step(np.array(indices, dtype=np.int64))]
+
+
+class StepStream(_Steps, torch.utils.data.IterableDataset):
+    """Optimizer steps over a `PackedStream`: its next `batch_size` examples, packed for one rank.
+
+    Every rank reads all rows. A worker makes steps of the examples that it reads. The state is that of the examples.
+    """
+
+    def step(self, examples: list[Pack]) -> StepRows:
+        """The passes of this rank in the step that takes these examples."""
+        documents = [document for pack in examples for document in pack]
+        passes = [[documents[i] for i in chosen] for chosen in self._plan([len(document) for document in documents])]
+        per_example = self.examples.per_example
+        items = sum(document.num_scored * (document.weight if per_example else 1) for document in documents)
+        return StepRows(passes, examples, items, self.tokens_per_pass)
+
+    def share(self, ranks: Ranks, *, endless: bool = False) -> StepStream:
+        """The share of a rank. It ends with the stream, on all ranks at once, `endless` or not."""
+        mine = copy.copy(self)
+        mine._ranks = ranks
+        return mine
+
+    def longest(self) -> int:
+        """An upper bound on the tokens of an example."""
+        return self.examples.max_length or 0
+
+    def most_tokens_per_rank(self) -> int:
+        """An upper bound on the tokens that a step brings to a rank, if they are dealt evenly."""
+        return -(-self._batch_size * self.longest() // self._ranks.size)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.examples.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.examples.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.examples.load_state_dict(state)
+
+    def __iter__(self) -> Iterator[StepRows]:
+        examples = iter(self.examples)
+        while rows := list(itertools.islice(examples, self._batch_size)):
+            yield self.step(rows)

@@ -1,0 +1,159 @@
+"""A model prepared for packed training: per-document attention, the isolation check, the language-model head.
+
+Needs a model and a loss, and no trainer. What it found and decided is told by `PreparedModel.describe`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from packsft_kernels import LossOptions
+from torch import Tensor, nn
+
+from packsft.data.batch import loss_inputs, model_inputs
+from packsft.model import attention
+from packsft.model.head import HeadOutput, install_head
+from packsft.model.isolation import NOT_CHECKED, IsolationVerdict, check_isolation
+
+logger = logging.getLogger("packsft")
+
+
+class PreparedModel:
+    """Prepares a causal language model in place.
+
+    Args:
+        model: the model, or a PEFT model around it; before it is wrapped (DDP, FSDP).
+        options: the loss.
+        attention_backend: "auto" or a name in `varlen_attention.BACKENDS`.
+        check: whether to run the isolation check; without it, documents are taken to be isolated.
+        on_unpackable: what to do with a model that fails it: "pad", or "error".
+        max_length: the most tokens of a document; None for any length.
+        autocast: gives the context in which training runs its forward.
+        any_rank: tells whether its argument is true on any rank; every rank calls it once.
+        needs_aux_loss: whether the loss of a mixture of experts' router is wanted.
+
+    Attributes:
+        base_model: the model without its PEFT wrapper.
+        isolation: the verdict of the isolation check.
+        padded: whether documents are trained as padded rows, since they see each other in a packed row.
+        why_compact: None if the head is fused, otherwise the reason for compact logits.
+
+    Raises:
+        ValueError: the model has no language-model head, the attention back end was chosen by name and cannot run, or
+            documents see each other and `on_unpackable="error"`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: LossOptions,
+        *,
+        attention_backend: str = "auto",
+        check: bool = True,
+        on_unpackable: str = "pad",
+        max_length: int | None = None,
+        autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+        any_rank: Callable[[bool], bool] = bool,
+        needs_aux_loss: bool = False,
+    ) -> None:
+        self.base_model: Any = base_model_of(model)
+        self.options, self.autocast = options, autocast
+        self._max_length, self._needs_aux_loss = max_length, needs_aux_loss
+        self._prepare_attention(attention_backend, check, on_unpackable, any_rank)
+        self.why_compact = install_head(self.base_model, options, needs_aux_loss=needs_aux_loss)
+        if self.why_compact is not None:
+            logger.warning(
+                "the language-model head is not fused: %s; it computes the scored logits instead", self.why_compact
+            )
+
+    def _prepare_attention(
+        self, backend: str, check: bool, on_unpackable: str, any_rank: Callable[[bool], bool]
+    ) -> None:
+        model, own_attention = self.base_model, self.base_model.config._attn_implementation
+        attention.set_backend(model, backend)
+        if backend != "auto":
+            with self.autocast():
+                attention.backend_of(model)  # raises, with the reason
+        if own_attention in (None, "eager", "sdpa"):  # flash and flex attention keep documents apart themselves
+            model.set_attn_implementation(attention.ATTENTION_NAME)
+        self.padded = False
+        if not check:
+            self.isolation = IsolationVerdict(True, NOT_CHECKED)
+            return
+        self.check_isolation()
+        failed_anywhere = any_rank(not self.isolation.isolated)
+        if self.isolation.isolated and failed_anywhere:
+            self.isolation = IsolationVerdict(False, "it failed on another rank")
+        self.padded = not self.isolation.isolated
+        if not self.padded:
+            return
+        if on_unpackable == "error":
+            raise ValueError(f"{type(model).__name__} cannot be trained on packed documents: {self.isolation.reason}")
+        logger.warning(
+            "%s is trained on padded rows instead of packed ones, with the same examples in each step: %s",
+            type(model).__name__, self.isolation.reason,
+        )  # fmt: skip
+        if own_attention is not None and own_attention != model.config._attn_implementation:
+            model.set_attn_implementation(own_attention)
+
+    def check_isolation(self) -> IsolationVerdict:
+        """Run the isolation check; how the model is trained does not change any more."""
+        self.isolation = check_isolation(self.base_model, self.autocast, self._max_length)
+        return self.isolation
+
+    def packed_forward(self) -> AbstractContextManager:
+        """The context of a forward on a batch of the collator."""
+        return contextlib.nullcontext() if self.padded else attention.packed_forward()
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any], num_items: float | Tensor) -> HeadOutput:
+        """Forward of a batch through the head; `model` is this model, possibly wrapped (PEFT, DDP, FSDP)."""
+        extra = loss_inputs(batch) | ({"output_router_logits": True} if self._needs_aux_loss else {})
+        with self.packed_forward():
+            return model(**model_inputs(batch), **extra, num_items=num_items)
+
+    def logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
+        """The model's own output of a batch, with the whole logits."""
+        with self.packed_forward():
+            return model(**model_inputs(batch), use_cache=False)
+
+    def describe(self) -> dict[str, str]:
+        """How the model is trained, and why: rows, attention, head."""
+        if self.padded:
+            rows = f"padded: {self.isolation.reason}"
+        elif self.isolation.reason == NOT_CHECKED:
+            rows = "packed; whether documents see each other was not checked"
+        elif self.isolation.isolated:
+            rows = "packed, and none sees another: checked on this model"
+        else:
+            rows = f"packed, although {self.isolation.reason}"
+        head = "fused" if self.why_compact is None else f"the logits of scored tokens: {self.why_compact}"
+        return {"documents": rows, "attention": self._describe_attention(), "head": head}
+
+    def _describe_attention(self) -> str:
+        name = self.base_model.config._attn_implementation
+        if name != attention.ATTENTION_NAME:
+            return f"transformers' {name}" + (" on padded rows" if self.padded else "")
+        with self.autocast():
+            backend, spec = attention.backend_of(self.base_model)
+        return f"{backend}, {str(spec.dtype).removeprefix('torch.')} on {spec.device}, head size {spec.head_dim}"
+
+
+def base_model_of(model: nn.Module) -> Any:
+    """The model without its PEFT wrapper."""
+    return model.get_base_model() if is_peft_model(model) else model  # type: ignore[operator]
+
+
+def any_rank_of(accelerator: Any) -> Callable[[bool], bool]:
+    """Whether a condition holds on any rank of an `accelerate.Accelerator`; all ranks wait for each other."""
+
+    def any_rank(here: bool) -> bool:
+        count = torch.tensor(int(here), device=accelerator.device)
+        return bool(accelerator.reduce(count, reduction="sum"))
+
+    return any_rank

@@ -1,0 +1,125 @@
+"""What transformers' trainer has to do differently where an item of its data loader is a whole optimizer step.
+
+Its training loop counts micro-batches to know when a step is due, so their number cannot vary. Under exact-step
+packing the loop sees an accumulation of 1, and `training_step` walks the passes of the step. Everything else that
+looks at a batch (token counts, evaluation) then looks at its passes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import TrainOutput
+
+from packsft import compat
+from packsft.data.collator import join_passes
+from packsft.data.document import IGNORE_INDEX
+from packsft.step.metrics import MetricSums
+from packsft.step.passes import PassWalker
+
+
+class ExactSteps(Trainer):
+    """Overrides for loaders whose items are optimizer steps or ordinary batches; mixed into a trainer before its class.
+
+    The trainer sets, before training:
+        _passes: the walker, made by `_make_walker`.
+        _sums: metrics, of which `_sums["train"]` is undone where a step is taken again.
+    """
+
+    _passes: PassWalker
+    _sums: dict[str, MetricSums]
+
+    def _make_walker(self, tokens_per_pass: int | str, max_length: int) -> PassWalker:
+        return PassWalker(
+            tokens_per_pass,
+            max_length,
+            self.accelerator,
+            run=self._run_pass,
+            collate=lambda items: self._prepare_inputs(self.data_collator(items)),
+            begin=self._begin_passes,
+            undo=self._undo_passes,
+        )
+
+    @property
+    def _takes_exact_steps(self) -> bool:
+        strategy = getattr(self.train_dataset, "strategy", None)
+        return getattr(strategy, "exact_steps", False)
+
+    def _inner_training_loop(self, batch_size: int, args: Any, *positional: Any, **named: Any) -> TrainOutput:
+        """Adds to the parent: its loop sees one batch per optimizer step."""
+        if not self._takes_exact_steps:
+            return super()._inner_training_loop(batch_size, args, *positional, **named)
+        with compat.one_batch_per_step(self) as (step_size, step_args):
+            saves = _SavesConfiguredArguments(compat.batch_fields(args))
+            self.add_callback(saves)
+            try:
+                return super()._inner_training_loop(step_size, step_args, *positional, **named)
+            finally:
+                self.remove_callback(saves)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Adds to the parent: the passes of an exact step."""
+        if "passes" in inputs:
+            return self._passes.walk(model, inputs, num_items_in_batch)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _run_pass(self, model: nn.Module, batch: dict[str, Any], num_items: Any, last: bool) -> Tensor:
+        with contextlib.nullcontext() if last else compat.no_gradient_sync(self, model):
+            return super().training_step(model, batch, num_items)
+
+    def _begin_passes(self, num_passes: int) -> None:
+        self.current_gradient_accumulation_steps = num_passes
+        self._sums_before, self._passes_began = self._sums["train"].copy(), time.perf_counter()
+
+    def _undo_passes(self) -> None:
+        self._sums["train"] = self._sums_before
+        self._sums["train"].skip(time.perf_counter() - self._passes_began)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Adds to the parent: the sum over the passes."""
+        return sum(super(ExactSteps, self).floating_point_ops(batch) for batch in inputs.get("passes", [inputs]))
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Adds to the parent: the sum over the passes. "non_padding" is the host's count: a pad token may be text."""
+        for batch in inputs.get("passes", [inputs]):
+            super()._track_num_input_tokens(batch | {"attention_mask": torch.tensor(batch["num_tokens"])})
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Adds to the parent: the outputs of the passes, joined."""
+        passes = inputs.get("passes", [inputs])
+        outputs = [
+            super(ExactSteps, self).prediction_step(model, batch, prediction_loss_only, ignore_keys) for batch in passes
+        ]
+        if len(outputs) == 1:
+            return outputs[0]
+        losses, all_logits, all_labels = zip(*outputs, strict=True)
+        items = [batch["num_items"] for batch in passes]
+        loss = sum(loss * count for loss, count in zip(losses, items, strict=True)) / (sum(items) or 1)
+        if prediction_loss_only:
+            return loss, None, None
+        padded = self.data_collator.padded
+        return loss, join_passes(all_logits, 0.0, padded), join_passes(all_labels, IGNORE_INDEX, padded)
+
+
+class _SavesConfiguredArguments(TrainerCallback):
+    """Checkpoints keep the user's batch size and accumulation, not those of the loop."""
+
+    def __init__(self, configured: dict[str, int]) -> None:
+        self._configured = configured
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        file = Path(args.output_dir or ".", f"checkpoint-{state.global_step}", TRAINING_ARGS_NAME)
+        if args.should_save and file.exists():
+            args = copy.copy(args)
+            vars(args).update(self._configured)
+            torch.save(args, file)
