@@ -1,4 +1,4 @@
-"""Loss and attention for packed sequences. Knows tensors; knows nothing of Hugging Face."""
+"""Loss and attention for packed sequences, on tensors. Imports nothing of Hugging Face."""
 
 from packsft_kernels.cross_entropy import cross_entropy
 from packsft_kernels.linear_cross_entropy import linear_cross_entropy

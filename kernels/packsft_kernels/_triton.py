@@ -1,4 +1,4 @@
-"""Triton where there is one, and stand-ins where there is none, so that kernel files import everywhere.
+"""Triton if it is installed, else stand-ins, so that kernel files can be imported everywhere.
 
 Holds the few jit helpers that kernels share. Knows no loss.
 """
@@ -19,21 +19,21 @@ try:
 except ImportError:
     HAS_TRITON = False
 
-    tl = types.SimpleNamespace(constexpr=None)  # what the signatures of kernels name
+    tl = types.SimpleNamespace(constexpr=None)  # the only name that kernel signatures use
 
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether kernels run on the CPU, one program after the other: Triton decides it when a kernel is defined."""
+"""Whether kernels run on the CPU, one program at a time. Triton decides this when a kernel is defined."""
 
 
 def jit(function: Any = None, **options: Any) -> Any:
-    """`triton.jit`, with its options or without, or the plain function where it will never be launched."""
+    """`triton.jit`, with or without options. Without Triton it returns the plain function, which is never launched."""
     if HAS_TRITON:
         return triton.jit(function, **options)
     return (lambda undecorated: undecorated) if function is None else function
 
 
 def usable(device: torch.device) -> bool:
-    """Whether a kernel can be launched on tensors of `device`. On CUDA without Triton, says so once."""
+    """Whether a kernel can be launched on tensors of `device`. Warns once on CUDA without Triton."""
     if device.type == "cuda" and not HAS_TRITON:
         _announce_fallback()
     return HAS_TRITON and (device.type == "cuda" or INTERPRET)
@@ -41,14 +41,14 @@ def usable(device: torch.device) -> bool:
 
 @functools.cache
 def _announce_fallback() -> None:
-    warnings.warn("packsft_kernels: no triton found, the loss runs as plain PyTorch on CUDA (slower)", stacklevel=4)
+    warnings.warn("packsft_kernels: triton is not installed, the loss runs in plain PyTorch (slower)", stacklevel=4)
 
 
 @jit
 def tanh(x):
-    """tanh in float32 to about one unit in the last place (`libdevice` is not there under the interpreter).
+    """tanh in float32, accurate to about one unit in the last place. (The interpreter has no `libdevice`.)
 
-    Near 0, where the closed form cancels, its series: the first term left out is 2e-9 at |x| = 0.25.
+    Near 0 the closed form cancels, so its series is used there. The first omitted term is 2e-9 at |x| = 0.25.
     """
     square = x * x
     series = x * (
@@ -61,7 +61,7 @@ def tanh(x):
 
 @jit
 def round_to_bf16(x):
-    """The nearest bf16 to a float32, ties to even, still as float32 (the interpreter's own cast cuts off instead)."""
+    """Round a float32 to the nearest bf16, ties to even; the result stays float32. (The interpreter truncates.)"""
     bits = x.to(tl.uint32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
     return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)

@@ -1,7 +1,7 @@
-"""What the compilers make of a Triton kernel, for any GPU and without one: registers, spills, access widths.
+"""Compile a Triton kernel for any GPU, without a GPU, and read the result: registers, spills, access widths.
 
-Triton compiles a kernel for a target that is not there, and carries the tools that read the machine code. Knows
-kernels and their arguments; knows no kernel by name.
+Triton can compile for a target that is not present, and ships the tools that read the machine code. Works for any
+kernel and its arguments; knows no kernel by name.
 """
 
 import re
@@ -34,17 +34,17 @@ _POINTERS = {
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What there is to know of one compiled kernel.
+    """Properties of one compiled kernel.
 
     Attributes:
-        registers: of a thread.
-        stack: bytes of a thread's local memory. Not 0 means spills; `cuobjdump`'s LOCAL is 0 even then.
-        local_accesses: LDL and STL instructions, that is spills.
-        shared: bytes of a program's shared memory.
+        registers: per thread.
+        stack: bytes of local memory per thread. More than 0 means spills; `cuobjdump`'s LOCAL is 0 even then.
+        local_accesses: number of LDL and STL instructions, that is, spills.
+        shared: bytes of shared memory per program.
         occupancy: share of an SM's threads that can be resident at once.
-        loads, stores: how many global accesses there are of each width in bits.
-        instructions: the machine code as (opcode, operands), in its order.
-        ttgir: Triton's own last form of the kernel, in which tensors still have their layouts.
+        loads, stores: number of global accesses by width in bits.
+        instructions: the machine code as (opcode, operands), in order.
+        ttgir: Triton's last own form of the kernel, in which tensors still have layouts.
     """
 
     registers: int
@@ -61,13 +61,13 @@ class MachineCode:
 def machine_code(
     kernel: Any, arguments: Mapping[str, Any], capability: int, *, num_warps: int, **options: Any
 ) -> MachineCode:
-    """Compile a kernel for one of `ARCHITECTURES` as a launch with these arguments would, and read the result.
+    """Compile a kernel as a launch with these arguments would, for one of `ARCHITECTURES`, and read the result.
 
     Args:
         kernel: a `triton.jit` function.
-        arguments: its arguments by name; tensors may be on any device, their dtype and alignment count.
+        arguments: its arguments by name. Tensors may be on any device; only their dtype and alignment matter.
         capability: one of `ARCHITECTURES`.
-        num_warps, options: as at the launch (`maxnreg`, `enable_fp_fusion`).
+        num_warps, options: as at a launch (`maxnreg`, `enable_fp_fusion`).
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -87,7 +87,7 @@ def machine_code(
     opcodes = [opcode for opcode, _ in instructions]
     threads = 32 * num_warps
     shared = compiled.metadata.shared
-    # Registers are given out to a warp in units of 256.
+    # A warp gets registers in units of 256.
     by_registers = 65536 // (-(-registers * 32 // 256) * 256 * num_warps)
     by_shared = _SHARED_PER_SM[capability] * 1024 // (shared + 1024)
     resident = min(by_registers, by_shared, _THREADS_PER_SM[capability] // threads)
@@ -105,7 +105,7 @@ def machine_code(
 
 
 def _specialised(kernel: Any, arguments: Mapping[str, Any]) -> tuple[dict, dict, dict]:
-    """(signature, constants, attributes), as a launch specialises them: None, 1, and what 16 divides."""
+    """(signature, constants, attributes) as a launch specialises them: on None, on 1 and on divisibility by 16."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], list] = {}
@@ -142,7 +142,7 @@ def _found(pattern: str, text: str) -> str:
 
 
 def access_width(opcode: str) -> int:
-    """Bits of one access by its opcode: `LDG.E.128` has 128, `STG.E.U16` 16, `LDG.E` 32."""
+    """Width of an access in bits, from its opcode: `LDG.E.128` 128, `STG.E.U16` 16, `LDG.E` 32."""
     for part in reversed(opcode.split(".")):
         if part in ("256", "128", "64"):
             return int(part)

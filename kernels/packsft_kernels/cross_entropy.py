@@ -1,7 +1,7 @@
-"""Cross-entropy on logits that exist: loss, gradient and per-row outputs, with the shift done by index arithmetic.
+"""Cross-entropy on given logits: loss, gradient and per-row outputs. The shift is done with indices, without copies.
 
-The registered operators and their fakes, autograd, and the public function; what happens in a row is in
-`cross_entropy_rows.py`. Knows nothing of the projection that made the logits, of documents or of models.
+Holds the registered operators and their fakes, autograd, and the public function. `cross_entropy_rows.py` computes the
+rows. Knows nothing of documents, of models, or of the projection that made the logits.
 
 Legend: N rows of logits, V vocabulary.
 """
@@ -59,9 +59,9 @@ def _cross_entropy_inplace_op(
 
 
 def _empty_gradient(logits: Tensor) -> Tensor:
-    """A gradient whose rows lie in memory as those of the logits do within 16 bytes, so that one alignment serves both.
+    """An empty gradient whose rows have the same alignment within 16 bytes as the rows of the logits.
 
-    Not `empty_like`: rows that are padded to a multiple would come back without their padding.
+    Not `empty_like`: it would drop the padding of rows that are padded to a multiple.
     """
     (num_rows, vocab), per_access = logits.shape, 16 // logits.element_size()
     offset = logits.storage_offset() % per_access
@@ -98,14 +98,14 @@ class _NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError("packsft_kernels: the losses can be differentiated once; there is no second derivative")
+        raise RuntimeError("packsft_kernels: a loss can be differentiated once; second derivatives are not supported")
 
 
 def differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Let `create_graph=True` pass and differentiating its result raise.
+    """Allow `create_graph=True`, but raise when its result is differentiated.
 
-    PyTorch's own `once_differentiable` raises only where the upstream gradient needs a derivative. Ours depends on the
-    inputs as well, and a missing second derivative would be a silent 0.
+    PyTorch's `once_differentiable` raises only if the upstream gradient requires a derivative. Our gradient also
+    depends on the inputs, so a missing second derivative would silently be 0.
     """
 
     @functools.wraps(backward)
@@ -129,8 +129,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 @differentiable_once
 def _backward(ctx: Any, upstream_N: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    """The gradient from the logits, once more: 2 bytes read twice and 2 written, but rounded only once, after
-    `upstream / num_items`, whatever that is; and nothing as large as the logits is kept between the passes."""
+    """Recompute the gradient from the logits: two reads and one write of 2 bytes per logit.
+
+    It is rounded only once, after the factor `upstream / num_items`. Nothing as large as the logits is kept between
+    forward and backward."""
     grad = None
     if upstream_N is not None:
         logits, targets, weights = ctx.saved_tensors
@@ -142,7 +144,7 @@ _cross_entropy_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _CrossEntropyInplace(torch.autograd.Function):
-    """The gradient over the logits, in the forward: one launch, no further memory, and one backward only."""
+    """Overwrites the logits with their gradient in the forward: one launch, no extra memory, one backward only."""
 
     @staticmethod
     def forward(
@@ -153,8 +155,8 @@ class _CrossEntropyInplace(torch.autograd.Function):
         scale: Tensor | None,
         options: LossOptions,
     ) -> Any:
-        # In float16 a gradient divided by the number of items would underflow: there the division waits for the
-        # backward, when a gradient scaler's factor has come in.
+        # In float16 a gradient divided by the number of items would underflow. So the division waits for the backward,
+        # where the factor of a gradient scaler is known.
         folded = None if logits_NV.dtype == torch.float16 else scale
         outputs = RowOutputs(
             *torch.ops.packsft.cross_entropy_(logits_NV, targets_N, weights_N, folded, *options.fields())
@@ -171,7 +173,7 @@ class _CrossEntropyInplace(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> Any:
         if ctx.grad is None:
             raise RuntimeError(
-                "cross_entropy(inplace=True) allows one backward: its gradient was handed over by the first"
+                "cross_entropy(inplace=True) allows one backward; the first one has already returned the gradient"
             )
         grad, ctx.grad = ctx.grad, None
         if upstream is None:
@@ -199,34 +201,37 @@ def cross_entropy(
 ) -> LossOutput:
     """Cross-entropy of logits: `F.cross_entropy(logits[..., :-1, :], labels[..., 1:])`, without the copies.
 
-    Two forms: `labels` [...] beside `logits` [..., V], in transformers' convention (unshifted, `ignore_index` for what
-    is not scored); or `targets` [N], one for each of the N rows of `logits`, or for those listed in `rows`.
+    There are two forms:
+
+    - `labels` [...] for `logits` [..., V], in transformers' convention: unshifted, `ignore_index` means not scored;
+    - `targets` [N], one for each row of `logits`, or one for each row listed in `rows`.
 
     Args:
         logits: [..., V], float64, float32, bfloat16 or float16. Arithmetic is in float32 (float64 for float64).
         labels: [...] int64.
-        shift: whether position t predicts `labels[..., t + 1]` (the last one nothing) or `labels[..., t]`.
-        rows: [N] int32 or int64, distinct positions in `logits` flattened to [T, V]; None for all of them.
+        shift: True: position t predicts `labels[..., t + 1]`, the last position predicts nothing. False: position t
+            predicts `labels[..., t]`.
+        rows: [N] int32 or int64, distinct positions in `logits` flattened to [T, V]; None for all positions.
         targets: [N] int64.
-        weights: factor of each row's loss: [...] for the first form (of the row, not of the label), [N] for the second.
+        weights: factor of each row's loss: [...] in the first form (by row, not by label), [N] in the second.
         options: see `LossOptions`.
-        num_items: what "mean" divides by, an int or a 0-d tensor on the device (never read back); by default the
-            number of rows that are not ignored. 0 gives a loss of 0.
+        num_items: divisor of "mean", an int or a 0-d tensor on the device (never read back). Default: the number of
+            rows that are not ignored. 0 gives a loss of 0.
         reduction: "mean" (sum / num_items), "sum" or "none" ([N]).
-        inplace: let the gradient overwrite `logits`. Saves their size in memory and a pass over them; the logits are
-            gone afterwards (autograd raises if an earlier operation had saved them), and one backward is allowed.
+        inplace: let the gradient overwrite `logits`. This saves memory of their size and one read of them. The logits
+            are lost (autograd raises if an earlier operation has saved them), and only one backward is allowed.
 
     Returns:
         LossOutput, per-row outputs in the order of the rows.
 
     Raises:
-        ValueError: naming the argument, for a wrong shape, dtype or combination. Rows and targets out of range show
-            where they are used (an error on the CPU, a NaN loss on CUDA); with PACKSFT_CHECK_VALUES=1 in the
-            environment they are named as well, which reads the device in every call.
+        ValueError: for a wrong shape, dtype or combination; the message names the argument. Rows and targets out of
+            range give an error on the CPU and a NaN loss on CUDA. With PACKSFT_CHECK_VALUES=1 in the environment
+            they raise a ValueError too, which reads the device in every call.
     """
     check_argument(labels is not None or targets is not None, "labels or targets", "neither", "one of them")
     check_argument(
-        labels is None or (targets is None and rows is None), "labels", "labels with rows or targets", "one form"
+        labels is None or (targets is None and rows is None), "labels", "labels with rows or targets", "labels alone"
     )
     check_argument(
         logits.is_floating_point() and logits.dim() >= 2, "logits", describe(logits), "floating point, [..., V]"
@@ -258,7 +263,7 @@ def cross_entropy(
     elif reduction == "sum":
         scale = torch.ones((), dtype=torch.float64, device=logits.device)
     if rows is not None:
-        # All other rows are ignored ones: one kernel for both forms, and its zeros are their gradient.
+        # All other rows become ignored rows. So one kernel serves both forms, and its zeros are their gradient.
         rows = rows.long()
         scored = targets
         targets = targets.new_full((logits_TV.shape[0],), options.ignore_index).scatter(0, rows, scored)
@@ -267,7 +272,7 @@ def cross_entropy(
 
     if inplace and torch.is_grad_enabled() and logits.requires_grad and not torch.compiler.is_compiling():
         check_argument(not logits.is_leaf, "inplace", "a leaf that requires grad", "logits that an operation made")
-        apart = logits.dim() == 2 and logits.stride(0) >= logits.shape[1]  # rows that share no storage
+        apart = logits.dim() == 2 and logits.stride(0) >= logits.shape[1]  # rows do not share storage
         rowwise = logits.stride(-1) == 1 and (apart or logits.is_contiguous())
         check_argument(rowwise, "inplace", f"logits with strides {logits.stride()}", "contiguous logits")
         outputs = RowOutputs(*_CrossEntropyInplace.apply(logits_TV, targets, weights, scale, options))
@@ -295,20 +300,20 @@ def to_loss_output(loss: Tensor, outputs: RowOutputs, options: LossOptions) -> L
 
 
 def inverse_items(targets_N: Tensor, options: LossOptions, num_items: float | Tensor | None) -> Tensor:
-    """1 / num_items, 0-d float64 on the device; 0 for no items, so that a batch without a scored row has loss 0."""
+    """1 / num_items as 0-d float64 on the device; 0 for no items, so a batch without scored rows has loss 0."""
     device = targets_N.device
     if num_items is None:
         items = (targets_N != options.ignore_index).sum()
     elif isinstance(num_items, Tensor):
         items = num_items.detach().to(device, non_blocking=device.type == "cuda").reshape(())
     else:
-        items = torch.full((), num_items, dtype=torch.float64, device=device)  # a fill, where a copy would wait
+        items = torch.full((), num_items, dtype=torch.float64, device=device)  # a fill: a copy would wait
     items = items.double()
     return torch.where(items > 0, items.reciprocal(), 0.0)
 
 
 def scaled_sum(loss_N: Tensor, scale: Tensor) -> Tensor:
-    """`(loss * scale).sum()`, in float64 until the end: it costs nothing and 10^5 rows add up to one rounding."""
+    """`(loss * scale).sum()`, added in float64: it costs nothing, and 10^5 rows are rounded only once."""
     return (loss_N.double() * scale).sum().to(loss_N.dtype)
 
 
@@ -337,13 +342,13 @@ def check_rows(
         )
     check_argument(targets.dtype == torch.int64, "targets", describe(targets), "int64")
     for name, tensor in (("targets", targets), ("weights", weights)):
-        # Said only where it is wrong: torch.compile ties a graph to each size that is written into a string.
+        # Format the message only on error: torch.compile specialises a graph on each size that is put into a string.
         if tensor is not None and tensor.shape != (num_rows,):
             check_argument(False, name, describe(tensor), f"[{num_rows}], one for each row")
 
 
 CHECK_VALUES = os.environ.get("PACKSFT_CHECK_VALUES") == "1"
-"""A switch for debugging: also check what is *in* rows and targets, which reads the device in every call."""
+"""For debugging: also check the values in rows and targets. This reads the device in every call."""
 
 
 def check_values(rows: Tensor | None, targets: Tensor, num_tokens: int, vocab: int, options: LossOptions) -> None:

@@ -1,17 +1,17 @@
-"""One pass of cross-entropy over rows of logits, in Triton: loss, gradient and per-row outputs in one launch.
+"""Cross-entropy over rows of logits, in Triton: loss, gradient and per-row outputs in one launch.
 
-Knows rows of logits; knows nothing of autograd or of what made them. The arithmetic of a row is explained in
-`cross_entropy_rows.py`, where the same pass is in PyTorch.
+Knows rows of logits; knows nothing of autograd or of where the logits come from. `cross_entropy_rows.py` explains the
+arithmetic of a row and has the same computation in PyTorch.
 
-Legend: N rows of logits, V vocabulary, [R, W] one block of a row: W neighbouring columns a line, R lines.
+Legend: N rows of logits, V vocabulary, [R, W] one block of a row: R lines of W neighbouring columns.
 
-The grid is persistent: as many programs as fit on the device at once, each taking one row after the other. A row that
-fits into the registers of a program (up to 16,384 columns) is read once. A longer one is read twice, and the second
-read should come from L2: 132 rows of 256 KB, one to each SM of an H100, are 34 of its 50 MB.
+The grid is persistent: as many programs as fit on the device at once, and each takes one row after another. A row that
+fits into the registers of a program (up to 16,384 columns) is read once. A longer row is read twice. The second read
+should hit L2: 132 rows of 256 KB, one for each SM of an H100, are 34 of its 50 MB.
 
-Accesses are 16 bytes wide whatever V, the strides and the alignment are. What lies before the first and after the last
-multiple of 16 bytes, at most 7 columns (3 in float32) at either end of a row, is its *edge*, handled apart; the *body*
-is what is between.
+Accesses are 16 bytes wide for every V, stride and alignment. The *edge* of a row is the columns before its first and
+after its last multiple of 16 bytes: at most 7 columns (3 in float32) at each end. It is handled separately. The *body*
+is the columns between.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ from packsft_kernels import _triton, launch
 from packsft_kernels._triton import tl
 from packsft_kernels.options import LossOptions
 
-# What has a value for each row begins anywhere in a chunk, and their number is another in each step: neither may
-# compile the kernel anew in the middle of a training.
+# Per-row tensors may start anywhere in a chunk, and the number of rows changes in each step. Neither may trigger a
+# recompilation during training.
 _PER_ROW = tuple(
     f"{name}_ptr" for name in ("targets", "weights", "scale", "loss", "log_prob", "entropy", "correct", "lse")
 )
@@ -62,25 +62,25 @@ def _cross_entropy_kernel(
     HAS_DFT: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     HAS_CORRECT: tl.constexpr,
-    HAS_EDGE: tl.constexpr,  # rows do not all start and end on a multiple of 16 bytes
-    PER_ACCESS: tl.constexpr,  # columns in 16 bytes; 1 where the gradient's rows are aligned unlike the logits'
+    HAS_EDGE: tl.constexpr,  # some row starts or ends off a multiple of 16 bytes
+    PER_ACCESS: tl.constexpr,  # columns in 16 bytes; 1 if gradient rows and logit rows differ in alignment
     ROUND_BF16: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
-    ONE_READ: tl.constexpr,  # a block holds a whole row
+    ONE_READ: tl.constexpr,  # one block holds a whole row
 ):
     ACCESS_BYTES: tl.constexpr = PER_ACCESS * logits_ptr.dtype.element_ty.primitive_bitwidth // 8
     LEAST: tl.constexpr = -3.4028234663852886e38  # of float32
     block = tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
     lane = tl.arange(0, 16)
-    row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31 at 16,384 rows of 131,072
+    row = tl.program_id(0).to(tl.int64)  # row * stride exceeds 2^31 at 16,384 rows of 131,072
     while row < num_rows:
         row_ptr = logits_ptr + row * logits_stride
         row_grad_ptr = grad_ptr + row * grad_stride
         head = 0
         if HAS_EDGE:
             head = _columns_before_alignment(row_ptr, vocab, PER_ACCESS)
-        else:  # said here too: `+ head` is folded away, and with it what is said of the sum
+        else:  # needed here too: the compiler folds `+ head` away, and the hint on the sum with it
             row_ptr = tl.multiple_of(row_ptr, ACCESS_BYTES)
             row_grad_ptr = tl.multiple_of(row_grad_ptr, ACCESS_BYTES)
         body = (vocab - head) // PER_ACCESS * PER_ACCESS
@@ -105,14 +105,14 @@ def _cross_entropy_kernel(
                 if HAS_EDGE:
                     _store(row_grad_ptr + edge, tl.zeros((16,), tl.float32), inside_edge, False)
         else:
-            # A target outside of the vocabulary reads nothing and gives a NaN loss.
+            # A target outside the vocabulary reads nothing and gives a NaN loss.
             in_range = (target >= 0) & (target < vocab)
             x_target = tl.load(row_ptr + target, mask=in_range, other=float("nan")).to(tl.float32)
             z_target = _transformed(x_target, logit_scale, softcap, HAS_SOFTCAP)
-            body_target = (target - head).to(tl.int32)  # its place in the body
+            body_target = (target - head).to(tl.int32)  # its column in the body
 
-            # Of all columns but the target: the maximum, the sum `rest` of e = exp(z - maximum), `dot` of e and
-            # z - maximum, and the sum of z. Maxima start at the least finite number, so that z - maximum is never NaN.
+            # Over all columns but the target: the maximum, the sum `rest` of e = exp(z - maximum), the sum `dot` of
+            # e * (z - maximum). And the sum of z. Maxima start at the least finite number: z - maximum is never NaN.
             rest_max = LEAST
             sum_z = 0.0
             if HAS_EDGE:
@@ -129,12 +129,12 @@ def _cross_entropy_kernel(
                     sum_z += _sum(tl.where(block < body, z, 0.0))
                 z = tl.where((block < body) & (block != body_target), z, float("-inf"))
                 rest_max = tl.maximum(rest_max, tl.max(tl.max(z, 0), 0))
-                e = tl.exp(z - rest_max)  # all of the row that stays in registers until its gradient is written
+                e = tl.exp(z - rest_max)  # only this stays in registers until the gradient is written
                 rest = _sum(e)
                 if HAS_ENTROPY:
                     dot = _sum(tl.where(e > 0, e * (z - rest_max), 0.0))
             else:
-                # Each of the W lanes for itself, rescaled once a block, and reduced to one number once a row.
+                # Each of the W lanes has its own sums: rescaled once per block, reduced to one number once per row.
                 lane_max = tl.full((W,), LEAST, tl.float32)
                 lane_rest = tl.zeros((W,), tl.float32)
                 lane_dot = tl.zeros((W,), tl.float32)
@@ -171,11 +171,11 @@ def _cross_entropy_kernel(
                     dot += tl.sum(tl.where(e_edge > 0, e_edge * (z_edge - rest_max), 0.0), 0)
 
             maximum = tl.maximum(rest_max, z_target)
-            # By comparison, not by `below == 0`: a fused multiply-subtract of a scaled logit would leave its rounding.
+            # Not `below == 0`: a fused multiply-subtract of a scaled logit would leave a rounding error there.
             is_max = z_target >= rest_max
             shift, shift_error = _difference(rest_max, maximum)
-            # exp(shift) amplifies the rounding of `shift` into a relative error of `rest`: hence its correction. Where
-            # nothing is left of `rest`, 0, but NaN for a target of infinity.
+            # exp(shift) turns the rounding of `shift` into a relative error of `rest`, so it is corrected. If `rest`
+            # vanishes, the scale is 0, but NaN for an infinite target.
             rest_scale = tl.where(shift > -200.0, _exp(shift) * (1.0 + shift_error), maximum - maximum)
             rest_scale = tl.where(rest > 0, rest_scale, 1.0)
             below = tl.where(is_max, 0.0, rest_max - z_target)
@@ -193,7 +193,7 @@ def _cross_entropy_kernel(
             if HAS_SMOOTHING:
                 loss = (1.0 - smoothing) * nll + smoothing * (lse - sum_z / vocab)
             if HAS_DFT:
-                loss *= e_target / total  # not exp(-nll), which turns the rounding of nll into a relative error
+                loss *= e_target / total  # not exp(-nll): it turns the rounding of nll into a relative error
             if HAS_Z_LOSS:
                 loss += z_loss * lse * lse
             weight = 1.0
@@ -206,7 +206,7 @@ def _cross_entropy_kernel(
                 tl.store(entropy_ptr + row, log_total - dot / total)
             if HAS_CORRECT:
                 better = (rest_max > z_target).to(tl.int32)
-                if rest_max == z_target:  # a tie, which the first column wins: only then are columns compared
+                if rest_max == z_target:  # a tie: the first column wins; only here are columns compared
                     for start in range(0, tl.minimum(body, body_target), R * W):
                         column = start + block
                         x = tl.load(body_ptr + column, mask=column < body, other=0.0).to(tl.float32)
@@ -235,8 +235,8 @@ def _cross_entropy_kernel(
                     target_grad *= _softcap_derivative(x_target, logit_scale, softcap)
                 factor = rest_scale * ((nll_factor + z_factor) / total)  # of exp(z - rest_max)
 
-                # The gradient may overwrite the logits. From here on every thread stores only what it alone still
-                # reads; what others have read too, the target's logit and the edge, all of them must have by now.
+                # The gradient may overwrite the logits. After this barrier a thread stores only to places that no other
+                # thread still reads: all threads have read the shared values (the target's logit, the edge).
                 tl.debug_barrier()
                 for start in range(0, body, R * W):
                     column = start + block
@@ -260,7 +260,7 @@ def _cross_entropy_kernel(
 
 @_triton.jit
 def _columns_before_alignment(row_ptr, vocab, PER_ACCESS: tl.constexpr):
-    """How many columns of a row come before the first multiple of 16 bytes."""
+    """Number of columns of a row before the first multiple of 16 bytes."""
     element = row_ptr.to(tl.int64) // (row_ptr.dtype.element_ty.primitive_bitwidth // 8)
     return tl.minimum((-element) & (PER_ACCESS - 1), vocab).to(tl.int32)
 
@@ -275,7 +275,7 @@ def _transformed(x, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @_triton.jit
 def _softcap_derivative(x, logit_scale, softcap):
-    """1 - tanh^2, which cancels where tanh is large: there as 1 / cosh^2."""
+    """1 - tanh^2. Where tanh is large this cancels, so 1 / cosh^2 is used there."""
     ratio = x * logit_scale / softcap
     decay = tl.exp(-2.0 * tl.abs(ratio))
     tanh = _triton.tanh(ratio)
@@ -284,9 +284,10 @@ def _softcap_derivative(x, logit_scale, softcap):
 
 @_triton.jit
 def _exp(x):
-    """exp(x) for x <= 0, to two units in the last place where a card's own is off by 4e-8 * |x|: it rounds x * log2(e).
+    """exp(x) for x <= 0, accurate to two units in the last place.
 
-    By Cody and Waite: the whole powers of 2 apart, ln 2 in two parts of which the first times `n` is exact.
+    The exp of a GPU rounds x * log2(e), so its relative error is 4e-8 * |x|. This one is Cody and Waite's: it takes out
+    whole powers of 2, and splits ln 2 into two parts such that `n` times the first part is exact.
     """
     x = tl.where(x < -200.0, -200.0, x)  # a NaN stays one
     n = tl.floor(x * 1.4426950408889634 + 0.5)
@@ -307,7 +308,7 @@ def _store(ptr, value, mask, ROUND_BF16: tl.constexpr):
 
 @_triton.jit
 def _difference(a, b):
-    """(a - b rounded, what the rounding took away), Knuth's two-sum."""
+    """(a - b rounded, its rounding error), by Knuth's two-sum."""
     rounded = a - b
     back = a - rounded
     return rounded, (a - (rounded + back)) + (back - b)
@@ -315,14 +316,14 @@ def _difference(a, b):
 
 @_triton.jit
 def _log1p(x):
-    """Kahan's form: the error of `1 + x` enters the logarithm and the quotient alike."""
+    """log(1 + x) in Kahan's form: the error of `1 + x` enters the logarithm and the quotient equally, and cancels."""
     u = 1.0 + x
     return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
 
 
 @_triton.jit
 def _scale_kernel(values_ptr, factor_ptr, num_values, BLOCK: tl.constexpr):
-    """values *= factor, and nothing read or written where the factor is 1, as in most training loops."""
+    """values *= factor. Reads and writes no values if the factor is 1, as in most training loops."""
     factor = tl.load(factor_ptr).to(tl.float32)
     start = tl.program_id(0).to(tl.int64) * BLOCK
     if factor == 1.0:
@@ -338,7 +339,7 @@ def _scale_kernel(values_ptr, factor_ptr, num_values, BLOCK: tl.constexpr):
 
 
 def rows_in_triton(logits_NV: Tensor, *others: Any) -> None:
-    """Loss and gradient of every row in one launch, into the outputs and `grad_NV`. Arguments as in `kernel_call`."""
+    """Write loss and gradient of every row to the outputs and `grad_NV` in one launch. Arguments: see `kernel_call`."""
     if logits_NV.shape[0] == 0:
         return
     arguments, compilation, programs_per_sm = kernel_call(logits_NV, *others)
@@ -356,9 +357,9 @@ def kernel_call(
     options: LossOptions,
     outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
 ) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """(the kernel's arguments by name, what its compiler is told, programs an SM). Arguments as in `loss_rows`.
+    """(kernel arguments by name, compiler options, programs per SM). Arguments: see `loss_rows`.
 
-    What is not wanted is None or its neutral value, and compiled away.
+    An option that is off is None or its neutral value, and is compiled away.
     """
     num_rows, vocab = logits_NV.shape
     shape = launch.cross_entropy_shape(vocab, softcap=options.softcap is not None)
@@ -401,17 +402,17 @@ def kernel_call(
         "W": shape.width,
         "ONE_READ": shape.one_read,
     }
-    # Fusion is said, so that no release of Triton decides it.
+    # Set explicitly: the default for fusion differs between releases of Triton.
     compilation = {"num_warps": shape.num_warps, "maxnreg": shape.registers, "enable_fp_fusion": True}
     return arguments, compilation, shape.programs_per_sm
 
 
 def _alignment(logits_NV: Tensor, grad_NV: Tensor) -> tuple[int, bool]:
-    """(columns in one access, whether rows have an edge): 1 column where the two tensors' rows are aligned unlike."""
+    """(columns per access, whether rows have an edge): 1 column if the rows of the two tensors differ in alignment."""
     size = logits_NV.element_size()
     width = 16 // size
 
-    def place(x: Tensor) -> tuple[int, int]:  # of row 0, and from one row to the next, within 16 bytes
+    def place(x: Tensor) -> tuple[int, int]:  # within 16 bytes: offset of row 0, step to the next row
         return x.data_ptr() // size % width, x.stride(0) % width if len(x) > 1 else 0
 
     if place(logits_NV) != place(grad_NV):
@@ -421,7 +422,7 @@ def _alignment(logits_NV: Tensor, grad_NV: Tensor) -> tuple[int, bool]:
 
 def _programs_at_once(device: torch.device, programs_per_sm: int) -> int:
     if device.type != "cuda":
-        return 2  # the interpreter: two programs, so that both take several rows
+        return 2  # the interpreter: two programs, so that each takes several rows
     return programs_per_sm * torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -430,8 +431,8 @@ def _on_device(tensor: Tensor) -> Any:
 
 
 def scale_(values: Tensor, factor: Tensor) -> Tensor:
-    """`values *= factor` for a 0-d `factor`, free on CUDA where the factor is 1."""
-    flat = values.is_contiguous() and values.numel() > 0  # the kernel counts through storage
+    """`values *= factor` for a 0-d `factor`; almost free on CUDA if the factor is 1."""
+    flat = values.is_contiguous() and values.numel() > 0  # the kernel walks through storage
     if not _triton.usable(values.device) or values.dtype == torch.float64 or not flat:
         return values.mul_(factor)
     with _on_device(values):

@@ -1,21 +1,21 @@
-"""One pass of cross-entropy over rows of logits: what it gives, how PyTorch computes it, and who takes a call.
+"""Cross-entropy over rows of logits: its outputs, its PyTorch path, and the choice of the path.
 
-On CUDA the pass is a Triton kernel (`cross_entropy_kernel.py`); here it is in operations of PyTorch that work in place
-on blocks which stay in cache: the CPU, float64, and CUDA without Triton. Knows rows of logits; knows nothing of
-autograd or of what made them.
+On CUDA a Triton kernel computes it (`cross_entropy_kernel.py`). The PyTorch path here serves the CPU, float64, and CUDA
+without Triton; it works in place on blocks that stay in cache. Knows rows of logits; knows nothing of autograd or of
+where the logits come from.
 
 Legend: N rows of logits, V vocabulary, R rows of one cache-sized block.
 
-The arithmetic of a row, with z the transformed logits, m their maximum and t the target:
+The arithmetic of a row. z are the transformed logits, m is their maximum, t is the target:
 
     e_j = exp(z_j - m),   rest = sum of e_j over j != t,   total = rest + e_t
 
     -log p_t = log1p(rest)                   if z_t = m,
-               (m - z_t) + log(total)        else (there e_t may underflow),
+               (m - z_t) + log(total)        otherwise (e_t may underflow),
     d(-log p_t) / dz_j = e_j / total,        and -rest / total for j = t.
 
-`p_t - 1` and `lse - z_t` say the same and cancel: in float32 both are 0 once the target's probability is within 4e-7
-of 1. `rest`, summed without the target, keeps six digits.
+`p_t - 1` and `lse - z_t` are equal to these in theory, but cancel: in float32 both are 0 when the probability of the
+target is within 4e-7 of 1. `rest` is summed without the target and keeps six digits.
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ from packsft_kernels.options import LossOptions
 
 
 class RowOutputs(NamedTuple):
-    """What one pass gives per row; `entropy` and `correct` are empty unless asked for."""
+    """Outputs per row, [N]. `entropy` and `correct` are empty unless requested."""
 
     loss: Tensor
     log_prob: Tensor
@@ -67,11 +67,11 @@ def rows_in_torch(
     *,
     finite: bool = False,
 ) -> RowOutputs:
-    """Loss and gradient of every row; `grad_NV` may be `logits_NV` itself. See `loss_rows` for the arguments.
+    """Loss and gradient of every row. `grad_NV` may be `logits_NV` itself. Arguments: see `loss_rows`.
 
-    Every operation works in place on one of two float32 blocks that stay in cache: at V = 49,152 and M = 576 in bf16
-    all of it takes about a tenth of the time of the head's three GEMMs, half of that in `exp`.
-    `finite=True` promises that ignored rows hold numbers, which saves the pass that clears them.
+    Every operation works in place on one of two float32 blocks that stay in cache. At V = 49,152 and M = 576 in bf16
+    this takes about a tenth of the time of the head's three GEMMs, half of it in `exp`.
+    `finite=True` promises that ignored rows hold finite numbers, so they need not be cleared.
     """
     num_rows, vocab = logits_NV.shape
     dtype = row_dtype(logits_NV.dtype)
@@ -85,7 +85,7 @@ def rows_in_torch(
     block = launch.rows_per_block(num_rows, vocab)
     scratch_RV = torch.empty(block, vocab, dtype=dtype, device=device)
     exp_scratch_RV = torch.empty(block, vocab, dtype=dtype, device=device)
-    # Per-row sums, filled block by block; everything that is only per row waits until after the loop.
+    # Per-row sums, filled block by block. Work that is only per row is done after the loop.
     max_N1, below_N1, rest_N1, exp_target_N1, entropy_N1, mean_N1 = torch.zeros(
         6, num_rows, 1, dtype=dtype, device=device
     )
@@ -112,7 +112,7 @@ def rows_in_torch(
         if smoothing:
             torch.mean(z, -1, keepdim=True, out=mean_N1[block_rows])
         if options.entropy:
-            z.clamp_(min=-1e4)  # exp is 0 there and so is p log p, which -inf would turn into NaN
+            z.clamp_(min=-1e4)  # exp and p log p are 0 there; -inf would make p log p NaN
 
         torch.exp(z, out=e)
         exp_target = exp_target_N1[block_rows] = e.gather(-1, target)
@@ -139,14 +139,14 @@ def rows_in_torch(
             target_grad += nll_factor * (smoothing - smoothing / vocab)
         e.scatter_(-1, target, target_grad)
         if options.softcap is not None:
-            # The derivative of the cap, 1 - tanh^2, from the logits once more: z is rounded by the maximum.
+            # The derivative of the softcap, 1 - tanh^2, from the logits again: z has lost digits to the maximum.
             z.copy_(logits_NV[block_rows]).mul_(options.logit_scale).div_(options.softcap)
             if not finite:
                 z.masked_fill_(~scored_N[block_rows, None], 0.0)
             e.mul_(z.tanh_().square_().neg_().add_(1.0))
         grad_NV[block_rows] = e
 
-    # Which of the two forms: by the maximum itself, since exp_target rounds to 1 a little below it.
+    # Choose the form by the maximum, not by exp_target: it already rounds to 1 a little below the maximum.
     below_N, exp_target_N, rest_N = (-below_N1).squeeze(-1), exp_target_N1.squeeze(-1), rest_N1.squeeze(-1)
     log_total_N = torch.where(below_N == 0, rest_N.log1p(), (rest_N + exp_target_N).log())
     nll_N = below_N + log_total_N
@@ -155,7 +155,7 @@ def rows_in_torch(
     if smoothing:
         nll_N = (1 - smoothing) * nll_N + smoothing * (log_total_N - mean_N1.squeeze(-1))
     if options.dft:
-        # Not exp(-nll), which turns the rounding of nll into a relative error.
+        # Not exp(-nll): it turns the rounding of nll into a relative error.
         nll_N = exp_target_N / (rest_N + exp_target_N) * nll_N
     if options.z_loss:
         nll_N = nll_N + options.z_loss * lse_N.square()
@@ -175,8 +175,8 @@ def rows_in_torch(
 def _first_argmax(z_RV: Tensor) -> tuple[Tensor, Tensor]:
     """(first argmax [R], maximum [R, 1]).
 
-    `argmax` costs as much as `exp` on the CPU and `amax` a tenth: so maxima of 256 columns first, then `argmax` over
-    the maxima and within the first block that holds the largest.
+    On the CPU `argmax` costs as much as `exp`, `amax` a tenth of it. So first take the maxima of blocks of 256 columns,
+    then `argmax` over these maxima and within the first block that holds the largest.
     """
     width = 256
     whole = z_RV.shape[1] // width * width
@@ -189,7 +189,7 @@ def _first_argmax(z_RV: Tensor) -> tuple[Tensor, Tensor]:
     first = index * width + inside
     if whole < z_RV.shape[1]:
         tail_max, tail_first = z_RV[:, whole:].max(-1, keepdim=True)
-        # `not <=` instead of `>`: a NaN in the tail has to become the maximum.
+        # `not <=` and not `>`: a NaN in the tail must become the maximum.
         later = ~(tail_max <= maximum)
         first = torch.where(later, tail_first + whole, first)
         maximum = torch.where(later & ~maximum.isnan(), tail_max, maximum)
@@ -206,15 +206,15 @@ def loss_rows(
     *,
     finite: bool = False,
 ) -> RowOutputs:
-    """Per-row outputs, and the gradient of `(scale * loss).sum()` in `grad_NV` if given.
+    """Per-row outputs; and the gradient of `(scale * loss).sum()`, written to `grad_NV` if given.
 
     Args:
         logits_NV: any floating dtype, unit stride along V.
-        grad_NV: where the gradient goes, rounded to its dtype once; None for none; `logits_NV` to overwrite it.
+        grad_NV: receives the gradient, rounded once to its dtype. None: no gradient. `logits_NV`: overwrite the logits.
         targets_N: int64.
-        weights_N: factor of each row's loss and gradient.
+        weights_N: factor of the loss and the gradient of each row.
         scale: 0-d or [N], factor of the gradient only.
-        finite: ignored rows are known to hold no NaN or infinity.
+        finite: ignored rows hold no NaN and no infinity.
     """
     if _triton.usable(logits_NV.device) and logits_NV.dtype != torch.float64:
         outputs = empty_outputs(logits_NV, options)
@@ -237,8 +237,10 @@ def loss_rows_fake(
     *,
     finite: bool = False,
 ) -> RowOutputs:
-    """What `loss_rows` allocates and frees, on fake tensors. The Triton pass allocates its outputs only; the PyTorch
-    pass uses one block of scratch for all blocks of rows, so one block of rows is enough."""
+    """Allocate and free on fake tensors what `loss_rows` allocates and frees.
+
+    The Triton path allocates only its outputs. The PyTorch path uses the same scratch for all blocks of rows, so one
+    block of rows is enough."""
     outputs = empty_outputs(logits_NV, options)
     in_triton = _triton.usable(logits_NV.device) and logits_NV.dtype != torch.float64
     if not in_triton and not has_symbolic_size(logits_NV) and logits_NV.numel():

@@ -1,15 +1,15 @@
-"""The fused LM head: projection and cross-entropy of the scored rows, a chunk of logits at a time.
+"""The fused LM head: projection and cross-entropy of the scored rows, one chunk of logits at a time.
 
-Gradients are made in the forward, while a chunk's logits are at hand: three GEMMs with a trained head, two with a
-frozen one, one under `no_grad`. No Triton of its own: a chunk's logits go through `loss_rows`, in place.
-A low-rank addition to the weight (a LoRA on the head) is two narrow products more for each of these, and no [V, M].
+The gradients are computed in the forward, while the logits of a chunk exist: three GEMMs with a trained head, two with
+a frozen head, one under `no_grad`. It has no Triton kernel of its own: `loss_rows` processes the logits of a chunk in
+place. A low-rank addition to the weight (a LoRA on the head) adds two narrow products to each GEMM, and no [V, M].
 Knows hidden states and matrices; knows nothing of the model around them.
 
 Legend: T tokens, N scored rows, V vocabulary, M model width, R rank of the addition, C rows of one chunk.
 
-Memory beside the inputs: one chunk of logits (`launch.CHUNK_BYTES`), the gradients dX [N, M] and dW [V, M] as they are
-stored, a few numbers per row, and the weight in the autocast dtype if that differs. A chunk's rows of hidden states lie
-where their gradient will be; they are memory of their own only where no gradient is wanted, or while they are cast.
+Memory besides the inputs: one chunk of logits (`launch.CHUNK_BYTES`), the stored gradients dX [N, M] and dW [V, M], a
+few numbers per row, and the weight in the autocast dtype if that differs. The hidden states of a chunk are stored where
+their gradient will be. They take memory of their own only if no gradient is wanted, or while they are cast.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ _NUM_FIELDS = len(dataclasses.fields(LossOptions))
 
 
 class Gradients(NamedTuple):
-    """Of the loss, each empty unless wanted. `hidden` has a row for each of the N scored rows, not for each token."""
+    """Gradients of the loss, each empty unless wanted. `hidden` has one row per scored row (N), not per token."""
 
     hidden: Tensor
     weight: Tensor
@@ -59,7 +59,7 @@ _NUM_GRADIENTS = len(Gradients._fields)
 
 
 class Wanted(NamedTuple):
-    """Which gradients are: the same fields."""
+    """Which gradients are wanted: the same fields."""
 
     hidden: bool = False
     weight: bool = False
@@ -87,16 +87,17 @@ def _empty_gradients(
     return Gradients(
         like(hidden, wanted.hidden, num_rows),
         like(weight, wanted.weight),
-        empty((weight.shape[0],), wanted.bias, row_dtype(weight.dtype)),  # V elements: wide enough to add up in
+        empty((weight.shape[0],), wanted.bias, row_dtype(weight.dtype)),  # V elements only: wide enough to add in
         like(down, wanted.down, num_rows),
         like(up, wanted.up),
     )
 
 
 def _stored_dtype(parameter: Tensor) -> torch.dtype:
-    """The dtype in which a gradient waits for its upstream factor: float32 where a GEMM can write it from 16-bit
-    inputs (CUDA) and where a small gradient would underflow (float16); else the parameter's own, as on the CPU a bf16
-    GEMM writes bf16."""
+    """The dtype in which a gradient is stored until its upstream factor is known.
+
+    float32 where a GEMM can write it from 16-bit inputs (CUDA), and where a small gradient would underflow (float16).
+    Otherwise the parameter's dtype: on the CPU a bf16 GEMM writes bf16."""
     if parameter.dtype == torch.float16 or (parameter.dtype == torch.bfloat16 and parameter.is_cuda):
         return torch.float32
     return parameter.dtype
@@ -118,9 +119,9 @@ def _chunk_loop(
     *,
     row_pass: Callable[..., RowOutputs] = loss_rows,
 ) -> tuple[RowOutputs, Gradients]:
-    """Per-row outputs and the gradients of `(scale * loss).sum()`, GEMMs in `dtype`; `scale` is 0-d or [N].
+    """Per-row outputs and the gradients of `(scale * loss).sum()`. GEMMs run in `dtype`; `scale` is 0-d or [N].
 
-    The operators' fakes run this loop too, with `row_pass=loss_rows_fake`: what they allocate and free is the same.
+    The fakes of the operators run the same loop with `row_pass=loss_rows_fake`, so they allocate and free the same.
     """
     num_rows, vocab = targets_N.shape[0], weight_VM.shape[0]
     device = hidden_TM.device
@@ -128,10 +129,10 @@ def _chunk_loop(
     weight_VM = weight_VM.to(dtype)
     bias_V = None if bias_V is None else bias_V.to(dtype)
     up_VR = None if up_VR is None else up_VR.to(dtype)
-    # CUDA's GEMMs write float32 from 16-bit inputs; the CPU's cannot.
+    # GEMMs on CUDA can write float32 from 16-bit inputs; on the CPU they cannot.
     writes_float32 = hidden_TM.is_cuda and dtype in (torch.bfloat16, torch.float16)
 
-    # Rows start on a multiple of 16 elements on CUDA, so that the kernel's accesses stay wide whatever V is.
+    # On CUDA, rows start on a multiple of 16 elements, so that the kernel's accesses are wide for every V.
     stride = -(-vocab // 16) * 16 if hidden_TM.is_cuda else vocab
     chunk = launch.rows_per_chunk(num_rows, stride, dtype.itemsize, weight_grad=wanted.weight)
     buffer_CV = torch.empty(chunk, stride, dtype=dtype, device=device)[:, :vocab]
@@ -145,7 +146,7 @@ def _chunk_loop(
 
     for start in range(0, num_rows, max(1, chunk)):
         chunk_rows = slice(start, min(start + chunk, num_rows))
-        # An ignored row may hold anything, and 0 * NaN would reach the weight's gradient. Its logits are then numbers.
+        # An ignored row may hold anything, and 0 * NaN would reach the weight's gradient. Zeros make its logits finite.
         ignored_C1 = (targets_N[chunk_rows] == options.ignore_index)[:, None]
         hidden_CM = _chunk_of(hidden_TM, chunk_rows, rows_N, ignored_C1, gradients.hidden, dtype)
         logits_CV = buffer_CV[: len(hidden_CM)]
@@ -168,14 +169,14 @@ def _chunk_loop(
         for whole, part in zip(outputs, chunk_outputs, strict=True):
             whole[chunk_rows][: len(part)].copy_(part)
 
-        grad_CV = logits_CV  # from here on
+        grad_CV = logits_CV  # overwritten by `row_pass`
         if wanted.weight:
             _matmul(grad_CV.t(), hidden_CM, weight_sum, writes_float32, accumulate=start > 0)
         if wanted.up:
             _matmul(grad_CV.t(), down_CR, up_sum, writes_float32, accumulate=start > 0)
-        if wanted.hidden:  # last, since it takes the place of hidden_CM
+        if wanted.hidden:  # last: it overwrites hidden_CM
             _matmul(grad_CV, weight_VM, gradients.hidden[chunk_rows], writes_float32)
-        if wanted.down and up_VR is not None:  # in the place of down_CR
+        if wanted.down and up_VR is not None:  # overwrites down_CR
             _matmul(grad_CV, up_VR, gradients.down[chunk_rows], writes_float32)
         if wanted.bias:
             for rows_RV in grad_CV.split(_cast_rows(grad_CV)):
@@ -187,7 +188,7 @@ def _chunk_loop(
 
 
 def _accumulator(gradient: Tensor, several_chunks: bool) -> Tensor:
-    """What the chunks add up in: the stored gradient, unless that is 16 bits wide and there are several."""
+    """Where the chunks accumulate: the stored gradient, or float32 if that is bfloat16 and there are several chunks."""
     if several_chunks and gradient.dtype == torch.bfloat16:
         return torch.empty_like(gradient, dtype=torch.float32)
     return gradient
@@ -201,7 +202,7 @@ def _chunk_of(
     gradient_NM: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The chunk's rows [C, M] in `dtype`, 0 where ignored: in the memory of their own gradient, where there is any."""
+    """The rows [C, M] of the chunk in `dtype`, 0 if ignored, stored in the memory of their own gradient if possible."""
     shape = len(ignored_C1), matrix_TM.shape[1]
     if gradient_NM.shape[1] == 0 or gradient_NM.dtype.itemsize < dtype.itemsize:
         chunk_CM = matrix_TM.new_empty(shape, dtype=dtype)
@@ -218,10 +219,10 @@ def _chunk_of(
 
 
 def _matmul(a: Tensor, b: Tensor, out: Tensor, writes_float32: bool, *, accumulate: bool = False) -> None:
-    """`out = a @ b`, or `out += a @ b`, never rounding to less than `out` has where the GEMM can help it.
+    """`out = a @ b` or `out += a @ b`, without rounding below the precision of `out` if the GEMM allows it.
 
-    The operands come as they lie. On the CPU the weight's gradient as `G.t() @ X` is the fastest layout tried:
-    `X.t() @ G` takes 1.2 times as long in bf16 and a transposed copy of G first 1.3 times.
+    Operands keep their layout. On the CPU, `G.t() @ X` is the fastest layout tried for the weight's gradient: in bf16
+    `X.t() @ G` takes 1.2 times as long, and a transposed copy of G first takes 1.3 times.
     """
     if writes_float32 and out.dtype == torch.float32:
         if accumulate:
@@ -239,7 +240,7 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor, writes_float32: bool, *, accumula
 
 
 def _cast_rows(matrix: Tensor) -> int:
-    """Rows to add up at once where dtypes differ: on the CPU PyTorch first casts all of what it adds, on CUDA none."""
+    """Rows to add at once if dtypes differ. On the CPU, PyTorch first casts the whole operand; on CUDA it does not."""
     return len(matrix) if matrix.is_cuda else launch.rows_per_block(*matrix.shape)
 
 
@@ -260,7 +261,7 @@ _OUTPUTS = "Tensor, Tensor, Tensor, Tensor, Tensor"  # the fields of `RowOutputs
     f"bool bias_grad, bool down_grad, bool up_grad) -> ({_OUTPUTS}, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _reduced_op(*args: Any) -> tuple[Tensor, ...]:
-    """`(scale * loss).sum()`, the per-row outputs, and the gradients wanted."""
+    """`(scale * loss).sum()`, the per-row outputs, and the wanted gradients."""
     return _reduced(_chunk_loop, *args)
 
 
@@ -279,8 +280,10 @@ def _reduced(loop: Callable[..., tuple[RowOutputs, Gradients]], *args: Any) -> t
 
 
 def _folds(scale: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the factor enters the gradient of the logits, before its one rounding, or waits for the backward: in
-    float16 a gradient divided by the number of items underflows unless a gradient scaler's factor comes first."""
+    """Whether the factor is applied to the gradient of the logits, before its only rounding, or in the backward.
+
+    In float16 it waits for the backward: a gradient divided by the number of items underflows, unless the factor of a
+    gradient scaler is applied first."""
     return dtype != torch.float16 or scale.dim() > 0
 
 
@@ -290,7 +293,7 @@ def _folds(scale: Tensor, dtype: torch.dtype) -> bool:
     schema=f"({_INPUTS}, {OPTIONS_SCHEMA}, ScalarType dtype) -> ({_OUTPUTS})",
 )
 def _rows_op(*args: Any) -> tuple[Tensor, ...]:
-    """The per-row outputs alone: their upstream gradients differ, so the backward makes the logits once more."""
+    """The per-row outputs alone. Upstream gradients differ by row, so the backward computes the logits again."""
     return _per_row(_chunk_loop, *args)
 
 
@@ -307,8 +310,10 @@ def _per_row(loop: Callable[..., tuple[RowOutputs, Gradients]], *args: Any) -> t
 
 
 def _fake_chunk_loop(*args: Any) -> tuple[RowOutputs, Gradients]:
-    """The chunk loop on fake tensors. Where a size is a symbol, so is the number of chunks, and no byte can be counted:
-    there only what is returned is allocated, and no guard is laid on the sizes."""
+    """The chunk loop on fake tensors.
+
+    With a symbolic size the number of chunks is symbolic too, and no bytes can be counted. Then only the results are
+    allocated, and no guard is put on the sizes."""
     hidden, weight, bias, down, up, targets, *_, options, dtype, wanted = args
     if has_symbolic_size(hidden, weight, targets):
         outputs = empty_outputs(hidden.new_empty(targets.shape[0], 0, dtype=dtype), options)
@@ -322,8 +327,8 @@ def _fake_chunk_loop(*args: Any) -> tuple[RowOutputs, Gradients]:
 def _reduced_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     parameters, (rows, _, scale) = inputs[:_NUM_GRADIENTS], inputs[_NUM_GRADIENTS + 1 : _NUM_INPUTS + 1]
     dtype = inputs[_NUM_INPUTS + 1 + _NUM_FIELDS]
-    # Attributes, not saved tensors: hooks that offload saved tensors would carry dW to the host and back. Detached,
-    # since an output that knows its node, held by that node, is never freed.
+    # Attributes, not saved tensors: hooks that offload saved tensors would copy dW to the host and back. Detached: a
+    # node that holds its own output is never freed.
     ctx.gradients = Gradients(*(gradient.detach() for gradient in output[5:]))
     ctx.scale = None if _folds(scale, dtype) else scale
     ctx.rows, ctx.num_tokens, ctx.dtypes = rows, parameters[0].shape[0], _dtypes(parameters)
@@ -331,7 +336,7 @@ def _reduced_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
     ctx.set_materialize_grads(False)
 
 
-# Private, seen in torch 2.10 to 2.13. Without it every gradient is kept and multiplied out of place.
+# Private function of PyTorch, present in 2.10 to 2.13. Without it, gradients are kept and multiplied out of place.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
@@ -341,10 +346,10 @@ def _reduced_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tenso
     if upstream is not None:
         if ctx.gradients is None:
             raise RuntimeError(
-                "linear_cross_entropy: a second backward needs retain_graph=True in the first, which otherwise gives "
-                "its gradients away"
+                "linear_cross_entropy: a second backward needs retain_graph=True in the first one, which otherwise "
+                "frees the gradients"
             )
-        # The node outlives the backward for as long as someone holds the loss; its gradients should not.
+        # The node lives as long as the loss is referenced; its gradients should not.
         keep = _keeps_graph()
         gradients, factor = list(ctx.gradients), upstream if ctx.scale is None else upstream * ctx.scale
         if not keep:
@@ -366,9 +371,9 @@ def _scaled_gradients(
     num_tokens: int,
     dtypes: list[torch.dtype | None],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of hidden [T, M], weight and so on: times `factor` (None for 1), in the parameters' dtypes.
+    """The gradients of hidden [T, M], weight and so on, times `factor` (None: 1), in the dtypes of the parameters.
 
-    Takes each out of the list `gradients`, so that it is freed before the next one is scaled; the largest first.
+    Each is taken out of the list `gradients`, so that it is freed before the next one is scaled. The largest is first.
     """
 
     def scaled(index: int) -> Tensor | None:
@@ -377,10 +382,10 @@ def _scaled_gradients(
             return None
         if factor is None:
             return gradient.to(dtype)
-        # In place only where nothing is traced: a tracer would see an output of the operator change.
+        # In place only if nothing is traced: a tracer would see an output of the operator change.
         if gradient.dtype == dtype and not keep and type(gradient) in (Tensor, FakeTensor):
             return gradient.mul_(factor)
-        # Multiplied in float32, rounded once.
+        # Multiplied in float32 and rounded once.
         return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
     def to_tokens(gradient: Tensor | None) -> Tensor | None:
@@ -434,33 +439,33 @@ def linear_cross_entropy(
     num_items: float | Tensor | None = None,
     reduction: str = "mean",
 ) -> LossOutput:
-    """Cross-entropy of `(F.linear(hidden, weight, bias) + down @ up.T)[rows]` with `targets`, where `low_rank` is
-    `(down, up)`, without ever holding all the logits.
+    """Cross-entropy of `(F.linear(hidden, weight, bias) + down @ up.T)[rows]` with `targets`, `low_rank = (down, up)`.
 
-    The gradients of the scalar reductions are made in the forward. "none" makes the logits again in the backward
-    (four GEMMs), since the upstream gradient is not known before. Under autocast the GEMMs run in its dtype; gradients
-    come back in the dtypes of what they are of. float16 on the CPU is computed in float32.
+    It never holds all the logits. For the scalar reductions, gradients are computed in the forward. "none" computes the
+    logits again in the backward (four GEMMs), because the upstream gradient is only known there. Under autocast the
+    GEMMs run in its dtype. Each gradient has the dtype of its parameter. float16 on the CPU is computed in float32.
 
     Args:
         hidden: [T, M], float64, float32, bfloat16 or float16.
-        weight: [V, M], the dtype of `hidden` unless autocast is on.
-        targets: [N] int64; a row whose target is `options.ignore_index` counts for nothing.
-        rows: [N] int32 or int64 positions in `hidden`; None for all T, then N = T. May repeat.
+        weight: [V, M], in the dtype of `hidden` unless autocast is on.
+        targets: [N] int64. A row with the target `options.ignore_index` is ignored.
+        rows: [N] int32 or int64, positions in `hidden`, which may repeat. None: all T rows, so N = T.
         bias: [V] or None.
         weights: [N] factor of each row's loss.
-        low_rank: `down` [T, R] and `up` [V, R], in any floating dtype: of a LoRA `scaling * F.linear(hidden, A)` and
-            `B`. Both are differentiable, so that what makes `down` of the hidden states is plain autograd.
+        low_rank: `down` [T, R] and `up` [V, R], in any floating dtype. For a LoRA these are
+            `scaling * F.linear(hidden, A)` and `B`. Both are differentiable, so autograd handles the way from the
+            hidden states to `down`.
         options: see `LossOptions`.
-        num_items: what "mean" divides by, a number or a tensor of one element on the device (never read back); by
-            default the number of rows that are not ignored (not the sum of the weights). 0 gives a loss of 0.
+        num_items: divisor of "mean", a number or a tensor of one element on the device (never read back). Default: the
+            number of rows that are not ignored (not the sum of the weights). 0 gives a loss of 0.
         reduction: "mean" (sum / num_items), "sum" or "none" ([N]).
 
     Returns:
-        LossOutput, its loss in float32 (float64 for float64).
+        LossOutput, with the loss in float32 (float64 for float64).
 
     Raises:
-        ValueError: naming the argument, for a wrong shape, dtype or combination.
-        RuntimeError: on a second backward without retain_graph, and on differentiating twice.
+        ValueError: for a wrong shape, dtype or combination; the message names the argument.
+        RuntimeError: on a second backward without retain_graph, and on a second derivative.
     """
     check_argument(
         hidden.dim() == 2 and hidden.is_floating_point(), "hidden", describe(hidden), "floating point [T, M]"
@@ -473,7 +478,7 @@ def linear_cross_entropy(
     if down is not None and up is not None:
         for matrix, length in ((down, hidden.shape[0]), (up, weight.shape[0])):
             fits = matrix.dim() == 2 and matrix.is_floating_point() and matrix.shape[1] == up.shape[-1]
-            if not fits or matrix.shape[0] != length:  # the message only then, or T would be a constant of the graph
+            if not fits or matrix.shape[0] != length:  # format only on error: else T is a constant of the graph
                 raise ValueError(f"low_rank: got {describe(down)} and {describe(up)}, allowed: [T, R] and [V, R]")
     check_reduction(reduction, num_items)
     check_rows(rows, targets, weights, hidden.shape[0] if rows is None else rows.numel(), hidden.device)

@@ -1,6 +1,6 @@
-"""The definitions, in plain PyTorch: what every kernel and every fast path is compared with.
+"""The definitions in plain PyTorch. Every kernel and every fast path is compared with them.
 
-Written to be read, to run in float64, and to be differentiated by autograd. Knows no chunk, no kernel and no speed.
+Written to be read, to run in float64, and to be differentiated by autograd. No chunks, no kernels, not fast.
 
 Legend: T tokens, N scored rows, V vocabulary, M model width, R rank.
 """
@@ -25,7 +25,7 @@ def cross_entropy(
     num_items: int | torch.Tensor | None = None,
     reduction: str = "mean",
 ) -> LossOutput:
-    """Cross-entropy of `logits` [..., V] with `labels` [...] (shifted here), or of the rows listed in `rows` [N]."""
+    """Cross-entropy of `logits` [..., V] with `labels` [...] (shifted here), or with `targets` [N] in `rows` [N]."""
     if labels is not None:
         if shift:
             labels = F.pad(labels[..., 1:], (0, 1), value=options.ignore_index)
@@ -35,7 +35,7 @@ def cross_entropy(
     if rows is not None:
         logits_NV = logits_NV[rows.long()]
     scored_N = targets != options.ignore_index
-    # An ignored row may hold anything, NaN included: it leaves the computation before any arithmetic.
+    # An ignored row may hold anything, even NaN: it is cleared before any arithmetic.
     logits_NV = logits_NV.masked_fill(~scored_N[:, None], 0.0)
     targets = targets.masked_fill(~scored_N, 0)
 
@@ -82,11 +82,11 @@ def linear_cross_entropy(
     num_items: int | torch.Tensor | None = None,
     reduction: str = "mean",
 ) -> LossOutput:
-    """Cross-entropy of `F.linear(hidden [T, M], weight [V, M], bias [V])` in the rows [N] with the targets [N].
+    """Cross-entropy of `F.linear(hidden [T, M], weight [V, M], bias [V])` in `rows` [N] with `targets` [N].
 
-    `low_rank` is (down [T, R], up [V, R]), of which `down @ up.T` is added to the logits.
+    `low_rank` is (down [T, R], up [V, R]): `down @ up.T` is added to the logits.
     """
-    # The rows that are ignored must not reach `weight.grad` either: 0 * NaN is NaN.
+    # Ignored rows must not reach `weight.grad`: 0 * NaN is NaN.
     ignored_N1 = (targets == options.ignore_index)[:, None]
 
     def scored(matrix: torch.Tensor) -> torch.Tensor:
@@ -119,7 +119,7 @@ def varlen_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of `q` [T, H, K] on `k`, `v` [T, G, K] within documents: a [T, T] mask, which no fast path builds."""
+    """Attention of `q` [T, H, K] on `k`, `v` [T, G, K] within documents, with a [T, T] mask. No fast path builds it."""
     num_tokens, groups = q.shape[0], q.shape[1] // k.shape[1]
     k_THK, v_THK = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     position = torch.arange(num_tokens, device=q.device)

@@ -1,14 +1,14 @@
-"""Attention over documents laid end to end: `varlen_attention` and its back ends.
+"""Attention over documents that lie end to end in one row: `varlen_attention` and its backends.
 
-A document attends causally to itself and to nothing else. The boundaries come as `cu_seqlens`; no mask over the row
-is built on any path (SDPA needs one over a single document for a window, a softcap or sinks). Back ends, in the order
-in which `backend="auto"` tries them:
+A document attends causally to itself and to nothing else. `cu_seqlens` gives the boundaries. No path builds a mask over
+the row (SDPA needs a mask over one document for a window, a softcap or sinks). `backend="auto"` tries the backends in
+this order:
 
-    flash_attn_4, flash_attn_3, flash_attn_2   the packages, where installed and able
-    torch_varlen                               `torch.nn.attention.varlen`, in PyTorch itself, Ampere and newer
-    sdpa                                       one SDPA call per document: the CPU, float32, and whatever else is left
+    flash_attn_4, flash_attn_3, flash_attn_2   the packages, if installed and able
+    torch_varlen                               `torch.nn.attention.varlen` of PyTorch, on Ampere and newer
+    sdpa                                       one SDPA call per document: the CPU, float32, and all other calls
 
-Which one takes a call is a question to a table (`why_not`), answered with a reason. This file knows tensors only.
+`why_not` looks up in a table whether a backend can run a call, and gives the reason. This file knows tensors only.
 
 Shapes: T tokens, D documents, H query heads, G key heads, K head size.
 """
@@ -50,10 +50,10 @@ def varlen_attention(
 ) -> Tensor:
     """Attention within each document of a packed row.
 
-    Per document and head, in PyTorch (`reference.varlen_attention` is this, in any dtype):
+    Per document and head, in PyTorch (`reference.varlen_attention` computes this in any dtype):
 
-        scores = softcap * tanh(q @ k.T * scale / softcap)          # the softcap where one is given
-        out = softmax(scores + mask, dim=-1) @ v                    # causal, and within the window
+        scores = softcap * tanh(q @ k.T * scale / softcap)          # the softcap if given
+        out = softmax(scores + mask, dim=-1) @ v                    # causal and within the window
 
     Args:
         q: `[T, H, K]`.
@@ -61,21 +61,21 @@ def varlen_attention(
         v: `[T, G, K]`.
         cu_seqlens: `[D + 1]` int32, document boundaries from 0 to T, on the device of `q`.
         max_seqlen: length of the longest document, an int on the host.
-        causal: whether a token sees only itself and what is before it.
-        scale: factor of the scores, default `K ** -0.5`.
-        window: how many tokens a token sees, itself included (transformers' `sliding_window`); None for all.
-        softcap: bound of the scores, as in Gemma 2.
-        sinks: `[H]`, a logit per head that takes part in the softmax and has no value, as in gpt-oss.
+        causal: whether a token sees only itself and the tokens before it.
+        scale: factor of the scores; default `K ** -0.5`.
+        window: number of tokens that a token sees, itself included (`sliding_window` of transformers); None: all.
+        softcap: bound on the scores, as in Gemma 2.
+        sinks: `[H]`, one logit per head that takes part in the softmax and has no value, as in gpt-oss.
         dropout: probability of dropping an attention weight.
         backend: "auto", or one of `BACKENDS`.
 
     Returns:
-        `[T, H, K]` in the dtype of the computation: the autocast dtype under autocast, else the promoted dtype of
-        `q`, `k` and `v`. Models under autocast hand over float32 q and k and a bfloat16 v; flash kernels refuse that.
+        `[T, H, K]` in the dtype of the computation: the autocast dtype under autocast, otherwise the promoted dtype of
+        `q`, `k` and `v`. (Under autocast, models pass float32 q and k and a bfloat16 v, which flash kernels refuse.)
 
     Raises:
-        ValueError: an argument that does not fit, or a back end that cannot run this call. Boundaries that fall, end
-            elsewhere than at T or pass `max_seqlen` are seen where they are read, on the host; nothing reads a card.
+        ValueError: an invalid argument, or a backend that cannot run this call. Boundaries that decrease, do not end at
+            T, or exceed `max_seqlen` are detected only where the host reads them; nothing reads back from a GPU.
     """
     _check_arguments(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, sinks, dropout)
     dtype = _compute_dtype(q, k, v)
@@ -87,76 +87,74 @@ def varlen_attention(
     name, spec = _chosen(backend, *asked), AttentionSpec(*asked)
     if name != "sdpa":
         q, k, v, cu_seqlens = _aligned(q), _aligned(k), _aligned(v), cu_seqlens.contiguous()
-        # At 1, flash-attention 2 takes grouped q for [D, H, K], which fails where a document is empty.
+        # At 1, flash-attention 2 reads grouped q as [D, H, K], which fails if a document is empty.
         max_seqlen = max(max_seqlen, 2)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    with torch.autocast(q.device.type, enabled=False):  # the dtype is chosen: autocast would undo a back end's own
+    with torch.autocast(q.device.type, enabled=False):  # the dtype is chosen: autocast would undo a cast of the backend
         return BACKENDS[name].run(q, k, v, cu_seqlens, max_seqlen, scale, sinks, spec)
 
 
 def _asked_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """For tracers, whose graph holds the answer: what is installed and cached is not for them to look at.
+    """Make a tracer store the answer as a constant, instead of tracing into caches and into what is installed.
 
-    `torch.compiler.assume_constant_result`, which does this and imports the compiler (1.2 s).
+    The same as `torch.compiler.assume_constant_result`, which also imports the compiler (1.2 s).
     """
     function.__dict__["_dynamo_marked_constant"] = True
     return function
 
 
 @_asked_once
-def _chosen(backend: str, *asked: Any) -> str:  # the fields, since torch 2.10 cannot hand over a dataclass
+def _chosen(backend: str, *asked: Any) -> str:  # the fields: torch 2.10 cannot pass a dataclass
     return choose_backend(AttentionSpec(*asked), backend)
 
 
 def choose_backend(spec: AttentionSpec, backend: str = "auto") -> str:
-    """The name of the back end that takes a call: `backend` itself if it can, the first able one for "auto".
+    """The name of the backend that runs a call: `backend` itself, or for "auto" the first one that can run it.
 
     Raises:
-        ValueError: the name is unknown, or that back end cannot run the call; the reason is in the message.
+        ValueError: the name is unknown, or the backend cannot run the call; the message gives the reason.
     """
     able = [name for name in BACKENDS if why_not(name, spec) is None]
     if backend == "auto" and able:
         return able[0]
     if backend == "auto":
         reasons = "; ".join(f"{name}: {why_not(name, spec)}" for name in BACKENDS)
-        raise ValueError(f"no back end can run this attention: {reasons}")
+        raise ValueError(f"no backend can run this attention: {reasons}")
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown, expected 'auto' or one of {list(BACKENDS)}")
     if backend not in able:
         reason = why_not(backend, spec)
-        raise ValueError(f"backend={backend!r} cannot run this attention: {reason}; able here: {able}")
+        raise ValueError(f"backend={backend!r} cannot run this attention: {reason}; these can: {able}")
     return backend
 
 
 @cache
 def why_not(name: str, spec: AttentionSpec) -> str | None:
-    """Why back end `name` cannot run a call, or None if it can. The table of capabilities, read row by row."""
+    """Why backend `name` cannot run a call, or None if it can. Reads its row of the table `BACKENDS`."""
     backend = BACKENDS[name]
     if name == "sdpa":
-        return (
-            "SDPA has no dropout beside a softcap or sinks" if spec.dropout and (spec.softcap or spec.sinks) else None
-        )
+        return "SDPA has no dropout with a softcap or sinks" if spec.dropout and (spec.softcap or spec.sinks) else None
     if spec.device != "cuda":
-        return f"it needs a CUDA device, the tensors are on {spec.device!r}"
+        return f"it needs a CUDA device, but the tensors are on {spec.device!r}"
     if name == "flash_attn_2" and spec.softcap is not None and spec.dropout:
-        return "it has no dropout beside a softcap"
+        return "it does not support dropout with a softcap"
     if backend.package is not None and not _installed(backend.package):
         return f"the package {backend.package!r} is not installed"
     if backend.package is None and not _installed("torch.nn.attention.varlen"):
         return f"torch {torch.__version__} has no torch.nn.attention.varlen"
     if spec.dtype not in HALF_DTYPES:
-        return f"it computes in bfloat16 or float16, not in {spec.dtype}"
+        return f"it needs bfloat16 or float16, got {spec.dtype}"
     capability = torch.cuda.get_device_capability()
     if not backend.min_capability <= capability[0] <= backend.max_capability:
         return f"it does not run on compute capability {capability[0]}.{capability[1]}"
     if not spec.equal_head_dims:
-        return "the head size of v is not that of q and k"
+        return "it needs one head size for q, k and v"
     if spec.head_dim > backend.max_head_dim or spec.head_dim % 8:
         return f"head size {spec.head_dim} is not a multiple of 8 up to {backend.max_head_dim}"
-    # Cards with 99 KiB of shared memory; some releases refuse these head sizes there, and only in the backward.
+    # GPUs with 99 KiB of shared memory: some releases refuse these head sizes there, and only in the backward.
     small = capability[0] == 12 or (capability[0] == 8 and capability[1] > 0)
     if small and (192 < spec.head_dim <= 224 or (spec.head_dim > 192 and spec.dropout > 0)):
-        return f"its backward has no head size {spec.head_dim} with dropout {spec.dropout} on {capability}"
+        return f"its backward does not support head size {spec.head_dim} with dropout {spec.dropout} on {capability}"
     asked = {
         "dropout": spec.dropout > 0,
         "softcap": spec.softcap is not None,
@@ -164,19 +162,19 @@ def why_not(name: str, spec: AttentionSpec) -> str | None:
         "sinks": spec.sinks,
     }
     if name == "torch_varlen" and spec.window is not None and not _varlen_attn_takes("window_size"):
-        return f"torch {torch.__version__}'s varlen_attn has no window"
+        return f"torch {torch.__version__}'s varlen_attn does not support a window"
     if missing := [feature for feature, wanted in asked.items() if wanted and feature not in backend.features]:
-        return f"it has no {' and no '.join(missing)}"
+        return f"it does not support {' and '.join(missing)}"
     return None
 
 
 @cache
 def _installed(module: str) -> bool:
-    if module == "flash_attn.cute":  # flash-attn 2 ships that folder, too, without what it needs
+    if module == "flash_attn.cute":  # flash-attn 2 ships this folder too, without its dependencies
         return _distribution_installed("flash-attn-4")
     try:
         return importlib.util.find_spec(module) is not None
-    except ImportError:  # a parent package is missing, or was built for another torch
+    except ImportError:  # a parent package is missing, or is built for another torch
         return False
 
 
@@ -200,10 +198,10 @@ def _check_arguments(
     sinks: Tensor | None,
     dropout: float,
 ) -> None:
-    """What can be told on the host. The values in `cu_seqlens` are read, and so checked, where SDPA needs them."""
+    """Checks that need no values. The values in `cu_seqlens` are checked where SDPA reads them."""
     if q.ndim != 3 or k.ndim != 3 or v.ndim != 3:
         shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape)
-        raise ValueError(f"q, k and v must be [T, heads, head_dim], got {shapes[0]}, {shapes[1]} and {shapes[2]}")
+        raise ValueError(f"q, k and v must be [T, heads, head size], got {shapes[0]}, {shapes[1]} and {shapes[2]}")
     if k.shape[:2] != v.shape[:2] or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit: the same T, the same heads in "
@@ -216,7 +214,7 @@ def _check_arguments(
     tensors = {"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens} | ({} if sinks is None else {"sinks": sinks})
     for name, tensor in tensors.items():
         if tensor.device != q.device:
-            raise ValueError(f"{name} is on {tensor.device}, q on {q.device}: they must be on one device")
+            raise ValueError(f"{name} is on {tensor.device}, q on {q.device}: they must be on the same device")
         if name != "cu_seqlens" and tensor.dtype not in FLOAT_DTYPES:
             raise ValueError(f"{name} must be one of {list(FLOAT_DTYPES)}, got {tensor.dtype}")
     if not isinstance(max_seqlen, int) or max_seqlen < 0:
@@ -227,11 +225,11 @@ def _check_arguments(
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
     if window is not None and window < 1:
-        raise ValueError(f"window must be 1 (a token sees itself) or more, got {window}")
+        raise ValueError(f"window must be 1 or more (1: a token sees only itself), got {window}")
     if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be above 0 and finite, or None for none, got {softcap}")
+        raise ValueError(f"softcap must be None or finite and above 0, got {softcap}")
     if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be from 0 up to, but not including, 1, got {dropout}")
+        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
 
 
 def _compute_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
@@ -241,11 +239,11 @@ def _compute_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """`x`, copied if flash kernels could not load its rows in pieces of 16 bytes, which not all of them check."""
+    """`x`, copied if flash kernels cannot load its rows in units of 16 bytes. Not all of them check this."""
     return x if x.stride(-1) == 1 and all(n % 8 == 0 for n in x.stride()[:-1]) else x.contiguous()
 
 
-# --- back ends: (q, k, v, cu_seqlens, max_seqlen, scale, sinks, spec) -> out ------------------------------------------
+# ---- backends: (q, k, v, cu_seqlens, max_seqlen, scale, sinks, spec) -> out ------------------------------------------
 
 
 def _flash_attn_2(
@@ -289,7 +287,7 @@ def _torch_varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {}
-    if _varlen_attn_takes("window_size"):  # since torch 2.11, in which causal is the window (-1, 0)
+    if _varlen_attn_takes("window_size"):  # since torch 2.11, where causal is the window (-1, 0)
         options["window_size"] = _window_pair(spec)
     else:
         options["is_causal"] = spec.causal
@@ -302,7 +300,7 @@ def _torch_varlen(
     elif q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     out = varlen_attn(q, k, v, cu, cu, longest, longest, **options)
-    assert isinstance(out, Tensor)  # no auxiliary outputs were asked for
+    assert isinstance(out, Tensor)  # no auxiliary outputs were requested
     return out
 
 
@@ -319,14 +317,14 @@ def _varlen_attn_parameters() -> frozenset[str]:
 
 
 def _window_pair(spec: AttentionSpec) -> tuple[int, int]:
-    """(left, right) neighbours of a token, -1 for all. A window of W counts the token itself: W - 1 are on its left."""
+    """(left, right) neighbours of a token, -1: all. A window of W includes the token itself: W - 1 are on its left."""
     left = -1 if spec.window is None else spec.window - 1
     return left, 0 if spec.causal else left
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One row of the table: what runs it, which package it needs (None: PyTorch's own), and what it can do."""
+    """One row of the table: the function, the package that it needs (None: PyTorch itself), and what it supports."""
 
     run: Callable[..., Tensor]
     package: str | None = None
@@ -338,8 +336,8 @@ class Backend:
 
 BACKENDS: dict[str, Backend] = {
     "flash_attn_4": Backend(
-        # It takes a window, a softcap and sinks; in the source of 4.0.0b36 its backward does, too, where earlier betas
-        # were found to refuse or ignore them. Not claimed until a card has shown it.
+        # It accepts a window, a softcap and sinks. In the source of 4.0.0b36 its backward does so too; earlier betas
+        # refused or ignored them. Not claimed until it has run on a GPU.
         _flash_attn_4,
         "flash_attn.cute",
         frozenset(),

@@ -1,7 +1,8 @@
-"""Attention one SDPA call per document: the back end for the CPU, for float32, and for whatever others cannot do.
+"""Attention with one SDPA call per document: the backend for the CPU, for float32, and for what other backends refuse.
 
-Cost follows the sum of squared lengths. It reads the boundaries on the host; for tracers and fake tensors, which have
-none to read, the whole is the operator `packsft::varlen_sdpa`. Knows documents in a row; knows no other back end.
+The cost is proportional to the sum of squared lengths. It reads the boundaries on the host. Tracers and fake tensors
+have no boundaries to read: for them all of it is one operator, `packsft::varlen_sdpa`. Knows documents in a row; knows
+no other backend.
 
 Shapes: T tokens, D documents, H query heads, G key heads, K head size.
 """
@@ -18,15 +19,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from packsft_kernels.options import HALF_DTYPES, AttentionSpec
 
-# On the CPU, SDPA in float32 beats bfloat16 on short documents, casts included: 2.3x at 100 tokens, 1.0x at 700.
+# On the CPU, SDPA in float32 is faster than in bfloat16 on short documents, casts included: 2.3x at 100 tokens, 1.0x at
+# 700.
 CPU_FLOAT32_LENGTH = 512
 
 
 def sdpa(
     q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, sinks: Tensor | None, spec: AttentionSpec
 ) -> Tensor:
-    # Tracers and fake tensors have no boundaries to read: for them the whole is one operator. It makes the forward
-    # again in the backward, and so has no dropout: with dropout, a compiled graph breaks here.
+    # Tracers and fake tensors have no boundaries to read: for them all of it is one operator. Its backward recomputes
+    # the forward, so it supports no dropout: with dropout, a compiled graph breaks here.
     compiling = torch.compiler.is_compiling()
     if (compiling or isinstance(cu, FakeTensor)) and not spec.dropout:
         return torch.ops.packsft.varlen_sdpa(q, k, v, cu, sinks, longest, scale, spec.causal, spec.window, spec.softcap)
@@ -49,7 +51,7 @@ def _sdpa_op(
 ) -> Tensor:
     spec = _sdpa_spec(q, v, causal, window, softcap, sinks)
     out = _per_document(q, k, v, cu_seqlens, max_seqlen, scale, sinks, spec)
-    return out.clone() if out is q else out.contiguous()  # q if there are no tokens: an operator may not return that
+    return out.clone() if out is q else out.contiguous()  # q if T = 0: an operator may not return its input
 
 
 def _sdpa_spec(
@@ -61,7 +63,7 @@ def _sdpa_spec(
 
 @_sdpa_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-    """The output only: what SDPA keeps beside it depends on the boundaries, which a fake tensor does not have."""
+    """Allocates only the output: what else SDPA keeps depends on the boundaries, and a fake tensor has none."""
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
 
 
@@ -79,9 +81,9 @@ def _sdpa_backward_op(
     window: int | None,
     softcap: float | None,
 ) -> list[Tensor]:
-    """Of q, k, v and, if given, the sinks."""
+    """Gradients of q, k, v and, if given, the sinks."""
     exclude, key = torch._C._SetExcludeDispatchKeyGuard, torch._C.DispatchKey
-    # Inside of an operator autograd does not record, unless its dispatch keys are let in again.
+    # Autograd does not record inside an operator unless its dispatch keys are enabled again.
     with exclude(key.AutogradFunctionality, False), exclude(key.ADInplaceOrView, False), torch.enable_grad():
         q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
         sinks = None if sinks is None else sinks.detach().requires_grad_()
@@ -112,14 +114,14 @@ _sdpa_op.register_autograd(_sdpa_backward, setup_context=_sdpa_setup_context)
 def _per_document(
     q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, sinks: Tensor | None, spec: AttentionSpec
 ) -> Tensor:
-    """One SDPA call per document, neighbours of equal length in one batch: cost follows the sum of squared lengths.
+    """One SDPA call per document; neighbours of equal length form one batch. Cost: the sum of squared lengths.
 
-    `split` and `cat` rather than slices: the backward of a slice fills a [T, H, K] of zeros for every document.
+    `split` and `cat`, not slices: the backward of a slice fills a [T, H, K] with zeros for every document.
     """
     runs = _equal_length_runs(cu.tolist(), q.shape[0], longest)
-    if spec.device == "cuda" and q.shape[1] != k.shape[1]:  # with `enable_gqa` float32 falls to the kernel with scores
+    if spec.device == "cuda" and q.shape[1] != k.shape[1]:  # `enable_gqa` in float32 takes a kernel that stores scores
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    if len(runs) == 1:  # nothing to split: its backward would copy every gradient
+    if len(runs) == 1:  # no `split`: its backward would copy every gradient
         return _documents(q, k, v, runs[0][0], scale, sinks, spec)
     sizes = [count * length for count, length in runs]
     outs = [
@@ -129,12 +131,12 @@ def _per_document(
     return torch.cat(outs) if outs else q
 
 
-# `torch.compiler.disable`, which imports the compiler (1.2 s) here and now; this one does when it is called.
+# `torch.compiler.disable` imports the compiler (1.2 s) at once; this imports it only when it is called.
 _outside_of_graphs = torch._disable_dynamo(_per_document)
 
 
 def _equal_length_runs(boundaries: list[int], num_tokens: int, max_seqlen: int) -> list[tuple[int, int]]:
-    """(how many, how long) for each run of neighbouring documents of one length; empty documents left out."""
+    """(count, length) of each run of neighbouring documents of equal length; empty documents are skipped."""
     runs: list[tuple[int, int]] = []
     for document, (start, stop) in enumerate(itertools.pairwise(boundaries)):
         if stop < start:
@@ -157,7 +159,7 @@ def _equal_length_runs(boundaries: list[int], num_tokens: int, max_seqlen: int) 
 def _documents(
     q: Tensor, k: Tensor, v: Tensor, count: int, scale: float, sinks: Tensor | None, spec: AttentionSpec
 ) -> Tensor:
-    """`count` documents of one length, laid end to end: `[count * length, H, K]` in and out."""
+    """Attention of `count` documents of equal length, end to end: `[count * length, H, K]` in and out."""
     q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))  # [count, heads, length, K]
     length = q.shape[2]
     window = spec.window if spec.window is not None and spec.window < length else None
@@ -179,7 +181,7 @@ def _documents(
 
 
 def _document_mask(length: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
-    """`[length, length]` bool, True where a query (row) sees a key (column): of one document, never of the row."""
+    """`[length, length]` bool of one document (never of the row): True where a query (row) sees a key (column)."""
     position = torch.arange(length, device=device)
     distance = position[:, None] - position[None, :]
     seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
@@ -189,9 +191,9 @@ def _document_mask(length: int, causal: bool, window: int | None, device: torch.
 def attention_with_scores(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """Attention written out, for scores that SDPA cannot express: a softcap, or sinks. `[B, H, S, K]` in and out.
+    """Attention with explicit scores, for what SDPA cannot express: a softcap or sinks. `[B, H, S, K]` in and out.
 
-    The softmax is taken in float32 at least, as the models that use these define it.
+    The softmax is at least float32, as in the models that use these.
     """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -200,7 +202,7 @@ def attention_with_scores(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
-        # not -inf: a query that sees nothing (left padding) must not become NaN
+        # not -inf: a query that sees no key (left padding) must not become NaN
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     if sinks is not None:
         sink_column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
