@@ -1,7 +1,7 @@
-"""The only place that reaches inside TRL, transformers and accelerate. Written against TRL 1.16, transformers 5.23.
+"""The only place that reaches inside TRL, transformers and accelerate. Written against TRL 1.16, transformers 5.24.
 
-Each reach names the version that would free us from it, and a test fails with a readable message when one of the
-names below changes its place.
+Each function says why it has to reach inside, and what would free us from it. `PRIVATE` lists the private names that
+the trainer itself overrides or uses; a test holds the list, and names whatever a new release has moved.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from unittest import mock
 import torch
 import transformers
 import trl
-from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from packaging.version import Version
@@ -30,6 +29,20 @@ from trl.trainer import sft_trainer as trl_sft_trainer
 TRL_RANGE = (Version("1.16"), Version("2"))
 TRANSFORMERS_MIN = Version("5.17")
 PEFT_MIN = Version("0.16")  # which keeps what is no plain LoRA in a dictionary of its own
+
+# Private names of the parents that `trainer.py`, `step/exact.py` and `data/loaders.py` override or use: what for, and
+# what would free us (no release up to TRL 1.16 and transformers 5.24 has it).
+PRIVATE = {
+    "_prepare_dataset": "packs what the parent tokenises; a public function that tokenises and labels",
+    "_set_signature_columns_if_needed": "keeps the column `loss_weights`; an argument that names columns to keep",
+    "_signature_columns": "the same",
+    "_inner_training_loop": "one batch per optimizer step, NEFTune by document; a hook after the search's setup",
+    "_prepare_inputs": "moves a batch to the device; a public method",
+    "_track_num_input_tokens": "counts tokens of passes, without padding; a public method",
+    "_train_batch_size": "the batch size per device that `auto_find_batch_size` may change; a public attribute",
+    "_tokenizer": "the pad token; a public attribute",
+    "_total_train_tokens": "`num_tokens` of the logs; a public attribute",
+}
 
 
 def check_versions() -> None:
@@ -47,23 +60,23 @@ def knows_peft() -> bool:
     return is_peft_available() and Version(metadata.version("peft")) >= PEFT_MIN
 
 
-class _NoLayer:
-    """In the place of PEFT's tuner layer: no head is an instance of it."""
-
-
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a forward or backward failed for want of memory, on a GPU or the CPU (accelerate knows the messages)."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, Exception) and should_reduce_batch_size(error)
-    )
+    """Whether a forward or backward failed for lack of memory, on a GPU or the CPU."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, Exception) and should_reduce_batch_size(error)  # accelerate knows the CPU's message
+
+
+class _NoLayer:
+    """Replaces PEFT's tuner layer: no head is an instance of it."""
 
 
 @contextmanager
 def own_head_during_init() -> Iterator[None]:
-    """For the length of `SFTTrainer.__init__`, TRL neither patches the head nor refuses an adapter on it.
+    """During `SFTTrainer.__init__`, TRL neither patches the head nor refuses an adapter on it.
 
-    TRL has no seam for either: it calls `add_fused_lm_head` and checks for `BaseTunerLayer` in its constructor, both
-    by names of its module. Its warning that label smoothing costs a second forward is about its own head and is muted.
+    TRL offers no way to avoid either: its constructor calls `add_fused_lm_head` and checks for `BaseTunerLayer`, both
+    by names of its module. Its warning that label smoothing costs a second forward concerns its own head and is muted.
     """
     swapped: dict[str, Any] = {"add_fused_lm_head": lambda *args, **kwargs: None}
     if is_peft_available():
@@ -81,36 +94,19 @@ def own_head_during_init() -> Iterator[None]:
 
 
 def attention_registries() -> tuple[dict[str, Any], dict[str, Any]]:
-    """transformers' attention functions and mask functions by name, to be changed for a while.
+    """transformers' attention functions and mask functions by name, to be changed temporarily.
 
-    Its registries (5.23) can add a name and not take one out, and masks are left away for a name that is not there
+    Its registries (5.24) can add a name but not remove one, and transformers builds no mask for a name that is missing
     (`transformers.masking_utils._preprocess_mask_arguments`).
     """
     return AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping
 
 
-def share_stream(loader: Any, kind: Any, *, endless: bool) -> Any:
-    """Have a stream of this kind share itself out over ranks (`kind.share`), in the place of accelerate's wrapper.
-
-    That wrapper deals out items too, but fills the last batch by repeating examples. It stays, as one that passes all
-    on; transformers neutralises the one around its `BatchRebalanceSampler` in the same way. accelerate (1.15) has no
-    seam for a stream that knows its ranks.
-
-    Returns what the loader reads: this rank's share, or on one rank the stream itself.
-    """
-    wrapper = loader.dataset
-    if isinstance(wrapper, IterableDatasetShard) and isinstance(wrapper.dataset, kind):
-        wrapper.dataset = wrapper.dataset.share(wrapper.process_index, wrapper.num_processes, endless=endless)
-        wrapper.process_index, wrapper.num_processes, wrapper.batch_size, wrapper.split_batches = 0, 1, 1, False
-        return wrapper.dataset
-    return wrapper
-
-
 def prepare_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: trl.SFTConfig) -> Dataset:
-    """`input_ids` and `labels` as `SFTTrainer` makes them of any of its forms, without a model and without cutting.
+    """`input_ids` and `labels` as `SFTTrainer` makes them from any of its forms, without a model and without cutting.
 
-    TRL 1.16 has no function for it: its method `_prepare_dataset` reads three attributes, which the constructor derives
-    from the first row as it is done here. A public function for the preparation of data would free us from this.
+    TRL 1.16 has no function for this: its method `_prepare_dataset` reads three attributes that its constructor derives
+    from the first row, as is done here. A public function that prepares data would free us.
 
     Raises ValueError where the constructor does, and for messages without a chat template.
     """
@@ -135,7 +131,7 @@ def prepare_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: trl
 
 @contextmanager
 def gathered_parameters(*parameters: Tensor | None) -> Iterator[list[Any]]:
-    """The whole head on every rank: DTensors of FSDP2 are gathered, ZeRO-3 partitions for the length of the context."""
+    """The whole head on every rank: gathers DTensors (FSDP2), and ZeRO-3 partitions within the context."""
     from torch.distributed.tensor import DTensor
     from trl.trainer.utils import maybe_gather_lm_head_ctx
 
@@ -145,10 +141,10 @@ def gathered_parameters(*parameters: Tensor | None) -> Iterator[list[Any]]:
 
 
 def noise_by_document(trainer: Any, lengths: Callable[[], Tensor | None]) -> None:
-    """NEFTune's noise by the length of each document: uniform within alpha / sqrt(length * M), as the paper has it.
+    """NEFTune's noise by the length of each document: uniform within alpha / sqrt(length * M), as in the paper.
 
-    transformers' hook (5.23) takes the length of the row, so that packing would weaken the noise. Ours takes its place
-    on the embeddings, and with it goes when training ends. `lengths` gives what `batch.document_lengths` does.
+    transformers' hook (5.24) takes the length of the row, so packing would weaken the noise. Our hook replaces it on
+    the embeddings, and is removed with it when training ends. `lengths` gives what `batch.document_lengths` gives.
     Jain et al., NEFTune, arXiv 2310.05914.
     """
     handle = trainer.neftune_hook_handle
@@ -170,17 +166,17 @@ _BATCH_FIELDS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 def batch_fields(args: Any) -> dict[str, int]:
-    """What `one_batch_per_step` changes."""
+    """The fields that `one_batch_per_step` changes."""
     return {name: getattr(args, name) for name in _BATCH_FIELDS}
 
 
 @contextmanager
 def one_batch_per_step(trainer: Any) -> Iterator[tuple[int, Any]]:
-    """For the length of the training loop, a batch is a whole optimizer step: gives its size per device, and arguments.
+    """During the training loop, a batch is a whole optimizer step. Gives its size per device, and the arguments.
 
-    transformers' loop counts micro-batches to know when a step is due, so that their number cannot vary. Under
-    exact-step packing the accumulation goes into the batch size, and the passes are walked in `training_step`. The
-    change is made on a copy, which callbacks see, and is undone afterwards.
+    transformers' loop counts micro-batches to know when a step is due, so their number cannot vary. Under exact-step
+    packing the accumulation becomes part of the batch size, and `training_step` walks the passes. The change is made
+    on a copy, which callbacks see, and is undone afterwards.
     """
     args, batch_size = trainer.args, trainer._train_batch_size
     trainer.args = copy.copy(args)
@@ -194,31 +190,8 @@ def one_batch_per_step(trainer: Any) -> Iterator[tuple[int, Any]]:
         trainer.args, trainer._train_batch_size = args, batch_size
 
 
-@contextmanager
-def saved_as_configured(trainer: Any, configured: dict[str, int]) -> Iterator[None]:
-    """For the length of a save within `one_batch_per_step`, the arguments speak of batches as the user did."""
-    now = batch_fields(trainer.args)
-    vars(trainer.args).update(configured)
-    try:
-        yield
-    finally:
-        vars(trainer.args).update(now)
-
-
-def whole_batches(loader: Any) -> Any:
-    """The same loader, of which each rank is given every batch whole, and the last one as short as it is.
-
-    accelerate deals batches to ranks, and repeats examples so that all have as many. transformers takes its wrapper out
-    in the same way for `train_sampling_strategy="batch_rebalance"`.
-    """
-    if isinstance(loader.batch_sampler, BatchSamplerShard):
-        loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
-        loader.batch_sampler.even_batches = loader.batch_sampler.split_batches = False
-    return loader
-
-
 def no_gradient_sync(trainer: Any, model: nn.Module) -> AbstractContextManager:
-    """What transformers' loop puts around all but the last pass of a step (5.23)."""
+    """What transformers' loop (5.24) puts around all micro-batches of a step except the last."""
     if trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
         return nullcontext()
     sharded_at_load = getattr(trainer, "is_distributed_loading_by_transformers", False)  # not yet in 5.17
@@ -228,7 +201,7 @@ def no_gradient_sync(trainer: Any, model: nn.Module) -> AbstractContextManager:
 
 
 def trainer_in_place(trainer_class: type) -> ExitStack:
-    """From now until the stack is closed, every name by which TRL hands out its `SFTTrainer` is `trainer_class`.
+    """Until the stack is closed, every name under which TRL offers its `SFTTrainer` is `trainer_class`.
 
     TRL has no registry of trainers. Its packages are lazy: they look a name up in a module when it is first used.
     """
@@ -239,9 +212,9 @@ def trainer_in_place(trainer_class: type) -> ExitStack:
 
 
 def trl_command(arguments: Sequence[str], *, through: tuple[str, str]) -> int:
-    """Run the command `trl`, whose training scripts go through `python -m MODULE COMMAND script.py ...`.
+    """Run the command `trl`, with its training scripts started by `python -m MODULE COMMAND script.py ...`.
 
-    TRL launches `trl/scripts/sft.py` with accelerate, in processes of its own, and has no seam for another script.
+    TRL launches `trl/scripts/sft.py` with accelerate, in processes of its own, and offers no way to run another script.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from trl.cli import accelerate_launcher, main

@@ -245,6 +245,7 @@ def test_a_rank_without_a_pack_left_runs_a_batch_that_counts_nothing(tmp_path):
     assert set(counts.values()) == {0}
     assert batch["input_ids"].shape == (1, 1)  # its forward and backward take part in what all ranks wait for
     assert ours.aux_loss_enabled
+    ours.current_gradient_accumulation_steps = 1
     assert ours.compute_loss(ours.model, batch, num_items_in_batch=8).item() == 0.0
 
 

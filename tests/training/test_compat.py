@@ -6,6 +6,7 @@ release may change it without a word. These tests then name the place before a t
 
 import importlib
 import inspect
+import re
 
 import accelerate
 import pytest
@@ -13,6 +14,8 @@ import transformers
 import trl
 
 from packsft import PackedSFTTrainer, compat
+from packsft.data.loaders import PackedLoaders
+from packsft.step.exact import ExactSteps
 
 VERSIONS = f"trl {trl.__version__}, transformers {transformers.__version__}, accelerate {accelerate.__version__}"
 
@@ -24,7 +27,8 @@ NAMES = {
     "trl.cli": "main",
     "trl.cli.accelerate_launcher": "launch_training_script",
     "accelerate.commands.launch": "launch_command launch_command_parser",
-    "accelerate.data_loader": "BatchSamplerShard IterableDatasetShard",
+    "accelerate.data_loader": "prepare_data_loader",
+    "accelerate.utils.memory": "should_reduce_batch_size",
     "transformers.integrations.sdpa_attention": "sdpa_attention_forward",
     "transformers.masking_utils": "sdpa_mask _preprocess_mask_arguments",
 }
@@ -36,14 +40,8 @@ SOURCES = {
     "trl.trainer.sft_trainer.SFTTrainer.log": ["super().log("],
     "trl.trainer.sft_trainer.SFTTrainer": ["self._total_train_tokens", "self.aux_loss_enabled"],
     "transformers.trainer.Trainer": [
-        "self._tr_loss", "self._globalstep_last_logged", "self._train_batch_size", "self._signature_columns",
-        "self.current_gradient_accumulation_steps", "self.model_accepts_loss_kwargs",
-    ],
-    "accelerate.data_loader.BatchSamplerShard": [
-        "self.num_processes", "self.process_index", "self.even_batches", "self.split_batches",
-    ],
-    "accelerate.data_loader.IterableDatasetShard": [
-        "self.num_processes", "self.process_index", "self.batch_size", "self.split_batches", "self.dataset",
+        "self._train_batch_size", "self._signature_columns", "self.current_gradient_accumulation_steps",
+        "self.model_accepts_loss_kwargs",
     ],
     "transformers.masking_utils._preprocess_mask_arguments": ["ALL_MASK_ATTENTION_FUNCTIONS._global_mapping"],
 }  # fmt: skip
@@ -80,13 +78,27 @@ def what_moved(names=NAMES, sources=SOURCES):
     return moved
 
 
+OURS = (PackedSFTTrainer, ExactSteps, PackedLoaders)
+
+
 def overrides():
-    parent = trl.SFTTrainer
-    own = vars(PackedSFTTrainer)
-    return sorted(name for name in own if callable(own[name]) and callable(getattr(parent, name, None)))
+    """(class, method) of what our classes define and SFTTrainer has."""
+    inherited = {name for parent in trl.SFTTrainer.__mro__[:-1] for name in vars(parent)}
+    return [(own, name) for own in OURS for name, value in vars(own).items() if name in inherited and callable(value)]
 
 
-def changed_parameters(name):
+def private_names():
+    """Names with an underscore that our classes define or use and that are the parents'."""
+
+    def names(classes):
+        found = {name for one in classes for name in vars(one)}
+        return found | {name for one in classes for name in re.findall(r"self\.(\w+)", inspect.getsource(one))}
+
+    shared = names(OURS) & names(trl.SFTTrainer.__mro__[:-1])
+    return {name for name in shared if name.startswith("_") and not name.startswith("__")} - {"_tag_names"}
+
+
+def changed_parameters(own, name):
     """What a parent's method takes that ours does not pass on, or None."""
 
     def takes_anything(parameters):
@@ -96,10 +108,10 @@ def changed_parameters(name):
     definitions = [vars(parent)[name] for parent in trl.SFTTrainer.__mro__ if name in vars(parent)]
     signatures = [inspect.signature(definition).parameters for definition in definitions]
     theirs = next((parameters for parameters in signatures if not takes_anything(parameters)), {})
-    ours = inspect.signature(vars(PackedSFTTrainer)[name]).parameters
+    ours = inspect.signature(vars(own)[name]).parameters
     if takes_anything(ours) or list(theirs) == list(ours):
         return None
-    return f"SFTTrainer.{name} takes {list(theirs)}, and ours {list(ours)} ({VERSIONS}): see packsft/trainer.py"
+    return f"SFTTrainer.{name} takes {list(theirs)}, and {own.__name__} {list(ours)} ({VERSIONS})"
 
 
 def test_nothing_has_moved():
@@ -108,15 +120,19 @@ def test_nothing_has_moved():
 
 def test_the_parents_methods_take_what_ours_take():
     assert len(overrides()) >= 15
-    assert [line for name in overrides() if (line := changed_parameters(name)) is not None] == []
+    assert [line for own, name in overrides() if (line := changed_parameters(own, name)) is not None] == []
+
+
+def test_private_names_of_the_parents_are_listed_with_what_they_are_for():
+    assert private_names() == set(compat.PRIVATE)
 
 
 def test_what_has_moved_is_named(monkeypatch):
     monkeypatch.delattr("trl.trainer.sft_trainer.add_fused_lm_head")
     monkeypatch.setattr(trl.SFTTrainer, "log", lambda self, logs, step: None)
-    gone, changed = what_moved()[0], changed_parameters("log")
+    gone, changed = what_moved()[0], changed_parameters(PackedSFTTrainer, "log")
     assert gone == f"trl.trainer.sft_trainer.add_fused_lm_head is gone ({VERSIONS}): see packsft/compat.py"
-    assert changed.startswith("SFTTrainer.log takes ['self', 'logs', 'step'], and ours ['self', 'logs', 'start_time']")
+    assert changed.startswith("SFTTrainer.log takes ['self', 'logs', 'step'], and PackedSFTTrainer ['self', 'logs', ")
     assert any(line.startswith("trl.trainer.sft_trainer.SFTTrainer.log no longer has") for line in what_moved())
 
 
