@@ -122,7 +122,7 @@ def differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, targets, weights, *fields = inputs
     ctx.save_for_backward(logits, targets, weights)
-    ctx.fields = (*fields[:-2], False, False)  # no entropy, no `correct`
+    ctx.fields = LossOptions(*fields).loss_alone().fields()
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 

@@ -413,7 +413,8 @@ def _rows_backward(ctx: Any, upstream_N: Tensor | None, *_: Any) -> tuple[Tensor
     if upstream_N is not None:
         inputs = ctx.saved_tensors
         parameters, rows = inputs[:_NUM_GRADIENTS], inputs[_NUM_GRADIENTS + 1]
-        fields, needed = (*ctx.fields[:-2], False, False), ctx.needs_input_grad[:_NUM_GRADIENTS]
+        fields = LossOptions(*ctx.fields).loss_alone().fields()
+        needed = ctx.needs_input_grad[:_NUM_GRADIENTS]
         operator = torch.ops.packsft.linear_cross_entropy
         gradients = list(operator(*inputs, upstream_N, *fields, ctx.dtype, *needed)[5:])
         grads = _scaled_gradients(gradients, None, False, needed, rows, parameters[0].shape[0], _dtypes(parameters))

@@ -4,16 +4,10 @@ Shared by the public functions, their implementations, and their definitions in 
 """
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import torch
-
-OPTIONS_SCHEMA = (
-    "int ignore_index, float? softcap, float logit_scale, float label_smoothing, float z_loss, bool dft, "
-    "bool entropy, bool correct"
-)
-"""The fields of `LossOptions` as separate arguments of an operator: `*options.fields()`."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +41,13 @@ class LossOptions:
     entropy: bool = False
     correct: bool = False
 
-    def fields(self) -> tuple[int, float | None, float, float, float, bool, bool, bool]:
-        """The fields in order, for operators. torch 2.10 cannot trace `dataclasses.astuple`."""
-        return (
-            self.ignore_index, self.softcap, self.logit_scale, self.label_smoothing, self.z_loss, self.dft,
-            self.entropy, self.correct,
-        )  # fmt: skip
+    def fields(self) -> tuple[Any, ...]:
+        """The fields in order, the arguments of an operator. torch 2.10 cannot trace `dataclasses.astuple`."""
+        return tuple([getattr(self, name) for name in FIELD_NAMES])
+
+    def loss_alone(self) -> "LossOptions":
+        """The same loss, without entropy and `correct`."""
+        return replace(self, entropy=False, correct=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.ignore_index, int):
@@ -65,6 +60,12 @@ class LossOptions:
             raise ValueError(f"LossOptions.label_smoothing must lie in [0, 1], got {self.label_smoothing!r}")
         if not 0.0 <= self.z_loss < math.inf:
             raise ValueError(f"LossOptions.z_loss must be 0 or more and finite, got {self.z_loss!r}")
+
+
+FIELD_NAMES = tuple(field.name for field in fields(LossOptions))
+_SCHEMA_TYPES = {int: "int", float: "float", float | None: "float?", bool: "bool"}
+OPTIONS_SCHEMA = ", ".join(f"{_SCHEMA_TYPES[field.type]} {field.name}" for field in fields(LossOptions))
+"""`LossOptions` as separate arguments of an operator: pass `*options.fields()`."""
 
 
 class LossOutput(NamedTuple):

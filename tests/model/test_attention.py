@@ -93,3 +93,20 @@ def test_a_model_that_drops_the_boundaries_trains_padded_and_says_why(tmp_path, 
     assert ours.model.config._attn_implementation == "sdpa"
     ours.train()
     assert len(losses(ours)) == 2
+
+
+def test_each_model_keeps_its_own_back_end(tmp_path, monkeypatch):
+    # two trainers in one process: the second must not change what the first one runs
+    seen, run = [], attention.varlen_attention
+
+    def watch(*args, backend, **kwargs):
+        seen.append(backend)
+        return run(*args, backend=backend, **kwargs)
+
+    monkeypatch.setattr(attention, "varlen_attention", watch)
+    first, second = (trainer(tmp_path, attention_backend=name, max_steps=1) for name in ("sdpa", "auto"))
+    for ours, expected in ((first, "sdpa"), (second, "auto")):
+        seen.clear()
+        ours.train()
+        assert set(seen) == {expected}
+    assert attention.backend_of(copy.deepcopy(first.model))[0] == "sdpa"

@@ -152,3 +152,21 @@ def test_what_is_done_to_the_embeddings_does_not_mislead_the_check(family):
 def test_a_model_that_refuses_a_mode_is_trained_padded():
     verdict = check_isolation(tiny_family("reformer").float(), nullcontext)  # asserts that it is not in eval mode
     assert verdict.reason.startswith("a packed forward raised AssertionError")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+    ids=["CUDA", "CPU"],
+)
+def test_running_out_of_memory_says_nothing_about_the_model(error, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(attention, "varlen_attention", fail)
+    with pytest.raises(type(error), match="memory"):
+        trainer(tmp_path)  # neither trains on padded rows, nor with compact logits
+    monkeypatch.undo()
+    monkeypatch.setattr("packsft.model.head.linear_cross_entropy", fail)
+    with pytest.raises(type(error), match="memory"):
+        trainer(tmp_path)

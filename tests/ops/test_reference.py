@@ -1,5 +1,6 @@
 """The definitions of the losses say what `torch.nn.functional.cross_entropy` says; the rest is worked out by hand."""
 
+import dataclasses
 import math
 
 import pytest
@@ -68,3 +69,13 @@ def test_options_out_of_range_name_the_field() -> None:
     for field, value in [("softcap", 0.0), ("logit_scale", -1.0), ("label_smoothing", 1.5), ("z_loss", -1e-4)]:
         with pytest.raises(ValueError, match=field):
             LossOptions(**{field: value})  # type: ignore[arg-type]
+
+
+def test_an_operator_takes_every_option_and_the_backward_leaves_out_the_metrics_alone() -> None:
+    names = [field.name for field in dataclasses.fields(LossOptions)]
+    for operator in (torch.ops.packsft.cross_entropy, torch.ops.packsft.linear_cross_entropy):
+        arguments = [argument.name for argument in operator.default._schema.arguments]
+        assert [name for name in arguments if name in names] == names
+    options = LossOptions(7, 2.0, 3.0, 0.1, 0.2, dft=True, entropy=True, correct=True)
+    assert options.fields() == dataclasses.astuple(options)
+    assert options.loss_alone() == dataclasses.replace(options, entropy=False, correct=False)
