@@ -13,7 +13,6 @@ import inspect
 import itertools
 import logging
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -24,7 +23,7 @@ from datasets import Dataset, IterableDataset
 from packsft_kernels import LossOptions
 from packsft_kernels.version import __version__
 from torch import Tensor, nn
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig, SFTTrainer
 
 from packsft import compat
@@ -43,13 +42,13 @@ from packsft.notices import PackingNotice, cost_of_logits
 from packsft.packing import STRATEGIES, PackingReport, packing_report
 from packsft.proof.claims import PackingCheck, check_packing, first_documents
 from packsft.step.exact import ExactSteps
-from packsft.step.metrics import MetricSums
+from packsft.step.metrics import DeviceMetrics, MetricSums
 from packsft.step.normalization import items_in_step
 
 logger = logging.getLogger("packsft")
 
 
-class PackedSFTTrainer(PackedLoaders, ExactSteps, SFTTrainer):
+class PackedSFTTrainer(PackedLoaders, ExactSteps, DeviceMetrics, SFTTrainer):
     """`trl.SFTTrainer` that trains on packed sequences: no padding, no T x T mask, no T x V logits.
 
     The constructor is the parent's, argument for argument. `args` may be an `SFTConfig` or a [`PackedSFTConfig`], whose
@@ -87,6 +86,7 @@ class PackedSFTTrainer(PackedLoaders, ExactSteps, SFTTrainer):
         check_parallelism(self.accelerator)
         self._check: PackingCheck | None = None
         self._sums = {"train": MetricSums(), "eval": MetricSums(self._filter_nonfinite)}
+        self._restart_losses()
         self._document_lengths: Tensor | None = None  # of the micro-batch, for NEFTune's noise
         self._said_logits = False
         self._vocab_size = count_embeddings(base_model_of(self.model))
@@ -229,12 +229,8 @@ class PackedSFTTrainer(PackedLoaders, ExactSteps, SFTTrainer):
         """Adds to the parent: NEFTune's noise by document."""
         if self.neftune_noise_alpha is not None:
             compat.noise_by_document(self, lambda: self._document_lengths)
-        self._begin_losses()
+        self._restart_losses()
         return super()._inner_training_loop(*positional, **named)
-
-    def _begin_losses(self) -> None:
-        self._loss_since_log = torch.zeros((), device=self.args.device)
-        self._step_of_log = self.state.global_step
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -248,11 +244,7 @@ class PackedSFTTrainer(PackedLoaders, ExactSteps, SFTTrainer):
         """Adds to the parent: the clock, and `logging_nan_inf_filter` on the device."""
         self._sums["train"].start()
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._filter_nonfinite:
-            steps = 1 + self.state.global_step - self._step_of_log
-            loss = torch.where(torch.isfinite(loss), loss, self._loss_since_log / steps)
-            self._loss_since_log = self._loss_since_log + loss
-        return loss
+        return self._finite(loss) if self._filter_nonfinite else loss
 
     def compute_loss(
         self,
@@ -296,8 +288,6 @@ class PackedSFTTrainer(PackedLoaders, ExactSteps, SFTTrainer):
         with torch.no_grad():
             return loss, self._prepared.logits(model, inputs)
 
-    # ---- evaluation and logging ----
-
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -307,45 +297,6 @@ class PackedSFTTrainer(PackedLoaders, ExactSteps, SFTTrainer):
             self._said_logits = True
             logger.warning(cost_of_logits(logits))
         return loss, logits, labels
-
-    def evaluation_loop(
-        self, dataloader: Any, description: str, *positional: Any, metric_key_prefix: str = "eval", **named: Any
-    ) -> EvalLoopOutput:
-        """Adds to the parent: the loss is the mean over scored tokens, so it is the same number packed or not."""
-        started = time.perf_counter()
-        output = super().evaluation_loop(
-            dataloader, description, *positional, metric_key_prefix=metric_key_prefix, **named
-        )
-        self._sums["train"].skip(time.perf_counter() - started)
-        totals = self._sums["eval"].drain(self.accelerator)
-        if totals:
-            aux_loss = self.router_aux_loss_coef * totals.get("aux_loss", 0.0) if self.aux_loss_enabled else 0.0
-            output.metrics[f"{metric_key_prefix}_loss"] = totals["loss"] + aux_loss
-            # TRL's keys start with "eval_" whichever of several evaluation sets they are of
-            prefix = "eval" if metric_key_prefix.startswith("eval") else metric_key_prefix
-            for name in ("entropy", "mean_token_accuracy", "aux_loss"):
-                if name in totals:
-                    output.metrics[f"{prefix}_{name}"] = totals[name]
-            pending = self._sums["train"].pending_tokens(self.accelerator) // Ranks.of(self.accelerator).sharing
-            output.metrics[f"{prefix}_num_tokens"] = self._total_train_tokens + pending
-        return output
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds to the parent: TRL's training metrics, read from the device here and nowhere else.
-
-        Only to the loop's own logs, where all ranks come together: a callback may log on one rank.
-        """
-        if "loss" in logs or "train_loss" in logs:
-            self._begin_losses()
-            totals = self._sums["train"].drain(self.accelerator)
-            if totals:
-                tokens = totals.pop("tokens") / Ranks.of(self.accelerator).sharing
-                self._total_train_tokens += int(tokens)
-                logs["num_tokens"] = self._total_train_tokens
-                if (seconds := totals.pop("seconds")) > 0:
-                    logs["tokens_per_second"] = round(tokens / seconds, 1)
-                logs.update(totals)
-        super().log(logs, start_time)
 
 
 functools.update_wrapper(PackedSFTTrainer.__init__, SFTTrainer.__init__)  # the parent's signature and documentation

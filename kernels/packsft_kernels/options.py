@@ -63,7 +63,7 @@ class LossOptions:
 
 
 FIELD_NAMES = tuple(field.name for field in fields(LossOptions))
-_SCHEMA_TYPES = {int: "int", float: "float", float | None: "float?", bool: "bool"}
+_SCHEMA_TYPES: dict[Any, str] = {int: "int", float: "float", float | None: "float?", bool: "bool"}
 OPTIONS_SCHEMA = ", ".join(f"{_SCHEMA_TYPES[field.type]} {field.name}" for field in fields(LossOptions))
 """`LossOptions` as separate arguments of an operator: pass `*options.fields()`."""
 

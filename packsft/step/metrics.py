@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
+from packsft.data.ranks import Ranks
 from packsft.model.head import HeadOutput
 
 
@@ -106,3 +109,62 @@ class MetricSums:
         if "aux_loss" in total:
             metrics["aux_loss"] = total["aux_loss"] / micro_batches
         return metrics
+
+
+class DeviceMetrics(Trainer):
+    """Logging and evaluation from sums on the device; mixed into a trainer before its class.
+
+    The trainer sets `_sums`, by "train" and "eval", and adds each micro-batch to them.
+    """
+
+    _sums: dict[str, MetricSums]
+
+    def _restart_losses(self) -> None:
+        self._loss_since_log = torch.zeros((), device=self.args.device)
+        self._step_of_log = self.state.global_step
+
+    def _finite(self, loss: Tensor) -> Tensor:
+        """`logging_nan_inf_filter` without reading the device: not finite, a loss is the mean since the last log."""
+        mean = self._loss_since_log / (1 + self.state.global_step - self._step_of_log)
+        loss = torch.where(torch.isfinite(loss), loss, mean)
+        self._loss_since_log = self._loss_since_log + loss
+        return loss
+
+    def evaluation_loop(
+        self, dataloader: Any, description: str, *positional: Any, metric_key_prefix: str = "eval", **named: Any
+    ) -> EvalLoopOutput:
+        """Adds to the parent: the loss is the mean over scored tokens, so it is the same number packed or not."""
+        started = time.perf_counter()
+        output = super().evaluation_loop(
+            dataloader, description, *positional, metric_key_prefix=metric_key_prefix, **named
+        )
+        self._sums["train"].skip(time.perf_counter() - started)
+        totals = self._sums["eval"].drain(self.accelerator)
+        if totals:
+            aux_loss = self.router_aux_loss_coef * totals.get("aux_loss", 0.0) if self.aux_loss_enabled else 0.0
+            output.metrics[f"{metric_key_prefix}_loss"] = totals["loss"] + aux_loss
+            # TRL's keys start with "eval_" whichever of several evaluation sets they are of
+            prefix = "eval" if metric_key_prefix.startswith("eval") else metric_key_prefix
+            for name in ("entropy", "mean_token_accuracy", "aux_loss"):
+                if name in totals:
+                    output.metrics[f"{prefix}_{name}"] = totals[name]
+            pending = self._sums["train"].pending_tokens(self.accelerator) // Ranks.of(self.accelerator).sharing
+            output.metrics[f"{prefix}_num_tokens"] = self._total_train_tokens + pending
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds to the parent: TRL's training metrics, read from the device here and nowhere else.
+
+        Only to the loop's own logs, where all ranks come together: a callback may log on one rank.
+        """
+        if "loss" in logs or "train_loss" in logs:
+            self._restart_losses()
+            totals = self._sums["train"].drain(self.accelerator)
+            if totals:
+                tokens = totals.pop("tokens") / Ranks.of(self.accelerator).sharing
+                self._total_train_tokens += int(tokens)
+                logs["num_tokens"] = self._total_train_tokens
+                if (seconds := totals.pop("seconds")) > 0:
+                    logs["tokens_per_second"] = round(tokens / seconds, 1)
+                logs.update(totals)
+        super().log(logs, start_time)

@@ -16,6 +16,7 @@ import trl
 from packsft import PackedSFTTrainer, compat
 from packsft.data.loaders import PackedLoaders
 from packsft.step.exact import ExactSteps
+from packsft.step.metrics import DeviceMetrics
 
 VERSIONS = f"trl {trl.__version__}, transformers {transformers.__version__}, accelerate {accelerate.__version__}"
 
@@ -78,7 +79,7 @@ def what_moved(names=NAMES, sources=SOURCES):
     return moved
 
 
-OURS = (PackedSFTTrainer, ExactSteps, PackedLoaders)
+OURS = (PackedSFTTrainer, ExactSteps, PackedLoaders, DeviceMetrics)
 
 
 def overrides():
@@ -130,9 +131,9 @@ def test_private_names_of_the_parents_are_listed_with_what_they_are_for():
 def test_what_has_moved_is_named(monkeypatch):
     monkeypatch.delattr("trl.trainer.sft_trainer.add_fused_lm_head")
     monkeypatch.setattr(trl.SFTTrainer, "log", lambda self, logs, step: None)
-    gone, changed = what_moved()[0], changed_parameters(PackedSFTTrainer, "log")
+    gone, changed = what_moved()[0], changed_parameters(DeviceMetrics, "log")
     assert gone == f"trl.trainer.sft_trainer.add_fused_lm_head is gone ({VERSIONS}): see packsft/compat.py"
-    assert changed.startswith("SFTTrainer.log takes ['self', 'logs', 'step'], and PackedSFTTrainer ['self', 'logs', ")
+    assert changed.startswith("SFTTrainer.log takes ['self', 'logs', 'step'], and DeviceMetrics ['self', 'logs', ")
     assert any(line.startswith("trl.trainer.sft_trainer.SFTTrainer.log no longer has") for line in what_moved())
 
 

@@ -12,7 +12,8 @@ from tiny import tiny_model, tiny_tokenizer, token_rows
 from tiny_models import tiny_model as tiny_family
 from trl import SFTConfig, SFTTrainer
 
-from packsft import PackedSFTTrainer, head
+from packsft import PackedSFTTrainer
+from packsft.model import head
 from packsft.model.head import install_head
 from packsft.notices import never_fires
 
