@@ -33,7 +33,7 @@ def own_arguments(arguments: dict[str, Any]) -> SFTConfig:
     if isinstance(args, TrainingArguments) and not isinstance(args, SFTConfig):
         args = SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # `to_dict` hides the token
     args = copy.copy(args)
-    args.padding_free = args.padding_free and args.packing  # without packing it is our own doing, with max_length enforced
+    args.padding_free = args.padding_free and args.packing  # we do it without packing, within max_length
     if _takes_exact_steps(args) and args.auto_find_batch_size:  # it would change the training
         args.auto_find_batch_size = False
         logger.warning(
