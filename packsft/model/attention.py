@@ -100,7 +100,7 @@ def _unpacked(
 def set_backend(model: nn.Module, backend: str) -> None:
     """Choose the back end of packed attention for this model: "auto" or a name in `varlen_attention.BACKENDS`.
 
-    Every module keeps the name, since only its attention layers are called with it; a deep copy keeps it too.
+    Each module stores the name, because the attention function sees only its layer. A deep copy keeps it.
     """
     for module in model.modules():
         module.packsft_backend = backend  # type: ignore[assignment]
@@ -170,7 +170,7 @@ def watch_masks() -> Iterator[list[tuple[str, int]]]:
             window, _ = made.get(attention_mask.untyped_storage().data_ptr(), (None, None))
             if not torch.equal(seen, expected.expand_as(seen)):
                 window = min(windows, default=1)
-            elif window is None:  # the layer changed a mask that we made
+            elif window is None:  # the layer derived this mask from ours
                 window = told if told in windows else min(windows, default=told)
             if window != told:
                 found.append((type(module).__name__, min(window, told)))

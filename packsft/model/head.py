@@ -203,7 +203,7 @@ def _why_not_fused(model: PreTrainedModel, options: LossOptions) -> str | None:
     try:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(linear.weight.shape[0], (1, 8), generator=generator).to(model.device)
-        changed = [token for addition in additions for token in addition.tokens[:4]]  # other targets would not show the change
+        changed = [token for addition in additions for token in addition.tokens[:4]]  # only they show it
         targets = torch.cat([ids.new_tensor(changed, dtype=ids.dtype), ids[0]])[:7]
         rows = torch.arange(7, dtype=torch.int32, device=ids.device)
         plain = replace(options, label_smoothing=0.0, z_loss=0.0, dft=False)
