@@ -46,8 +46,8 @@ _MOVED = 1e-6 * LEARNING_RATE
 
 @dataclass(frozen=True)
 class Layout:
-    """How a step is split: `accumulation` on each of `processes`, then packed into passes of at most `tokens_per_pass`
-    tokens (None: unpacked, one pass per accumulation step)."""
+    """How a step is split: gradient accumulation, processes, and passes of at most `tokens_per_pass` tokens (None: not
+    packed, one pass per accumulation step)."""
 
     tokens_per_pass: int | None
     accumulation: int
