@@ -90,7 +90,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
         position_ids = np.arange(len(ids)) - boundaries[:-1][seq_idx]
         longest = int(lengths.max())
         if self.round_sizes:
-            boundaries = np.pad(boundaries, (0, rounded_size(len(lengths)) - len(lengths)), mode="edge")  # empty documents
+            boundaries = np.pad(boundaries, (0, rounded_size(len(lengths)) - len(lengths)), mode="edge")  # empty ones
             bound = self.max_length or 0
             longest = bound if longest <= bound else 1 << (longest - 1).bit_length()
         cu_seq_lens = torch.from_numpy(boundaries.astype(np.int32))

@@ -193,8 +193,8 @@ BAD_FILES = {
     "a short mask": ("rows.jsonl", '{"input_ids": [3, 4], "assistant_masks": [1]}\n', "row 0: assistant_masks and"),
     "nothing scored": ("rows.jsonl", '{"input_ids": [3]}\n', "no example of the train data set has a token to score"),
     "no parquet": ("rows.parquet", "garbage", "cannot be read"),
-    "another kind of file": ("rows.txt", "hello", "is of no known kind, expected .jsonl"),
-    "text without a model": ("rows.jsonl", '{"text": "a"}\n', "give the model whose tokenizer to take with --model"),
+    "another kind of file": ("rows.txt", "hello", "has an unknown file type, expected .jsonl"),
+    "text without a model": ("rows.jsonl", '{"text": "a"}\n', "needs a tokenizer: name its model with --model"),
 }
 
 
