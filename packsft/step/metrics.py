@@ -38,7 +38,7 @@ class MetricSums:
             self._started = time.perf_counter()
 
     def skip(self, seconds: float) -> None:
-        """Leave the time of an evaluation out."""
+        """Exclude this time from the clock."""
         if self._started is not None:
             self._started += seconds
 
@@ -48,7 +48,7 @@ class MetricSums:
         return int(accelerator.reduce(tokens, reduction="sum"))
 
     def copy(self) -> MetricSums:
-        """The sums as they are now, to restore when a step is taken again."""
+        """The current sums, to restore when a step runs again."""
         kept = copy.copy(self)
         kept._device_sums = dict(self._device_sums)
         return kept
@@ -62,8 +62,8 @@ class MetricSums:
             output: what the head returned.
             scored: N, its scored tokens, known on the host.
             tokens: its tokens, known on the host.
-            items: what `mean_loss` was divided by: N, or the sum of the weights.
-            mean_loss: its mean loss, if the losses are to be averaged (evaluation).
+            items: the denominator of `mean_loss`: N, or the sum of the weights.
+            mean_loss: its mean loss, if losses are averaged (evaluation).
         """
         self._micro_batches += 1
         self._scored += scored

@@ -217,7 +217,7 @@ def test_bad_file_is_one_line_and_code_2_and_no_picture(case, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--split", "validation"], "no split 'validation', but train: choose one with --split"),
+        (["--split", "validation"], "no split 'validation', only train: choose one with --split"),
         (["--plot", "/nowhere/plan.png"], "there is no folder /nowhere"),
         (["--epochs", "0"], "num_train_epochs=0.0: must be above 0"),
     ],

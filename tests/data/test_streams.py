@@ -147,7 +147,7 @@ def test_a_state_of_another_share_is_refused():
     next(iter(killed))
     other = packed(stream_of(COUNT, 5)).share(Ranks(1, 2), endless=True)
     other.load_state_dict(killed.state_dict())
-    with pytest.raises(ValueError, match=r"saved by .* \[0, 2, 0, 1\], and cannot go on in \[1, 2, 0, 1\]"):
+    with pytest.raises(ValueError, match=r"saved by .* \[0, 2, 0, 1\] and cannot be loaded by \[1, 2, 0, 1\]"):
         next(iter(other))
 
 
