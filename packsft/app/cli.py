@@ -202,7 +202,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "(default: the standard library's docstrings)",
     )
     demo.add_argument("--max-length", type=_at_least(2), default=1024, help="tokens in a pack (default: %(default)s)")
-    slow = "without bfloat16 hardware, which takes twice as long"
+    slow = "without bfloat16 hardware, where a token takes twice as long"
     demo.add_argument(
         "--max-tokens",
         type=_at_least(1),

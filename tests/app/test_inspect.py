@@ -229,7 +229,7 @@ def test_bad_option_is_named(arguments, message, tmp_path, capsys):
 
 def test_missing_file_and_unreachable_data_set_are_named(tmp_path, capsys):
     fails_with([str(tmp_path / "rows.jsonl")], "no such file or folder", capsys)
-    fails_with(["nobody/nothing"], "nobody/nothing is no file or folder here, and no data set", capsys)
+    fails_with(["nobody/nothing"], "nobody/nothing is neither a local file or folder nor a data set", capsys)
 
 
 def test_tokenizer_must_have_what_the_rows_need(tmp_path, capsys):
