@@ -38,7 +38,7 @@ def split_head(head: Any) -> tuple[nn.Linear, list[Addition]] | str:
     Call this in each forward: adapters can be switched, merged and disabled, and wrappers replace layers.
     """
     additions: list[Addition] = []
-    if _KNOWS_PEFT:  # an older one: its wrappers are no nn.Linear, so the head is not fused
+    if _KNOWS_PEFT:  # an older PEFT: its wrappers are no nn.Linear, so the head is not fused
         from peft.tuners.lora import Linear as LoraLinear
         from peft.tuners.trainable_tokens import TrainableTokensLayer
         from peft.tuners.tuners_utils import BaseTunerLayer
