@@ -134,7 +134,7 @@ def _lost_mask(model: PreTrainedModel, ids: Tensor, max_length: int) -> Isolatio
         return IsolationVerdict(True)
     limit = f"max_length={max_length}" if max_length < sys.maxsize else "there is no max_length"
     return IsolationVerdict(
-        False, f"{layer} knows of its window of {window} tokens from its mask alone, and packing has no mask ({limit})"
+        False, f"{layer} knows of its window of {window} tokens from its mask alone, and packing has none ({limit})"
     )
 
 
