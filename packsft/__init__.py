@@ -2,13 +2,13 @@
 
     from packsft import PackedSFTTrainer  # was: from trl import SFTTrainer
 
-What imports torch is imported when it is first used, so that `import packsft` costs next to nothing.
+Names that need torch are imported on first use, so `import packsft` is fast.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from packsft.app.stdlib_docstrings import stdlib_docstrings  # here, or its module would take the function's place
+from packsft.app.stdlib_docstrings import stdlib_docstrings  # needs no torch
 
 if TYPE_CHECKING:
     from packsft.app.patch import patch_trl

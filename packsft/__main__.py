@@ -1,4 +1,4 @@
-"""`python -m packsft`: the `packsft` command where it is not on the PATH."""
+"""`python -m packsft`: the `packsft` command if it is not on the PATH."""
 
 import sys
 

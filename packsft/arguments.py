@@ -1,6 +1,6 @@
-"""What is known to be wrong with a call of the trainer, or to have no effect, before anything is tokenised.
+"""Checks the trainer's arguments before anything is tokenised: what is wrong, and what has no effect.
 
-Knows the configuration and the constructor's arguments; each error names the field, what was given and what is allowed.
+Knows the configuration and the constructor's arguments. Each error names the field, its value and what is allowed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger("packsft")
 
 
 def own_arguments(arguments: dict[str, Any]) -> SFTConfig:
-    """A copy of the configuration, since the trainer adjusts it and the caller may use it again."""
+    """A copy of the configuration: the trainer adjusts it, and the caller may use the original again."""
     args = arguments.get("args")
     if args is None:
         model = arguments["model"]
@@ -33,23 +33,23 @@ def own_arguments(arguments: dict[str, Any]) -> SFTConfig:
     if isinstance(args, TrainingArguments) and not isinstance(args, SFTConfig):
         args = SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # `to_dict` hides the token
     args = copy.copy(args)
-    args.padding_free = args.padding_free and args.packing  # without packing it is what we do, max_length enforced
+    args.padding_free = args.padding_free and args.packing  # we do it without packing, within max_length
     if _takes_exact_steps(args) and args.auto_find_batch_size:  # it would change the training
         args.auto_find_batch_size = False
         logger.warning(
-            "auto_find_batch_size=True: no effect on packing_strategy='step', where a step that runs out of memory is "
-            "taken again in smaller passes (tokens_per_pass), with the examples that it has"
+            "auto_find_batch_size=True: no effect on packing_strategy='step', where a step that runs out of memory "
+            "runs again with the same examples in smaller passes (tokens_per_pass)"
         )
-    args.gradient_checkpointing_kwargs = copy.copy(args.gradient_checkpointing_kwargs)  # the parent edits it
+    args.gradient_checkpointing_kwargs = copy.copy(args.gradient_checkpointing_kwargs)  # the parent changes it
     args.accelerator_config = copy.copy(args.accelerator_config)
     args.accelerator_config.non_blocking = args.dataloader_pin_memory and args.device.type == "cuda"
     return args
 
 
 def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
-    """Everything about the call that can be known to be wrong before a row is tokenised."""
+    """Raises ValueError for anything wrong with the call that can be known before a row is tokenised."""
     if args.packing and args.max_length is None:
-        raise ValueError("packing=True needs max_length, the number of tokens in a pack; got max_length=None")
+        raise ValueError("max_length=None: packing=True needs max_length, the number of tokens in a pack")
     if args.packing and args.packing_strategy not in PACKING_STRATEGIES:
         raise ValueError(f"packing_strategy={args.packing_strategy!r} is unknown, expected one of {PACKING_STRATEGIES}")
     if _takes_exact_steps(args):
@@ -58,31 +58,31 @@ def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
     plans_packs = args.packing and not STRATEGIES[args.packing_strategy].exact_steps
     if plans_packs and args.train_sampling_strategy == "group_by_length":
         raise ValueError(
-            "train_sampling_strategy='group_by_length' brings examples of similar length together, and under "
-            f"packing_strategy={args.packing_strategy!r} it would see packs, which are all about as long: leave it "
-            "unset, or take packing_strategy='step' or packing=False"
+            "train_sampling_strategy='group_by_length' groups examples of similar length, but under "
+            f"packing_strategy={args.packing_strategy!r} it would see packs, which all have about the same length: "
+            "leave it unset, or set packing_strategy='step' or packing=False"
         )
     if args.activation_offloading and args.device.type == "cpu":
         raise ValueError(
-            "activation_offloading=True moves activations from an accelerator to the CPU, where this model trains "
-            "already: leave it False"
+            "activation_offloading=True moves activations from an accelerator to the CPU, but this model trains on the "
+            "CPU already: leave it False"
         )
     if args.n_gpu > 1:
         raise ValueError(
-            f"{args.n_gpu} GPUs in one process mean DataParallel, which cuts a batch by rows, and a packed one is one "
-            "row: start one process per GPU (accelerate launch, torchrun), or show it one (CUDA_VISIBLE_DEVICES=0)"
+            f"{args.n_gpu} GPUs in one process mean DataParallel, which splits a batch by rows, but a packed batch has "
+            "one row: start one process per GPU (accelerate launch, torchrun), or set CUDA_VISIBLE_DEVICES=0"
         )
     if args.truncation_mode not in ("keep_start", "keep_end"):
         raise ValueError(f"truncation_mode={args.truncation_mode!r} is unknown, expected 'keep_start' or 'keep_end'")
     if args.accelerator_config.dispatch_batches:
         raise ValueError(
-            "accelerator_config.dispatch_batches=True is not supported: it cuts a batch by rows, and the boundaries of "
-            "packed documents do not split that way; leave it unset"
+            "accelerator_config.dispatch_batches=True is not supported: it splits a batch by rows, which loses the "
+            "boundaries of packed documents; leave it unset"
         )
     args.accelerator_config.dispatch_batches = False  # None would mean True for a stream
     if arguments.get("data_collator") is not None:
         raise ValueError(
-            f"data_collator={type(arguments['data_collator']).__name__} is not supported: packsft lays out the batch "
+            f"data_collator={type(arguments['data_collator']).__name__} is not supported: packsft builds the batch "
             "itself. Prepare rows instead: `input_ids`, `labels` (-100 = not scored) and, for packs of your own, "
             "`seq_lengths`"
         )
@@ -105,14 +105,14 @@ def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
         ):
             raise ValueError(
                 "attn_implementation='flash_attention_2' needs the package flash-attn, which is not installed: install "
-                "it, or leave attn_implementation unset and packsft takes PyTorch's own varlen attention"
+                "it, or leave attn_implementation unset to use PyTorch's varlen attention"
             )
     elif is_peft_model(model):
         _check_adapter(model.active_peft_config)
     elif isinstance(model, PreTrainedModel) and model.get_output_embeddings() is None:
         raise ValueError(
             f"{type(model).__name__} has no language-model head (get_output_embeddings() is None): packsft trains "
-            "causal language models, load one with AutoModelForCausalLM"
+            "causal language models; load one with AutoModelForCausalLM"
         )
 
 
@@ -127,7 +127,7 @@ def _takes_exact_steps(args: SFTConfig) -> bool:
 
 def _warn_of_idle_settings(args: SFTConfig) -> None:
     idle: dict[str, Any] = {} if _takes_exact_steps(args) else {"tokens_per_pass": None}
-    if skips_preparation(args):  # packs that the user made are taken as they are
+    if skips_preparation(args):  # packs that the user made are not changed
         idle |= {"overlong": None, "max_lost_fraction": 1.0}
     given = [f"{name}={getattr(args, name)!r}" for name, unset in idle.items() if getattr(args, name, unset) != unset]
     if given:
@@ -136,37 +136,37 @@ def _warn_of_idle_settings(args: SFTConfig) -> None:
 
 
 def _check_exact_steps(args: SFTConfig) -> None:
-    other = "take packing_strategy='bfd'"
+    other = "set packing_strategy='bfd'"
     if args.dataloader_drop_last:
         raise ValueError(
-            "dataloader_drop_last=True drops a micro-batch that is not full, and packing_strategy='step' has none: "
+            "dataloader_drop_last=True drops a micro-batch that is not full, but packing_strategy='step' has none: "
             f"leave it False, or {other}"
         )
     if getattr(args, "tokens_per_pass", None) == "auto" and not can_measure(args.device):
         raise ValueError(
-            f"tokens_per_pass='auto' measures memory on CUDA devices and on the CPU under Linux, not on "
-            f"{args.device.type}: give a number"
+            f"tokens_per_pass='auto' can measure memory on CUDA devices and on the CPU under Linux, not on "
+            f"{args.device.type}: set a number"
         )
     if args.deepspeed_plugin is not None:
         raise ValueError(
-            "packing_strategy='step' does not work under DeepSpeed, which counts the passes of a step itself, and here "
-            f"their number varies: {other}, FSDP or DDP"
+            "packing_strategy='step' does not work under DeepSpeed, which expects the same number of micro-batches in "
+            f"every step: {other}, or use FSDP or DDP"
         )
     optimizer = getattr(args.optim, "value", args.optim)
     if "lomo" in optimizer or "layerwise" in optimizer:
         raise ValueError(
-            f"optim={optimizer!r} updates weights within a backward, and a step of packing_strategy='step' has one for "
-            f"each of its passes: choose another optim, or {other} and gradient_accumulation_steps=1"
+            f"optim={optimizer!r} updates weights within a backward, but a step of packing_strategy='step' runs one "
+            f"backward per pass: choose another optim, or {other} and gradient_accumulation_steps=1"
         )
     if args.train_sampling_strategy == "batch_rebalance":
         raise ValueError(
-            "train_sampling_strategy='batch_rebalance' deals examples to ranks, and so does packing_strategy='step', "
-            f"which balances them by tokens and attention: leave it unset, or {other}"
+            "train_sampling_strategy='batch_rebalance' deals examples to ranks, but packing_strategy='step' already "
+            f"does so, balanced by tokens and attention: leave it unset, or {other}"
         )
     if args.world_size > 1 and not args.average_tokens_across_devices:
         raise ValueError(
-            "average_tokens_across_devices=False divides by each rank's own tokens, and packing_strategy='step' says "
-            f"itself which rank takes which examples: leave it True, or {other}"
+            "average_tokens_across_devices=False divides by each rank's own tokens, but packing_strategy='step' "
+            f"chooses the examples of each rank: leave it True, or {other}"
         )
 
 
@@ -175,20 +175,20 @@ def _check_dataset(name: str, dataset: Dataset | IterableDataset) -> None:
     if first is None:
         raise ValueError(f"{name} is empty: it has 0 rows")
     if pictures := {"image", "images"} & first.keys():
-        raise ValueError(f"{name} has the column {min(pictures)!r}: packsft trains on text alone")
+        raise ValueError(f"{name} has the column {min(pictures)!r}: packsft trains on text only")
 
 
 def _check_adapter(config: Any) -> None:
-    """Of a PEFT configuration, or None."""
+    """`config`: a PEFT configuration, or None."""
     if getattr(config, "is_prompt_learning", False):
         raise ValueError(
-            f"{type(config).__name__} puts virtual tokens before every row, which moves the "
-            "boundaries of packed documents: prompt learning is not supported, LoRA and its relatives are"
+            f"{type(config).__name__} puts virtual tokens before every row, which moves the boundaries of packed "
+            "documents: prompt learning is not supported, LoRA and its relatives are"
         )
     if getattr(config, "alora_invocation_tokens", None):
         raise ValueError(
-            f"alora_invocation_tokens={config.alora_invocation_tokens} starts an adapter in the middle of a row, after "
-            "its last such tokens, and a packed row holds many documents: activated LoRA is not supported"
+            f"alora_invocation_tokens={config.alora_invocation_tokens} starts an adapter after the last such tokens of "
+            "a row, but a packed row holds many documents: activated LoRA is not supported"
         )
 
 
@@ -196,8 +196,8 @@ def check_parallelism(accelerator: Any) -> None:
     parallelism = getattr(accelerator, "parallelism_config", None)
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError(
-            "context and sequence parallelism (cp_size, sp_size) shard a row by position, which does not follow the "
-            "boundaries of packed documents: leave them at 1"
+            "cp_size or sp_size above 1: context and sequence parallelism shard a row by position, across the "
+            "boundaries of packed documents: leave both at 1"
         )
 
 
@@ -205,6 +205,6 @@ def check_tokenizer(processing_class: Any, args: Any) -> None:
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.eos_token is None and not args.eos_token:
         raise ValueError(
-            f"the tokenizer {type(tokenizer).__name__} has no eos_token, so that no example would have an end: set "
+            f"the tokenizer {type(tokenizer).__name__} has no eos_token to end an example with: set "
             "tokenizer.eos_token, or eos_token in the configuration"
         )

@@ -1,7 +1,7 @@
-"""The only place that reaches inside TRL, transformers and accelerate. Written against TRL 1.16, transformers 5.24.
+"""The only file that uses internals of TRL, transformers and accelerate. Written against TRL 1.16, transformers 5.24.
 
-Each function says why it has to reach inside, and what would free us from it. `PRIVATE` lists the private names that
-the trainer itself overrides or uses; a test holds the list, and names whatever a new release has moved.
+Each function says why it must, and what would make it unnecessary. `PRIVATE` lists the private names that the trainer
+itself overrides or uses; a test checks the list, and names whatever a new release has moved.
 """
 
 from __future__ import annotations
@@ -28,10 +28,15 @@ from trl.trainer import sft_trainer as trl_sft_trainer
 
 TRL_RANGE = (Version("1.16"), Version("2"))
 TRANSFORMERS_MIN = Version("5.17")
-PEFT_MIN = Version("0.16")  # which keeps what is no plain LoRA in a dictionary of its own
+PEFT_MIN = Version("0.16")  # the first that keeps LoRA variants in a dictionary of their own
 
+<<<<<<< HEAD
 # Private names of the parents that `trainer.py` and its mixins (`data/loaders.py`, `step/exact.py`, `step/metrics.py`)
 # override or use: what for, and what would free us (no release up to TRL 1.16 and transformers 5.24 has it).
+=======
+# Private names of the parents that `trainer.py`, `step/exact.py` and `data/loaders.py` override or use: what for; and
+# what would replace them (no release up to TRL 1.16 and transformers 5.24 has it).
+>>>>>>> words
 PRIVATE = {
     "_prepare_dataset": "packs what the parent tokenises; a public function that tokenises and labels",
     "_set_signature_columns_if_needed": "keeps the column `loss_weights`; an argument that names columns to keep",
@@ -46,7 +51,7 @@ PRIVATE = {
 
 
 def check_versions() -> None:
-    """Raises ImportError, naming the range, for a TRL or transformers that this module was not written against."""
+    """Raises ImportError, with the supported range, for an unsupported TRL or transformers."""
     if not TRL_RANGE[0] <= Version(trl.__version__) < TRL_RANGE[1]:
         raise ImportError(f"packsft works with trl >= {TRL_RANGE[0]}, < {TRL_RANGE[1]}; found trl {trl.__version__}")
     if Version(transformers.__version__) < TRANSFORMERS_MIN:
@@ -56,7 +61,7 @@ def check_versions() -> None:
 
 
 def knows_peft() -> bool:
-    """Whether PEFT is installed, in a version whose layers `adapters.py` can tell apart."""
+    """Whether PEFT is installed, in a version whose layers `adapters.py` knows."""
     return is_peft_available() and Version(metadata.version("peft")) >= PEFT_MIN
 
 
@@ -106,7 +111,7 @@ def prepare_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: trl
     """`input_ids` and `labels` as `SFTTrainer` makes them from any of its forms, without a model and without cutting.
 
     TRL 1.16 has no function for this: its method `_prepare_dataset` reads three attributes that its constructor derives
-    from the first row, as is done here. A public function that prepares data would free us.
+    from the first row. This function derives them too. A public function that prepares data would replace it.
 
     Raises ValueError where the constructor does, and for messages without a chat template.
     """
@@ -172,11 +177,11 @@ def batch_fields(args: Any) -> dict[str, int]:
 
 @contextmanager
 def one_batch_per_step(trainer: Any) -> Iterator[tuple[int, Any]]:
-    """During the training loop, a batch is a whole optimizer step. Gives its size per device, and the arguments.
+    """During the training loop, a batch is a whole optimizer step. Yields its size per device, and the arguments.
 
     transformers' loop counts micro-batches to know when a step is due, so their number cannot vary. Under exact-step
-    packing the accumulation becomes part of the batch size, and `training_step` walks the passes. The change is made
-    on a copy, which callbacks see, and is undone afterwards.
+    packing, the accumulation becomes part of the batch size, and `training_step` runs the passes. Callbacks see a
+    changed copy of the arguments; the change is undone afterwards.
     """
     args, batch_size = trainer.args, trainer._train_batch_size
     trainer.args = copy.copy(args)
@@ -186,7 +191,7 @@ def one_batch_per_step(trainer: Any) -> Iterator[tuple[int, Any]]:
     try:
         yield trainer._train_batch_size, trainer.args
     finally:
-        vars(args).update(vars(trainer.args) | batch_fields(args))  # what callbacks have changed stays changed
+        vars(args).update(vars(trainer.args) | batch_fields(args))  # keeps the changes of callbacks
         trainer.args, trainer._train_batch_size = args, batch_size
 
 
@@ -201,7 +206,7 @@ def no_gradient_sync(trainer: Any, model: nn.Module) -> AbstractContextManager:
 
 
 def trainer_in_place(trainer_class: type) -> ExitStack:
-    """Until the stack is closed, every name under which TRL offers its `SFTTrainer` is `trainer_class`.
+    """Until the stack is closed, TRL's `SFTTrainer` is `trainer_class`, in every module of TRL that exports it.
 
     TRL has no registry of trainers. Its packages are lazy: they look a name up in a module when it is first used.
     """

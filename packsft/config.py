@@ -1,4 +1,4 @@
-"""`PackedSFTConfig`: TRL's `SFTConfig` with packing on, and the few fields that are packsft's own."""
+"""`PackedSFTConfig`: TRL's `SFTConfig` with packing on and a few more fields."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger("packsft")
 
 
 def has_bf16() -> bool:
-    """Whether bfloat16 products are computed by the hardware that training takes: emulated, float32 is far faster."""
+    """Whether the training device multiplies bfloat16 in hardware. Emulated bfloat16 is far slower than float32."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_capability() >= (8, 0)
     cpuinfo = Path("/proc/cpuinfo")
@@ -27,42 +27,42 @@ def has_bf16() -> bool:
 @dataclass
 class PackedSFTConfig(SFTConfig):
     r"""
-    `SFTConfig` for [`PackedSFTTrainer`]. A plain `SFTConfig` works as well; this one adds the parameters below.
+    `SFTConfig` for [`PackedSFTTrainer`] with the parameters below. A plain `SFTConfig` works as well.
 
     Parameters:
         packing (`bool`, *optional*, defaults to `True`):
-            Whether to pack several examples into one row of `max_length` tokens. With `False`, each example is an item
-            of its own, and the examples of a batch are laid end to end without padding.
+            Whether to pack several examples into one row of `max_length` tokens. With `False`, the examples of a batch
+            are laid end to end in one row, without padding.
         packing_strategy (`str`, *optional*, defaults to `"step"`):
-            `"step"`: each optimizer step takes the examples that it would take without packing, laid into as few
-            passes as hold them: the same number of steps, and the same loss curve. Of a stream, steps are taken in
-            its order, by each worker of its own examples. `"bfd"`, `"bfd_split"` and
-            `"wrapped"` as in `SFTConfig`, planned over the whole data set (of a stream,
-            over a buffer of 32 packs): a pack then takes the place of an example.
-        tokens_per_pass (`int` or `str`, *optional*):
-            With `"step"`, the most tokens that go through the model at once, on each device; by default `max_length`.
-            `"auto"` for the most that fit, measured at the first step. It changes speed and memory, not the training
-            (but for what draws or averages over a pass: dropout, NEFTune's noise, the router's auxiliary loss): a step
-            that runs out of memory in one process is taken again with half as many.
+            Which examples are packed together. `"step"`: each optimizer step takes the same examples as without
+            packing, in as few passes as hold them; the number of steps and the loss curve do not change. For a stream,
+            steps follow its order, and each worker makes steps of its own examples. `"bfd"`, `"bfd_split"` and
+            `"wrapped"`: as in `SFTConfig`, but planned over the whole data set (for a stream, over a buffer of 32
+            packs); batch sizes then count packs, not examples.
+        tokens_per_pass (`int` or `str`, *optional*, defaults to `max_length`):
+            With `"step"`, the most tokens in one pass on each device. A pass is a micro-batch: one forward and backward
+            of the model. `"auto"` measures at the first step how many tokens fit. The value changes speed and memory,
+            not the training, except for what draws or averages over a pass (dropout, NEFTune's noise, the router's
+            auxiliary loss). In one process, a step that runs out of memory runs again with half as many tokens.
         loss_normalization (`str`, *optional*, defaults to `"token"`):
-            What the loss of an optimizer step is the mean of: `"token"`, over its scored tokens, or `"example"`, over
-            its examples, each the mean of its tokens. Exact over passes, accumulation and devices.
+            The loss of an optimizer step is the mean over its scored tokens (`"token"`), or over its examples, each of
+            them the mean over its scored tokens (`"example"`). Exact over passes, gradient accumulation and devices.
         overlong (`str`, *optional*):
-            What becomes of an example longer than `max_length`, with and without packing: `"truncate"`, `"split"` into
-            several, `"drop"` or `"error"`. The default is to truncate, and to split under the packing strategies
-            `"bfd_split"` and `"wrapped"`, which cannot do anything else. What is lost is counted and said.
+            What happens to an example longer than `max_length`, with and without packing: `"truncate"`, `"split"`,
+            `"drop"` or `"error"`. By default it is truncated; `"bfd_split"` and `"wrapped"` split it and allow nothing
+            else. Lost tokens are counted and reported.
         max_lost_fraction (`float`, *optional*, defaults to `1.0`):
-            The share of a data set's tokens that may be lost, because they are truncated, dropped, or in examples (or
-            segments of them) in which nothing is scored. More stops the run before training.
+            The share of a data set's tokens that may be lost: truncated, dropped, or in examples (or segments of them)
+            without a scored token. If more are lost, the run stops before training.
         attention_backend (`str`, *optional*, defaults to `"auto"`):
-            What computes the attention within documents: `"auto"` for the first that can, or a name:
-            `"flash_attn_4"`, `"flash_attn_3"`, `"flash_attn_2"`, `"torch_varlen"`, `"sdpa"`.
+            Computes the attention within documents. `"auto"` takes the first backend that can run; or `"flash_attn_4"`,
+            `"flash_attn_3"`, `"flash_attn_2"`, `"torch_varlen"`, `"sdpa"`.
         check_packing (`str`, *optional*, defaults to `"on"`):
-            Whether to check at construction, on the model itself, that packed documents cannot see each other: `"on"`
-            or `"off"`. It costs a forward and two backwards of 34 tokens, and a forward of 11.
+            `"on"` checks at construction, on the model itself, that packed documents cannot see each other; `"off"`
+            skips this. It costs one forward and two backwards of 34 tokens, and one forward of 11.
             `PackedSFTTrainer.check_packing()` and `packsft check` prove more.
         on_unpackable (`str`, *optional*, defaults to `"pad"`):
-            What to do with a model on which they can: `"pad"` trains the same examples as right-padded rows,
+            What happens to a model that fails this check: `"pad"` trains the same examples as right-padded rows,
             `"error"` stops.
     """
 
@@ -70,32 +70,32 @@ class PackedSFTConfig(SFTConfig):
     packing_strategy: str = field(
         default="step",
         metadata={
-            "help": "What is packed together: the examples of an optimizer step, or of the whole data set.",
+            "help": "Which examples to pack together: those of an optimizer step ('step'), or of the whole data set.",
             "choices": list(PACKING_STRATEGIES),
         },
     )
     tokens_per_pass: int | str | None = field(
         default=None,
-        metadata={"help": "With packing_strategy='step', the most tokens in a pass, or 'auto'; by default max_length."},
+        metadata={"help": "With packing_strategy='step': the most tokens in a pass, or 'auto' (default: max_length)."},
     )
     loss_normalization: str = field(
         default="token",
         metadata={
-            "help": "What the loss is the mean of: scored tokens, or examples, each the mean of its tokens.",
+            "help": "Average the loss over scored tokens, or over examples (each the mean over its tokens).",
             "choices": ["token", "example"],
         },
     )
     overlong: str | None = field(
         default=None,
-        metadata={"help": "What becomes of an example longer than max_length.", "choices": list(OVERLONG)},
+        metadata={"help": "What to do with an example longer than max_length.", "choices": list(OVERLONG)},
     )
     max_lost_fraction: float = field(
-        default=1.0, metadata={"help": "The share of a data set's tokens that may be lost; more stops the run."}
+        default=1.0, metadata={"help": "The share of a data set's tokens that may be lost. More stops the run."}
     )
     attention_backend: str = field(
         default="auto",
         metadata={
-            "help": "What computes the attention within documents; 'auto' takes the first that can.",
+            "help": "Backend of the attention within documents; 'auto' takes the first that can run.",
             "choices": ["auto", *BACKENDS],
         },
     )
@@ -117,8 +117,8 @@ class PackedSFTConfig(SFTConfig):
     def __post_init__(self) -> None:
         self.use_cpu: bool
         if not self.use_cpu and not torch.accelerator.is_available():
-            # transformers refuses bf16 without an accelerator unless it is told that the CPU is meant
-            logger.warning("no accelerator found: use_cpu=True")
+            # without an accelerator, transformers accepts bf16 only with use_cpu=True
+            logger.warning("no accelerator found: setting use_cpu=True")
             self.use_cpu = True
         super().__post_init__()
         if self.attention_backend != "auto" and self.attention_backend not in BACKENDS:
@@ -134,7 +134,7 @@ class PackedSFTConfig(SFTConfig):
             raise ValueError(
                 f"loss_normalization={self.loss_normalization!r} is unknown, expected 'token' or 'example'"
             )
-        if isinstance(self.check_packing, bool):  # what YAML makes of on and off
+        if isinstance(self.check_packing, bool):  # YAML reads on and off as booleans
             self.check_packing = "on" if self.check_packing else "off"
         if self.check_packing not in ("on", "off"):
             raise ValueError(f"check_packing={self.check_packing!r} is unknown, expected 'on' or 'off'")

@@ -1,4 +1,4 @@
-"""What a user should know before training starts: the steps, the packing, and what in the configuration never fires."""
+"""What a user should know before training starts: the steps, the packing, and settings that never take effect."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def never_fires(args: TrainingArguments, max_steps: int, *, has_eval_dataset: bo
     if has_eval_dataset and evaluates == "no":
         notices.append('an eval_dataset was given, but eval_strategy="no": it is never evaluated')
     if evaluates == "steps" and args.eval_steps is not None and _interval(args.eval_steps, max_steps) > max_steps:
-        notices.append(f"eval_steps={args.eval_steps} is more than the {max_steps} steps: no evaluation takes place")
+        notices.append(f"eval_steps={args.eval_steps} is more than the {max_steps} steps: no evaluation runs")
     if saves == "steps" and _interval(args.save_steps, max_steps) > max_steps:
         notices.append(
             f"save_steps={args.save_steps} is more than the {max_steps} steps: the only checkpoint is the last"
@@ -34,7 +34,7 @@ def never_fires(args: TrainingArguments, max_steps: int, *, has_eval_dataset: bo
         notices.append(f"logging_steps={args.logging_steps} is more than the {max_steps} steps: no loss is logged")
     if (warmup := args.get_warmup_steps(max_steps)) >= max_steps:
         notices.append(
-            f"the warm-up of {warmup} steps is as long as the run: the learning rate never reaches its value"
+            f"the warm-up of {warmup} steps is as long as the run: the learning rate never reaches its maximum"
         )
     return notices
 
@@ -45,23 +45,23 @@ def _interval(steps: float, max_steps: int) -> float:
 
 
 def cost_of_logits(logits: Any) -> str:
-    """What `compute_metrics` and `predict` cost, by the whole logits `[..., V]` of a batch."""
+    """What `compute_metrics` and `predict` cost, shown on the logits `[..., V]` of one batch."""
     tokens, entries = logits.shape[:-1].numel(), logits.shape[-1]
     return (
-        "compute_metrics and predict need the whole logits: a second forward makes them, in the first batch "
-        f"{tokens:,} tokens x {entries:,} entries, {logits.nbytes / 1e6:.3g} MB, and all are kept until the evaluation "
-        "ends, unless preprocess_logits_for_metrics makes less of them; prediction_loss_only=True does without them"
+        "compute_metrics and predict need the full logits, which a second forward computes: for the first batch "
+        f"{tokens:,} tokens x {entries:,} entries, {logits.nbytes / 1e6:.3g} MB. All are kept until the evaluation "
+        "ends, unless preprocess_logits_for_metrics reduces them. prediction_loss_only=True skips them"
     )
 
 
 class PackingNotice(TrainerCallback):
-    """Announces the run when it begins, and leaves what was planned and checked in every checkpoint.
+    """Logs a notice when training begins, and writes the plan and the checks into every checkpoint.
 
     Args:
-        report: gives the packing report, or None where there is no plan (streams, packs made by the user).
-        model: gives how the model is trained, by name.
-        record: what goes into `packsft.json` of each checkpoint.
-        has_eval_dataset: whether there is anything to evaluate.
+        report: returns the packing report, or None if there is no plan (streams, packs made by the user).
+        model: returns how the model is trained, as texts by name.
+        record: returns the content of `packsft.json` in each checkpoint.
+        has_eval_dataset: whether an evaluation set was given.
     """
 
     def __init__(

@@ -1,8 +1,9 @@
-"""`PackedSFTTrainer`: TRL's `SFTTrainer` on packed sequences. The story of a run, in the order in which it happens.
+"""`PackedSFTTrainer`: TRL's `SFTTrainer` on packed sequences, in the order of a run.
 
-Each override says what it adds to the parent and hands over: the call to `arguments.py`, rows and packs to `data/`, the
-model to `model/prepared.py`, optimizer steps to `step/exact.py`, the loss's denominator to `step/normalization.py`,
-numbers to `step/metrics.py`, the proof to `proof/claims.py`. What reaches inside a parent is listed in `compat.py`.
+Each override says what it adds to the parent, and delegates: arguments to `arguments.py`, rows and packs to `data/`,
+the model to `model/prepared.py`, optimizer steps to `step/exact.py`, the loss's denominator to `step/normalization.py`,
+metrics to `step/metrics.py`, the proof to `proof/claims.py`. `compat.py` lists everything that uses a parent's private
+names.
 """
 
 from __future__ import annotations
@@ -53,21 +54,21 @@ class PackedSFTTrainer(PackedLoaders, ExactSteps, DeviceMetrics, SFTTrainer):
 
     The constructor is the parent's, argument for argument. `args` may be an `SFTConfig` or a [`PackedSFTConfig`], whose
     default is exact-step packing: every optimizer step takes the examples of an unpacked run, packed into as few
-    micro-batches as hold them. With `packing=False` the examples of a batch are laid end to end without padding. Every
+    passes as hold them. With `packing=False` the examples of a batch are laid end to end without padding. Every
     data set form of the parent can be packed. With `dataset_kwargs={"skip_prepare_dataset": True}` the rows are packs
     that the user made (`input_ids`, `labels`, `seq_lengths`).
 
     Attributes:
         isolation: the verdict of the check that packed documents do not see each other on this model.
-        why_compact: None if the language-model head is fused, otherwise why it makes the scored logits instead.
-        packing_report: what packing did to the training set and to the number of steps; None for a stream.
+        why_compact: None if the language-model head is fused, otherwise the reason why it computes the scored logits.
+        packing_report: what packing does to the training set and to the number of steps; None for a stream.
 
     Raises:
-        ValueError: bad input, before anything is tokenised; the message names the field or the row.
+        ValueError: bad input; the message names the field or the row.
     """
 
     _tag_names = ["trl", "sft", "packsft"]  # noqa: RUF012 (the parent's spelling)
-    loss_is_scaled_for_ga = True  # the denominator is that of the whole optimizer step, see normalization.py
+    loss_is_scaled_for_ga = True  # by the whole optimizer step, see normalization.py
 
     def __init__(self, *positional: Any, **named: Any) -> None:
         compat.check_versions()
@@ -75,9 +76,9 @@ class PackedSFTTrainer(PackedLoaders, ExactSteps, DeviceMetrics, SFTTrainer):
         call.arguments["args"] = args = own_arguments(call.arguments)
         check_arguments(args, call.arguments)
         if args.bf16 and not has_bf16():
-            logger.warning("bf16=True, but this processor has no bfloat16 products: emulated, they are far slower")
+            logger.warning("bf16=True, but this device only emulates bfloat16, which is far slower than float32")
         self._filter_nonfinite = args.logging_nan_inf_filter
-        args.logging_nan_inf_filter = False  # it reads the device twice per micro-batch; training_step does it there
+        args.logging_nan_inf_filter = False  # reads the device per micro-batch; see training_step
         self._per_example = getattr(args, "loss_normalization", "token") == "example"
         self._vocab_size: int | None = None
         with compat.own_head_during_init():
@@ -148,11 +149,11 @@ class PackedSFTTrainer(PackedLoaders, ExactSteps, DeviceMetrics, SFTTrainer):
         formatting_func: Callable[[dict], str] | None,
         dataset_name: str,
     ) -> Dataset | IterableDataset | PackedDataset | PackedStream:
-        """Adds to the parent's preparation: packs, planned over the whole data set; those of a stream, as rows come."""
+        """Adds to the parent: packs, planned over the whole data set, or for a stream as rows arrive."""
         if isinstance(dataset, (PackedDataset, PackedStream)):
             return dataset
         check_tokenizer(processing_class, args)
-        # The parent tokenises and labels. It neither cuts nor drops nor shuffles: the plan does, and counts.
+        # The parent only tokenises and labels. The plan cuts, drops and shuffles, and counts what is lost.
         tokenise = copy.copy(args)
         tokenise.max_length, tokenise.shuffle_dataset = None, False
         rows = super()._prepare_dataset(dataset, processing_class, tokenise, False, formatting_func, dataset_name)
@@ -169,7 +170,7 @@ class PackedSFTTrainer(PackedLoaders, ExactSteps, DeviceMetrics, SFTTrainer):
         seed = args.seed if args.data_seed is None else args.data_seed
         if isinstance(rows, IterableDataset):
             return PackedStream(rows.shuffle(seed=seed) if args.shuffle_dataset else rows, args.max_length, **options)
-        # a seeded plan mixes examples: only where the order is not asked for
+        # a seeded plan mixes examples: not if the user asks for an order
         sampled = dataset_name == "train" and args.train_sampling_strategy == "random"
         seeded = args.shuffle_dataset or (sampled and STRATEGIES[strategy].repacks)
         packed = pack_dataset(rows, args.max_length, seed=seed if seeded else None, **options)
@@ -188,7 +189,7 @@ class PackedSFTTrainer(PackedLoaders, ExactSteps, DeviceMetrics, SFTTrainer):
         datasets = (self.train_dataset, *evals)
         return [dataset for dataset in datasets if isinstance(dataset, (PackedDataset, PackedStream))]
 
-    # ---- what is told of it ----
+    # ---- reports ----
 
     @property
     def packing_report(self) -> PackingReport | None:
@@ -207,8 +208,8 @@ class PackedSFTTrainer(PackedLoaders, ExactSteps, DeviceMetrics, SFTTrainer):
     def check_packing(self) -> PackingCheck:
         """Prove on this model and the first documents of its data that packed training is the same training.
 
-        Each claim is measured beside the difference that it allows, see `claims.py`. Parameters, gradients, modes and
-        random state do not change. For a model as constructed, before FSDP or ZeRO shards its parameters.
+        Each claim is compared with its allowed difference, see `claims.py`. Parameters, gradients, modes and random
+        state do not change. Call it before FSDP or ZeRO shards the parameters.
         """
         documents = first_documents(self.train_dataset, self.args.max_length)
         self._check = check_packing(self.model, self._prepared, documents, self.data_collator, self._prepare_inputs)
@@ -253,16 +254,16 @@ class PackedSFTTrainer(PackedLoaders, ExactSteps, DeviceMetrics, SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """The parent's loss, whole and ours: sum over scored tokens / `num_items_in_batch` (default: of this batch)."""
+        """Replaces the parent's loss: sum over scored tokens / `num_items_in_batch` (default: this batch's items)."""
         mode = "train" if self.model.training else "eval"
         num_items = (inputs["num_items"] or 1) if num_items_in_batch is None else num_items_in_batch
         if self.neftune_noise_alpha is not None:
             self._document_lengths = document_lengths(inputs)
         if self.data_collator.round_sizes:
             mark_sizes(inputs)
-            if not isinstance(num_items, Tensor):  # a number that varies would be compiled into the graph
+            if not isinstance(num_items, Tensor):  # a varying number would be compiled into the graph
                 num_items = torch.full((), num_items, dtype=torch.float64, device=inputs["input_ids"].device)
-        own_loss = callable(self.compute_loss_func)  # deprecated in TRL; it wants logits, which costs a second forward
+        own_loss = callable(self.compute_loss_func)  # deprecated in TRL; needs logits: a second forward
         if own_loss:
             outputs = self._prepared.logits(model, inputs)
             loss = self.compute_loss_func(outputs, inputs["labels"], num_items_in_batch=num_items_in_batch)
@@ -278,7 +279,7 @@ class PackedSFTTrainer(PackedLoaders, ExactSteps, DeviceMetrics, SFTTrainer):
         )
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * Ranks.of(self.accelerator).size  # DDP averages
-        # Llama 4 and Doge have the coefficient, but no such loss; a user's loss function is complete, as in TRL
+        # Llama 4 and Doge have the coefficient but return no such loss; as in TRL, a user's loss function is complete
         if self.aux_loss_enabled and output.aux_loss is not None and not own_loss:
             micro_batches = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             share = 1 / micro_batches if inputs["num_tokens"] else 0.0  # an empty pass routes only a padding token
@@ -291,7 +292,7 @@ class PackedSFTTrainer(PackedLoaders, ExactSteps, DeviceMetrics, SFTTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Adds to the parent: says once what whole logits cost."""
+        """Adds to the parent: logs once what full logits cost."""
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if logits is not None and not self._said_logits:
             self._said_logits = True
@@ -299,4 +300,4 @@ class PackedSFTTrainer(PackedLoaders, ExactSteps, DeviceMetrics, SFTTrainer):
         return loss, logits, labels
 
 
-functools.update_wrapper(PackedSFTTrainer.__init__, SFTTrainer.__init__)  # the parent's signature and documentation
+functools.update_wrapper(PackedSFTTrainer.__init__, SFTTrainer.__init__)  # signature and docstring

@@ -1,8 +1,8 @@
-"""`packsft check`: whether packed training is the same training, on a model by name.
+"""`packsft check`: proves on a named model that packed training is the same training.
 
-Loads and prepares; `proof/claims.py` measures, and `proof/invariance.py` measures how a step may be split.
+Loads and prepares the model. `proof/claims.py` measures the claims, `proof/invariance.py` batch invariance.
 
-    python -m packsft.app.check FOLDER   # one process of the check of batch invariance
+    python -m packsft.app.check FOLDER   # one process of the batch-invariance check
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ def check_model(
     Args:
         model: a causal language model.
         adapter: folder or hub name of a PEFT adapter on it.
-        attn: a name in `varlen_attention.BACKENDS` or of a transformers attention; None: what the trainer takes.
-        dtype: what the model computes in.
+        attn: a name in `varlen_attention.BACKENDS` or a transformers attn_implementation; None: the trainer's choice.
+        dtype: dtype of the weights and the forward.
         data: a data set, see `inspect.load_rows`; None: random tokens.
-        max_length: where documents are cut.
+        max_length: documents are cut here.
 
     Raises:
-        ValueError: the model does not run by itself, `adapter` without PEFT, or what `PreparedModel` raises.
+        ValueError: the model does not run without packing, `adapter` is given without PEFT, or `PreparedModel` raises.
     """
     rows = None if data is None else tokenised_rows(data, model)
     network: Any = _load(model, getattr(torch, dtype), attn if attn not in (None, *BACKENDS) else None)
     if adapter is not None:
         if not is_peft_available():
-            raise ValueError(f"adapter {adapter}: needs the package peft, which is not installed")
+            raise ValueError(f"adapter {adapter} needs the package peft, which is not installed")
         from peft import PeftModel
 
         network = PeftModel.from_pretrained(network, adapter, is_trainable=True)

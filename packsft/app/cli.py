@@ -1,4 +1,4 @@
-"""The `packsft` command: reads the command line, turns bad input into one line and exit code 2. Knows no tensors."""
+"""The `packsft` command: reads the command line; bad input gives one line and exit code 2. Knows no tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from packsft.packing.segments import OVERLONG, STRATEGIES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 for input that cannot be used: `packsft: error:` and the reason, on one line."""
+    """Exit code 0; 1 if a check fails; 2 for bad input, with one line `packsft: error:` and the reason."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.command is None:
@@ -32,11 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _demo(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    # Several GPUs in one process mean DataParallel, which cuts batches by rows and cannot cut a packed one.
+    # Several GPUs in one process mean DataParallel, which splits batches by rows and cannot split a packed one.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    from packsft.app import demo  # only now: importing torch and trl takes seconds
+    from packsft.app import demo  # late: importing torch and trl takes seconds
 
-    # Until the run has succeeded, everything is written here and not into the output folder.
+    # Everything is written here until the run succeeds, not into the output folder.
     with tempfile.TemporaryDirectory(prefix="packsft-") as scratch:
         job = demo.prepare(
             command=shlex.join(["packsft", *arguments]),
@@ -66,7 +66,7 @@ def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             raise ValueError(f"--plot {options.plot}: there is no folder {options.plot.parent}")
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs of a bad file it raises as well
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it raises what it logs about a bad file
     inspection = inspect_data(
         options.data,
         model=options.model,
@@ -96,9 +96,9 @@ def _check(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if options.batch_invariance:
         return _check_batch_invariance(options)
     if options.model is None:
-        raise ValueError("say what to check: --model, or --batch-invariance")
+        raise ValueError("set --model or --batch-invariance: there is nothing to check")
     if options.steps is not None:
-        raise ValueError("--steps has no meaning without --batch-invariance")
+        raise ValueError("--steps needs --batch-invariance")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # see _demo
     from rich.console import Console
 
@@ -139,7 +139,7 @@ def _check_batch_invariance(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([result.as_dict() for result in results], indent=2))
     else:
-        print_table(Console(), "Weights after the same steps, compared with the first layout's, in float64", [
+        print_table(Console(), "Weights after the same steps, compared with the first layout, in float64", [
             ("model", "tokens per pass", "accumulation", "processes", "passes", "difference", "allowed"),
             *(result.row() for result in results),
         ])  # fmt: skip
@@ -172,21 +172,21 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_patched(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     trl = commands.add_parser(
-        "trl", help="the command `trl` with packsft's trainer: packsft trl sft ...", add_help=False
+        "trl", help="run the command `trl` with packsft's trainer: packsft trl sft ...", add_help=False
     )
     trl.add_argument("arguments", nargs=argparse.REMAINDER)
-    run = commands.add_parser("run", help="run a script with packsft's trainer in the place of TRL's SFTTrainer")
+    run = commands.add_parser("run", help="run a script with packsft's trainer instead of TRL's SFTTrainer")
     run.add_argument("script", help="a Python file that imports SFTTrainer from trl")
-    run.add_argument("arguments", nargs=argparse.REMAINDER, help="what the script is given")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
 
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     demo = commands.add_parser(
         "demo",
         help="fine-tune a model on packed sequences and compare with TRL",
-        description="Fine-tunes a model on packed sequences, then trains a part of the data through TRL's padded path, "
-        "TRL's packed path and packsft, each in a fresh process. By default SmolLM2-135M-Instruct learns to write "
-        "docstrings from the functions of Python's standard library.",
+        description="Fine-tunes a model on packed sequences. Then trains on a part of the data with TRL padded, TRL "
+        "packed and packsft, each in a new process. By default, SmolLM2-135M-Instruct learns to write docstrings for "
+        "the functions of Python's standard library.",
     )
     demo.add_argument(
         "--output-dir",
@@ -202,17 +202,17 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "(default: the standard library's docstrings)",
     )
     demo.add_argument("--max-length", type=_at_least(2), default=1024, help="tokens in a pack (default: %(default)s)")
-    slow = "without bfloat16 hardware, where everything takes twice as long"
+    slow = "without bfloat16 hardware, where a token takes twice as long"
     demo.add_argument(
         "--max-tokens",
         type=_at_least(1),
-        help=f"tokens to train on at most (default: 20000, or 10000 {slow})",
+        help=f"train on at most this many tokens (default: 20000, or 10000 {slow})",
     )
-    demo.add_argument("--full", action="store_true", help="train on all of the data, whatever --max-tokens says")
+    demo.add_argument("--full", action="store_true", help="train on all data and ignore --max-tokens")
     demo.add_argument(
         "--compare-tokens",
         type=_at_least(0),
-        help=f"tokens of the comparison with TRL, 0 leaves it out (default: 3500, or 1000 {slow})",
+        help=f"tokens to compare with TRL on, 0 for no comparison (default: 3500, or 1000 {slow})",
     )
     demo.add_argument(
         "--learning-rate", type=float, default=1e-4, help="peak learning rate of AdamW (default: %(default)s)"
@@ -222,26 +222,26 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     inspect = commands.add_parser(
         "inspect",
-        help="show what packing would do to a data set and to the number of optimizer steps",
-        description="Reads or tokenises a data set as the trainer would, plans the packs and reports: what is cut or "
-        "left out, packs, fill, optimizer steps, and which max_length the data asks for. Nothing is trained.",
+        help="show what packing does to a data set and to the number of optimizer steps",
+        description="Reads or tokenises a data set as the trainer does, plans the packs, and reports what is cut or "
+        "dropped, packs, fill, optimizer steps, and a recommended max_length. Trains nothing.",
     )
     inspect.add_argument(
         "data",
-        help="JSONL, JSON, Parquet, CSV or Arrow file, folder of datasets.save_to_disk, or hub name; with `input_ids`, "
+        help="JSONL, JSON, Parquet, CSV or Arrow file, folder of datasets.save_to_disk, or hub name; has `input_ids`, "
         "`text`, `prompt` and `completion`, or `messages`",
     )
     inspect.add_argument(
-        "--model", help='local folder or hub name whose tokenizer to take, or "smollm2"; not needed with `input_ids`'
+        "--model", help='local folder or hub name of the tokenizer, or "smollm2"; not needed with `input_ids`'
     )
     inspect.add_argument("--split", default="train", help="split of the data set (default: %(default)s)")
     inspect.add_argument(
         "--max-length", type=_at_least(1), default=1024, help="tokens in a pack (default: %(default)s)"
     )
-    inspect.add_argument("--strategy", choices=STRATEGIES, default="bfd", help="of packing (default: %(default)s)")
-    inspect.add_argument("--overlong", choices=OVERLONG, help="what becomes of examples longer than max_length")
+    inspect.add_argument("--strategy", choices=STRATEGIES, default="bfd", help="how to pack (default: %(default)s)")
+    inspect.add_argument("--overlong", choices=OVERLONG, help="what to do with examples longer than max_length")
     inspect.add_argument(
-        "--tokens-per-pass", type=_at_least(1), help="with --strategy step, tokens in a pass (default: max_length)"
+        "--tokens-per-pass", type=_at_least(1), help="with --strategy step: tokens in a pass (default: max_length)"
     )
     for name, default, what in (
         ("--batch-size", 8, "per_device_train_batch_size"),
@@ -250,44 +250,44 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     ):
         inspect.add_argument(name, type=_at_least(1), default=default, help=f"{what} (default: %(default)s)")
     inspect.add_argument("--epochs", type=float, default=3.0, help="num_train_epochs (default: %(default)s)")
-    inspect.add_argument("--seed", type=_at_least(0), default=42, help="of the training (default: %(default)s)")
-    inspect.add_argument("--assistant-only-loss", action="store_true", help="score the assistant's turns alone")
+    inspect.add_argument("--seed", type=_at_least(0), default=42, help="seed of the training (default: %(default)s)")
+    inspect.add_argument("--assistant-only-loss", action="store_true", help="score only the assistant's turns")
     inspect.add_argument(
         "--completion-only-loss",
         action=argparse.BooleanOptionalAction,
-        help="score completions alone (default: if there are the columns `prompt` and `completion`)",
+        help="score only completions (default: if the columns `prompt` and `completion` exist)",
     )
     inspect.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    inspect.add_argument("--plot", type=Path, metavar="FILE.png", help="write a picture of the lengths and the packs")
+    inspect.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the lengths and the packs")
 
 
 def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     check = commands.add_parser(
         "check",
-        help="prove on a model that packing leaves the training as it is",
-        description="Builds the trainer for a model and proves on a few documents: packed ones do not see each other; "
-        "hidden states, loss and gradients are those of the documents alone, in one pass or several; the head gives "
-        "the model's own loss. Exit code 1 where one of these does not hold: the trainer takes padded rows for a model "
-        "whose packed documents see each other. "
+        help="prove on a model that packing does not change the training",
+        description="Prepares a model as the trainer does and proves on a few documents: packed documents do not see "
+        "each other; hidden states, loss and gradients are those of the documents alone, in one pass or several; the "
+        "head gives the model's own loss. The exit code is 1 if one of these does not hold. If packed documents see "
+        "each other, the trainer uses padded rows for this model. "
         "With --batch-invariance: trains the same steps in float64 on the CPU, unpacked and with 512, 1,024 and "
-        "4,096 tokens per pass, accumulation 1 and 8, one process and two. Exit code 1 where the weights differ.",
+        "4,096 tokens per pass, accumulation 1 and 8, one process and two. The exit code is 1 if the weights differ.",
     )
     check.add_argument(
         "--model", help='local folder or hub name, or "smollm2" (--batch-invariance: two small random models)'
     )
-    check.add_argument("--adapter", help="local folder or hub name of a PEFT adapter on the model")
+    check.add_argument("--adapter", help="local folder or hub name of a PEFT adapter for the model")
     check.add_argument(
         "--attn",
         help="back end of packed attention (flash_attn_2, torch_varlen, sdpa, ...), or an attn_implementation of "
-        "transformers (flash_attention_2, flex_attention, eager); default: what the trainer would take",
+        "transformers (flash_attention_2, flex_attention, eager); default: the trainer's choice",
     )
     check.add_argument(
-        "--dtype", choices=("float32", "float64", "bfloat16", "float16"), help="what to compute in (default: float32)"
+        "--dtype", choices=("float32", "float64", "bfloat16", "float16"), help="dtype of the model (default: float32)"
     )
-    check.add_argument("--data", help="as `packsft inspect` takes it; default: tokens at random")
-    check.add_argument("--max-length", type=_at_least(2), help="where documents are cut (default: 1024)")
+    check.add_argument("--data", help="a data set, as for `packsft inspect` (default: random tokens)")
+    check.add_argument("--max-length", type=_at_least(2), help="documents are cut here (default: 1024)")
     check.add_argument(
-        "--batch-invariance", "--geometry", action="store_true", help="show that how a step is split changes no weight"
+        "--batch-invariance", "--geometry", action="store_true", help="prove that the split of a step changes no weight"
     )
     check.add_argument("--steps", type=_at_least(1), help="optimizer steps of --batch-invariance (default: 10)")
     check.add_argument("--json", action="store_true", help="print JSON instead of a table")

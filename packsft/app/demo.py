@@ -1,8 +1,8 @@
-"""`packsft demo`: fine-tune a real model on packed sequences, and show beside it what TRL makes of the same examples.
+"""`packsft demo`: fine-tunes a real model on packed sequences, and compares with TRL on the same examples.
 
-The main job from end to end: rows, model, packing plan, training, samples, losses, saved model, picture, report. It
-uses packsft as any user does and reaches inside nothing. Run as `python -m packsft.app.demo`, it is one competitor of
-the comparison: a fresh process each, because the peak memory of a process never falls.
+Runs the whole job: rows, model, packing plan, training, samples, losses, saved model, picture, report. It uses only the
+public interface of packsft. `python -m packsft.app.demo` runs one competitor of the comparison. Each competitor is a
+new process, because the peak memory of a process never falls.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ PADDED_BATCH_SIZE = 8  # TRL's default
 COMPARE_HELD_OUT = 8
 SAMPLE_TOKENS = 64
 SAMPLE_PROMPT_TOKENS = 256
-# Most tokens to train on and to compare, so that the demo takes under five minutes on two cores; in float32, where the
-# hardware has no bfloat16, each token takes about twice as long.
+# Most tokens to train on and to compare on: the demo then takes under five minutes on two cores. Without bfloat16
+# hardware it uses float32, and each token takes about twice as long.
 TOKENS_BF16, TOKENS_FLOAT32 = (20_000, 3_500), (10_000, 1_000)
 METHODS = {"trl_padded": "TRL, padded, batch 8", "trl_packed": "TRL, packed", "packsft": "packsft"}
 
@@ -58,7 +58,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Job:
-    """All that `run` needs, checked: nothing in it can be bad input any more."""
+    """The checked input of `run`."""
 
     command: str
     output_dir: Path
@@ -68,10 +68,10 @@ class Job:
     trainer: PackedSFTTrainer
     tokenizer: PreTrainedTokenizerBase
     held_out: Dataset
-    lengths: list[int]  # tokens of the first training examples, for the picture
+    lengths: list[int]  # tokens of each of the first training examples, for the picture
     compare: Dataset  # empty: no comparison
     compare_tokens: int
-    settings: dict[str, Any]  # what training and comparison share
+    settings: dict[str, Any]  # shared by training and comparison
 
 
 # ---- data ----
@@ -96,11 +96,11 @@ FORMS = {("prompt", "completion"): (_is_text, _is_chat), ("messages",): (_is_cha
 def read_jsonl(path: Path) -> Dataset:
     """A JSONL file in one of TRL's forms: `text`, `prompt` + `completion` (texts or messages), or `messages`.
 
-    Blank lines are skipped, other columns left out.
+    Skips blank lines and drops other columns.
 
     Raises:
-        ValueError: a line is not a JSON object, has no known form, another form than the first, or a column of the
-            wrong type. The message names the line.
+        ValueError: a line is not a JSON object, has no known form or another form than the first line, or has a column
+            of the wrong type. The message names the line.
         OSError: the file cannot be read.
     """
     rows: list[Row] = []
@@ -140,7 +140,7 @@ def read_jsonl(path: Path) -> Dataset:
 
 
 def token_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The whole example as TRL tokenises it: through the chat template, or as text with EOS at its end."""
+    """The whole example as TRL tokenises it: with the chat template, or as text followed by EOS."""
     if "text" in row:
         return tokenizer(row["text"] + tokenizer.eos_token)["input_ids"]
     if "messages" in row:
@@ -151,7 +151,7 @@ def token_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What a model sees before it has to write: the prompt, the turns before the last, or half of a plain text."""
+    """The prompt for generation: the prompt, the turns before the last, or the first half of a plain text."""
     if "text" in row:
         ids = tokenizer(row["text"])["input_ids"]
         return ids[: (len(ids) + 1) // 2]
@@ -188,8 +188,9 @@ def prepare(
 ) -> Job:
     """Read the data, load the model, plan the packs. Writes into `scratch` only.
 
-    `command` goes into the report; a limit of None is what this machine does in a few minutes. Raises ValueError or
-    OSError for whatever the user can put right.
+    `command` goes into the report. A limit of None means: as many tokens as take a few minutes.
+
+    Raises ValueError or OSError for anything that the user can fix.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output-dir {output_dir} is a file")
@@ -204,37 +205,37 @@ def prepare(
     max_tokens = defaults[0] if max_tokens is None else max_tokens
     compare_tokens = defaults[1] if compare_tokens is None else compare_tokens
     print("Reading the data and loading the model ...", flush=True)
-    # transformers 5.23 warns of `gradient_checkpointing`, whose new name 5.17 does not know.
+    # transformers 5.23 deprecates `gradient_checkpointing`, but 5.17 does not know the new name.
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     disable_progress_bars()
     transformers_logging.disable_progress_bar()
     rows = stdlib_docstrings() if data is None else read_jsonl(data)
     if len(rows) < 2:
-        raise ValueError(f"{data} holds {len(rows)} example, at least 2 are needed: one is held out")
+        raise ValueError(f"{data} holds {len(rows)} example, but the demo needs at least 2: it holds one out")
     if model_name is None:
         from packsft.app.smollm2 import load_smollm2
 
         model, tokenizer = load_smollm2(torch.float32)
     else:
-        # Master weights in float32: a step of 1e-4 would be lost in the rounding of bfloat16 weights.
+        # float32 master weights: rounding to bfloat16 would lose a step of 1e-4.
         model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(model_name)
     if not all(_is_text(row) for row in rows[0].values()) and tokenizer.chat_template is None:
         raise ValueError(f"{data} holds messages, but the tokenizer of {model_name} has no chat template")
     if tokenizer.eos_token is None:
-        raise ValueError(f"the tokenizer of {model_name} has no EOS token, so that no example would have an end")
+        raise ValueError(f"the tokenizer of {model_name} has no EOS token to end an example with")
 
     rows = rows.shuffle(seed=SEED)
     num_held_out = min(HELD_OUT_EXAMPLES, max(1, len(rows) // 10))
     held_out, pool = rows.select(range(num_held_out)), rows.select(range(num_held_out, len(rows)))
     lengths: list[int] = []
-    for row in pool:  # as far as the limits reach: tokenising everything is the trainer's
+    for row in pool:  # only up to the limits: the trainer tokenises everything
         lengths.append(len(token_ids(row, tokenizer)))
         if sum(min(length, max_length) for length in lengths) >= max(max_tokens, compare_tokens):
             break
     train = pool.select(range(_within([min(length, max_length) for length in lengths], max_tokens)))
-    # Only examples that are not cut, so that every method trains on every token; whole padded batches, so that the
-    # padded path does not suffer from a short last one.
+    # Only examples that are not cut: every method trains on every token. Only whole padded batches: a short last batch
+    # would slow the padded path.
     compare = [number for number, length in enumerate(lengths) if length <= max_length]
     compare = compare[: _within([lengths[number] for number in compare], compare_tokens)] if compare_tokens else []
     compare = compare[: len(compare) // PADDED_BATCH_SIZE * PADDED_BATCH_SIZE or len(compare)]
@@ -270,7 +271,7 @@ def prepare(
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(PackingNotice)  # the same as a table, below
+    trainer.remove_callback(PackingNotice)  # `run` prints the same as a table
     return Job(
         command=command,
         output_dir=output_dir,
@@ -288,7 +289,7 @@ def prepare(
 
 
 def _within(lengths: Sequence[int], tokens: int) -> int:
-    """How many of the first examples fit into so many tokens, at least one."""
+    """How many of the first examples fit into this many tokens, at least one."""
     return max(1, sum(total <= tokens for total in accumulate(lengths)))
 
 
@@ -296,13 +297,13 @@ def _within(lengths: Sequence[int], tokens: int) -> int:
 
 
 def run(job: Job) -> None:
-    """Train, evaluate, compare; print it all and write the model, the picture and the report into `output_dir`."""
+    """Train, evaluate, compare. Prints the results and writes model, picture and report into `output_dir`."""
     console = Console()
     trainer = job.trainer
     precision = "bf16 autocast over float32 weights" if job.settings["bf16"] else "float32"
     machine = f"{_machine()}, torch {torch.__version__}, {precision}"
     console.print(f"[bold]packsft demo[/bold]: {job.model_name} on {job.data_name}\n{machine}\n")
-    assert trainer.packing_report is not None  # the training set is never a stream here
+    assert trainer.packing_report is not None  # no stream here
     plan_table = [("what", "value"), *trainer.packing_report.rows()]
     print_table(console, "Packing plan", plan_table)
 
@@ -367,7 +368,7 @@ def run(job: Job) -> None:
 
 
 class ShowProgress(TrainerCallback):
-    """Drives a progress bar with the loss and the tokens per second of the last step."""
+    """Updates a progress bar with the loss and the tokens per second of the last step."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
@@ -427,8 +428,8 @@ def _cpuinfo() -> str:
 
 
 def _compare(job: Job, console: Console) -> tuple[str, list[tuple[str, ...]]]:
-    """What is compared, in words, and the table."""
-    # The trained model is saved; leave the memory to the competitors.
+    """The note that describes the comparison, and the table."""
+    # The trained model is saved: free its memory for the competitors.
     job.trainer.model.cpu().zero_grad()
     job.trainer.optimizer = job.trainer.lr_scheduler = None
     job.trainer.accelerator.free_memory()
@@ -449,7 +450,7 @@ def _compare(job: Job, console: Console) -> tuple[str, list[tuple[str, ...]]]:
         if "error" in result:
             table.append((title, "failed", "", "", "", result["error"]))
             continue
-        # Without the padded path there is nothing to set the others against.
+        # Without the padded path there is no reference.
         speed = difference = "-"
         if "error" not in base:
             speed = f"{base['seconds'] / result['seconds']:.2f}x"
@@ -460,11 +461,11 @@ def _compare(job: Job, console: Console) -> tuple[str, list[tuple[str, ...]]]:
         table.append((title, rate, speed, memory, loss, difference))
     where = "GPU" if torch.cuda.is_available() else "process"
     note = (
-        f"One optimizer step over the same {len(job.compare)} examples ({tokens:,} tokens) from the same weights, each "
-        "in a process of its own, without gradient checkpointing. Tokens/s counts real tokens over the whole of "
-        f"train(); peak memory is that of the {where}; loss is the step's. The largest difference to the padded path "
-        "is over that loss and, with the weights after the step, the loss of each of "
-        f"{len(held_out)} held-out examples run alone in float32."
+        f"One optimizer step on the same {len(job.compare)} examples ({tokens:,} tokens) from the same weights, each "
+        "in its own process, without gradient checkpointing. Tokens/s counts tokens without padding over all of "
+        f"train(). Peak memory is of the {where}. Loss is the loss of the step. The largest difference to the padded "
+        "path is over this loss and, with the weights after the step, the losses of "
+        f"{len(held_out)} held-out examples, each run alone in float32."
     )
     return note, table
 
@@ -482,7 +483,7 @@ def _run_competitor(scratch: Path, method: str) -> dict[str, Any]:
 
 
 def compete(method: str, scratch: Path) -> None:
-    """One optimizer step of one method over the prepared examples; leaves its figures in `<method>.json`."""
+    """One optimizer step of one method on the prepared examples; writes its numbers to `<method>.json`."""
     from trl import SFTConfig, SFTTrainer
 
     from packsft import PackedSFTConfig, PackedSFTTrainer
@@ -494,7 +495,7 @@ def compete(method: str, scratch: Path) -> None:
         "output_dir": str(scratch / "trainer"),
         "packing": method != "trl_padded",
         "per_device_train_batch_size": PADDED_BATCH_SIZE if method == "trl_padded" else 1,
-        # No path has more batches than examples: all of them make one step, whatever their number.
+        # No method has more batches than examples, so all its batches make one step.
         "gradient_accumulation_steps": len(rows),
         "lr_scheduler_type": "constant",
     }
@@ -505,7 +506,7 @@ def compete(method: str, scratch: Path) -> None:
     seconds = trainer.train().metrics["train_runtime"]
     result = {"seconds": seconds, "peak_bytes": _peak_bytes()}
     assert trainer.state.global_step == 1
-    # A plain model with the trained weights: no method is measured by its own yardstick.
+    # Evaluate the trained weights on a plain model: the same evaluation for every method.
     plain = AutoModelForCausalLM.from_pretrained(scratch / "model", dtype=torch.float32)
     plain.load_state_dict(trainer.model.state_dict())
     plain.eval()
@@ -520,7 +521,7 @@ def compete(method: str, scratch: Path) -> None:
 def _peak_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    # Not getrusage: there a process started by a large one begins with that one's peak.
+    # Not getrusage: its peak includes that of the parent process.
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
@@ -556,7 +557,7 @@ def draw(
     padded.invert_yaxis()
     padded.yaxis.get_major_locator().set_params(integer=True)
     draw_packs(packed, packs[:num_rows], max_length)
-    packed.set_title("Packed: hatched is the space left over")
+    packed.set_title("Packed: hatched space is unused")
     losses.plot([entry["step"] for entry in logs], [entry["loss"] for entry in logs], label="training")
     losses.plot([0, logs[-1]["step"]], [loss_before, loss_after], "o--", label="held-out, before and after")
     losses.set(title="Loss", xlabel="optimizer step", ylabel="loss per scored token")

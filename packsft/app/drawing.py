@@ -1,6 +1,6 @@
-"""Pictures of a packing plan: the lengths and where they are cut, how full the packs are, what lies in some of them.
+"""Pictures of a packing plan: the lengths and the cut, how full the packs are, and the content of some packs.
 
-Knows lengths and matplotlib; refuses to know data sets, tokenizers and files.
+Knows lengths and matplotlib, not data sets, tokenizers or files.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import numpy as np
 from packsft.packing import PackPlan
 
 SHOWN_PACKS = 24
-COLOURS = 20  # of tab20, in which dark and light take turns: neighbours differ in black and white as well
+COLOURS = 20  # of tab20, which alternates dark and light: neighbours differ in black and white too
 
 
 def check_matplotlib(what: str) -> None:
-    """Raises ValueError, with the command that installs it, where matplotlib is missing."""
+    """Raises ValueError with the install command if matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(f'{what} needs the package matplotlib: pip install "packsft[demo]"')
 
 
 def draw_packs(axes: Any, packs: Sequence[Sequence[int]], max_length: int) -> None:
-    """A row per pack, a block per document (their lengths in tokens); hatched is the space left over."""
+    """Draw one row per pack and one block per document (`packs`: lengths in tokens). Unused space is hatched."""
     from matplotlib import colormaps
 
     colours = [colormaps["tab20"](number) for number in range(COLOURS)]
@@ -46,8 +46,8 @@ def draw_packs(axes: Any, packs: Sequence[Sequence[int]], max_length: int) -> No
 
 
 def draw_plan(lengths: np.ndarray, max_length: int, plan: PackPlan) -> bytes:
-    """A PNG of three panels: the lengths of the examples (`[examples]` tokens) and the cut at `max_length`, how full
-    the packs of a plan are, and some of them."""
+    """A PNG with three panels: the lengths of the examples (`[examples]`, in tokens) and the cut at `max_length`, the
+    fill of the packs, and some packs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -56,7 +56,7 @@ def draw_plan(lengths: np.ndarray, max_length: int, plan: PackPlan) -> bytes:
     figure, (cut, full, rows) = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained")
     positive = lengths[lengths > 0]
     edges = np.geomspace(int(positive.min()), max(int(positive.max()), max_length) + 1, 50).astype(int)
-    edges = np.unique([*edges, max_length + 1])  # no bar on both sides of the cut
+    edges = np.unique([*edges, max_length + 1])  # no bar crosses the cut
     for part, style in ((positive <= max_length, {"color": "steelblue"}), (positive > max_length, {"color": "white"})):
         cut.hist(positive[part], bins=edges, edgecolor="black", linewidth=0.4, **style)
     cut.axvline(max_length, color="black", linestyle="--")
@@ -64,19 +64,19 @@ def draw_plan(lengths: np.ndarray, max_length: int, plan: PackPlan) -> bytes:
     cut.set(xscale="log", xlabel="tokens in an example", ylabel="examples")
     cut.set_title(
         f"{len(positive):,} examples, {(over > 0).mean():.2%} (white) longer than {max_length:,}\n"
-        f"{over.sum() / positive.sum():.2%} of the tokens lie past the line"
+        f"{over.sum() / positive.sum():.2%} of the tokens are cut (right of the line)"
     )
 
     tokens = np.concatenate(([0], np.cumsum(plan.stops.astype(np.int64) - plan.starts)))[plan.offsets]
     fill = np.quantile(np.diff(tokens) / plan.max_length, np.linspace(1, 0, 500))
     full.fill_between(np.linspace(0, 100, 500), 100 * fill, color="steelblue")
     full.set(xlim=(0, 100), ylim=(0, 100), xlabel="packs, fullest first (%)", ylabel="fill (%)")
-    full.set_title(f"{len(plan):,} packs, {plan.fill:.2%} full\nwhite is the space left over")
+    full.set_title(f"{len(plan):,} packs, {plan.fill:.2%} full\nwhite space is unused")
 
     shown = np.unique(np.linspace(0, len(plan) - 1, SHOWN_PACKS).astype(int))
     draw_packs(rows, [plan.seq_lengths(pack).tolist() for pack in shown], plan.max_length)
     rows.set_yticks(range(len(shown)), [f"{pack:,}" for pack in shown], fontsize=7)
-    rows.set_title(f"{len(shown)} of the packs, a block per document\nhatched is the space left over")
+    rows.set_title(f"{len(shown)} of the packs, one block per document\nhatched space is unused")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     plt.close(figure)

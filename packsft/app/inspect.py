@@ -1,7 +1,7 @@
-"""`packsft inspect`: what packing would do to a data set, before anything is trained. Data, rows, plan, report.
+"""`packsft inspect`: shows what packing does to a data set before training. Data, rows, plan, report.
 
-Tokenised data is read column by column, without a tokenizer, TRL or transformers; text is tokenised by TRL's own code,
-through `compat.py`. Knows no model but its tokenizer, and draws nothing itself.
+Reads tokenised data column by column, without a tokenizer, TRL or transformers. Tokenises text with TRL's own code,
+through `compat.py`. Knows a model's tokenizer but no model, and draws nothing itself.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ FILE_KINDS = {
     ".arrow": "arrow",
 }
 FORMS = (("input_ids",), ("prompt", "completion"), ("messages",), ("conversations",), ("text",))
-ROWS_PER_PROCESS = 2_000  # to start a process takes as long as to tokenise about so many short examples
+ROWS_PER_PROCESS = 2_000  # starting a process takes as long as tokenising about this many short examples
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """The plan and the report of a data set; `lengths` `[examples]` in tokens, before anything is cut."""
+    """The plan and the report of a data set; `lengths` `[examples]` in tokens, before cutting."""
 
     data: str
     report: PackingReport
@@ -73,11 +73,11 @@ class Inspection:
             (f"{c.max_length:,}", f"{c.examples_truncated:,}", f"{c.share_lost:.2%}", f"{c.packs:,}", f"{c.fill:.2%}")
             for c in self.max_lengths
         ]
-        print_table(console, "Every max_length, if longer examples are cut (bfd)", lines)
+        print_table(console, "Each max_length, if longer examples are cut (bfd)", lines)
         best = self.recommended_max_length
         share = f"{LOST_AT_MOST:.1%} of the tokens"
         if best is None:
-            console.print(f"Every max_length above loses more than {share}.")
+            console.print(f"Each max_length above loses more than {share}.")
         else:
             console.print(f"Recommended: max_length={best}, the smallest above that loses at most {share}.")
 
@@ -99,15 +99,15 @@ def inspect_data(
     assistant_only_loss: bool = False,
     completion_only_loss: bool | None = None,
 ) -> Inspection:
-    """Plan `data` as the trainer would with these arguments, and report.
+    """Plan `data` as the trainer does with these arguments, and report.
 
     Args:
         data: see `load_rows`.
-        model: local folder or hub name of the model whose tokenizer to take, or "smollm2"; only for text.
-        seed: says which examples meet in the best-fit strategies, as that of the training does.
+        model: local folder or hub name of the model whose tokenizer is used, or "smollm2"; only for text.
+        seed: the seed of the training; in the best-fit strategies it decides which examples meet in a pack.
 
     Raises:
-        ValueError, OSError: whatever the user can put right, named.
+        ValueError, OSError: anything that the user can fix; the message names it.
     """
     rows = tokenised_rows(data, model, split, assistant_only_loss, completion_only_loss)
     packed = pack_dataset(
@@ -128,7 +128,7 @@ def inspect_data(
         tokens_per_pass=tokens_per_pass,
     )
     plan = packed.plan
-    if packed.strategy.exact_steps:  # a picture shows the passes of some steps
+    if packed.strategy.exact_steps:  # the picture shows the passes of some steps
         size = per_device_train_batch_size * gradient_accumulation_steps * devices
         tokens_per_pass = tokens_per_pass or max_length
         plan = _as_packs(plan, tokens_per_pass, simulate_steps(packed.lengths, size, tokens_per_pass, devices, 64))
@@ -163,32 +163,33 @@ def tokenised_rows(
 
     Args:
         data: see `load_rows`.
-        model: whose tokenizer to take, for text.
+        model: for text: its tokenizer is used.
 
     Raises:
-        ValueError, OSError: whatever the user can put right, named.
+        ValueError, OSError: anything that the user can fix; the message names it.
     """
     rows = load_rows(data, split)
     if _form(rows, data) != ("input_ids",):
         return _tokenise(rows, data, model, assistant_only_loss, completion_only_loss)
     if assistant_only_loss and not {"labels", "assistant_masks"} & set(rows.column_names):
-        raise ValueError(f"{data} is tokenised without assistant_masks, which --assistant-only-loss needs")
+        raise ValueError(f"{data} has no column assistant_masks, which --assistant-only-loss needs")
     return label_rows(rows, completion_only_loss)
 
 
 def load_rows(data: str, split: str = "train") -> Dataset:
-    """A JSONL, JSON, Parquet, CSV or Arrow file, a folder of `save_to_disk` or of such files, or a hub name.
+    """Load a JSONL, JSON, Parquet, CSV or Arrow file, a folder of `save_to_disk` or of such files, or a hub name.
 
     Raises:
-        ValueError: no examples, no such split, or a file that cannot be parsed; for JSON the message names the line.
-        OSError: no such file, folder or data set.
+        ValueError: there are no examples or no such split, or a file cannot be parsed; for JSON the message names the
+            line.
+        OSError: there is no such file, folder or data set.
     """
     path = Path(data)
     kind = FILE_KINDS.get(path.suffix.lower())
     if not path.exists() and (kind or data.startswith(("/", "."))):
         raise FileNotFoundError(f"no such file or folder: {data}")
     if path.is_file() and kind is None:
-        raise ValueError(f"{data} is of no known kind, expected {', '.join(FILE_KINDS)}")
+        raise ValueError(f"{data} has an unknown file type, expected {', '.join(FILE_KINDS)}")
     if path.is_file() and path.stat().st_size == 0:
         raise ValueError(f"{data} is empty")
     try:
@@ -203,10 +204,10 @@ def load_rows(data: str, split: str = "train") -> Dataset:
             _check_json(path)
         raise ValueError(f"{data} cannot be read: {error.__cause__ or error or 'it holds no examples'}") from error
     except OSError as error:
-        raise OSError(f"{data} is no file or folder here, and no data set that can be loaded: {error}") from error
+        raise OSError(f"{data} is neither a local file or folder nor a data set that can be loaded: {error}") from error
     if isinstance(rows, DatasetDict):
         if split not in rows:
-            raise ValueError(f"{data} has no split {split!r}, but {', '.join(rows)}: choose one with --split")
+            raise ValueError(f"{data} has no split {split!r}, only {', '.join(rows)}: choose one with --split")
         rows = rows[split]
     if len(rows) == 0:
         raise ValueError(f"{data} holds no examples")
@@ -214,7 +215,7 @@ def load_rows(data: str, split: str = "train") -> Dataset:
 
 
 def _check_json(path: Path) -> None:
-    """Raises ValueError naming the first line that is no JSON object, or no JSON in a file that is one array."""
+    """Raises ValueError for the first line that is not a JSON object, or is not JSON in a file that is one array."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -234,7 +235,7 @@ def _check_json(path: Path) -> None:
 
 
 def _form(rows: Dataset, data: str) -> tuple[str, ...]:
-    """The columns that make the data set one of TRL's forms, each with a value of its type in every row."""
+    """The columns that give the data set one of TRL's forms. Checks that every row has a value, and the types."""
     form = next((form for form in FORMS if set(form) <= set(rows.column_names)), None)
     if form is None:
         raise ValueError(
@@ -269,23 +270,24 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def label_rows(rows: Dataset, completion_only_loss: bool | None = None) -> Dataset:
-    """Columns `input_ids` and `labels` of tokenised rows, labelled by their masks as TRL does, but not row by row.
+    """Columns `input_ids` and `labels` of tokenised rows, labelled by their masks as in TRL, but whole columns at once.
 
-    `labels` stay as they are; else -100 where `assistant_masks`, or `completion_mask` if `completion_only_loss`, is 0.
+    Existing `labels` do not change. Otherwise a label is -100 where `assistant_masks` is 0, or `completion_mask` if
+    `completion_only_loss`.
 
-    Raises ValueError for a mask that is not as long as its row.
+    Raises ValueError if a mask and its row differ in length.
     """
     rows = rows.flatten_indices() if rows._indices is not None else rows
     names = set(rows.column_names)
     if "labels" in names:
         return rows.select_columns(["input_ids", "labels"])
-    if completion_only_loss is None:  # TRL's default, which looks at the text columns alone
+    if completion_only_loss is None:  # TRL's default looks only at the text columns
         completion_only_loss = {"prompt", "completion"} <= names
     masks = {"completion_mask": completion_only_loss, "assistant_masks": True}
     mask_names = [name for name, applies in masks.items() if applies and name in names]
     table = rows.data.table.select(["input_ids", *mask_names])
     first, labels = 0, []
-    for batch in table.to_batches() if mask_names else ():  # views, in which the columns have the same rows
+    for batch in table.to_batches() if mask_names else ():  # views that hold the same rows of each column
         ids = batch.column("input_ids")
         lengths = _lengths(ids)
         values = ids.flatten().to_numpy(zero_copy_only=False).copy()
@@ -297,7 +299,7 @@ def label_rows(rows: Dataset, completion_only_loss: bool | None = None) -> Datas
         labels.append(pa.LargeListArray.from_arrays(np.append(0, np.cumsum(lengths)), values))
         first += len(batch)
     column = pa.chunked_array(labels) if mask_names else table.column("input_ids")
-    # nothing of it is cached, so that no fingerprint has to be computed, which would read all of it
+    # a given fingerprint: computing one would read all data, and nothing here is cached
     return Dataset(pa.table({"input_ids": table.column("input_ids"), "labels": column}), fingerprint="labelled")
 
 
@@ -309,7 +311,7 @@ def _tokenise(
     rows: Dataset, data: str, model: str | None, assistant_only_loss: bool, completion_only_loss: bool | None
 ) -> Dataset:
     if model is None:
-        raise ValueError(f"{data} holds text: give the model whose tokenizer to take with --model")
+        raise ValueError(f"{data} holds text, which needs a tokenizer: name its model with --model")
     from trl import SFTConfig
 
     from packsft.compat import prepare_rows
@@ -317,21 +319,21 @@ def _tokenise(
     tokenizer = _load_tokenizer(model)
     num_processes = min((os.cpu_count() or 1), len(rows) // ROWS_PER_PROCESS)
     with warnings.catch_warnings():
-        # transformers 5.23 warns of `gradient_checkpointing`, whose new name 5.17 does not know.
+        # transformers 5.23 deprecates `gradient_checkpointing`, but 5.17 does not know the new name.
         warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
         args = SFTConfig(
             output_dir="unused",
             use_cpu=True,
             bf16=False,
             report_to="none",
-            max_length=None,  # the plan cuts, and counts
+            max_length=None,  # the plan cuts and counts
             dataset_num_proc=num_processes if num_processes > 1 else None,
             assistant_only_loss=assistant_only_loss,
             completion_only_loss=completion_only_loss,
         )
     try:
         return prepare_rows(rows, tokenizer, args)
-    except Exception as error:  # a chat template may raise anything on the rows it is given
+    except Exception as error:  # a chat template may raise anything
         raise ValueError(f"{data} cannot be tokenised: {type(error).__name__}: {error}") from error
 
 
@@ -343,7 +345,7 @@ def _load_tokenizer(model: str) -> Any:
     try:
         tokenizer = load_smollm2_tokenizer() if model == "smollm2" else AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"{model}: its tokenizer, which text needs, could not be loaded: {error}") from error
+        raise ValueError(f"could not load the tokenizer of {model}, which text needs: {error}") from error
     if tokenizer.eos_token is None:
-        raise ValueError(f"the tokenizer of {model} has no EOS token, so that no example would have an end")
+        raise ValueError(f"the tokenizer of {model} has no EOS token to end an example with")
     return tokenizer

@@ -1,4 +1,4 @@
-"""Puts `PackedSFTTrainer` in the place of TRL's `SFTTrainer`, for scripts and commands that nobody wants to edit."""
+"""Replaces TRL's `SFTTrainer` by `PackedSFTTrainer`, for scripts and commands that stay unedited."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from packsft import compat
 
 
 def patch_trl() -> ExitStack:
-    """From here on `from trl import SFTTrainer` gives `PackedSFTTrainer`; what was imported before stays as it is.
+    """From now on, `from trl import SFTTrainer` gives `PackedSFTTrainer`. Earlier imports do not change.
 
-    As a context manager it is undone at the end of the block:
+    As a context manager, it is undone at the end of the block:
 
         with patch_trl():
             import a_script_that_imports_SFTTrainer
@@ -25,7 +25,7 @@ def patch_trl() -> ExitStack:
 
 
 def run_script(path: str, arguments: Sequence[str]) -> None:
-    """Run a Python file as `python path arguments...` would, under `patch_trl`.
+    """Run a Python file like `python path arguments...`, under `patch_trl`.
 
     Raises:
         ValueError: there is no such file.
@@ -39,5 +39,5 @@ def run_script(path: str, arguments: Sequence[str]) -> None:
 
 
 def run_trl(arguments: Sequence[str]) -> int:
-    """The command `trl` with these arguments, each process that it launches under `patch_trl`."""
+    """Run the command `trl` with these arguments. Each process that it launches runs under `patch_trl`."""
     return compat.trl_command(arguments, through=("packsft", "run"))

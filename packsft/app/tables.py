@@ -1,4 +1,4 @@
-"""One table, two forms: lines of cells, the first of them the headings, for the terminal or as Markdown."""
+"""Prints a table in the terminal, or writes it as Markdown. The first row holds the headings."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Rows to batches, on the host: documents, packs of them, the steps of a rank, and the data loaders."""
+"""From rows to batches, on the host: documents, packs, the steps of a rank, data loaders."""

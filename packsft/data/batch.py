@@ -1,10 +1,10 @@
 """The contract between collator, trainer and head: the keys of a batch of packed documents.
 
-The collator works everything out once, on the host. Nothing here reads a device.
+The collator computes everything once, on the host. Nothing here reads from the device.
 
 | key                            | shape, dtype    | meaning                                                           |
 |--------------------------------|-----------------|-------------------------------------------------------------------|
-| `input_ids`                    | `[1, T]` int64  | documents end to end, the pad a document of its own at the end    |
+| `input_ids`                    | `[1, T]` int64  | documents end to end, then padding as documents of its own        |
 | `position_ids`                 | `[1, T]` int64  | restart at 0 in every document                                    |
 | `cu_seq_lens_q`, `..._k`       | `[D + 1]` int32 | document boundaries, from 0 to T                                  |
 | `max_length_q`, `max_length_k` | int             | longest document                                                  |
@@ -12,31 +12,31 @@ The collator works everything out once, on the host. Nothing here reads a device
 | `labels`                       | `[1, T]` int64  | unshifted; -100 = not scored, as is each document's first token   |
 | `loss_rows`                    | `[N]` int32     | positions t whose next token is scored                            |
 | `loss_targets`                 | `[N]` int64     | `labels[t + 1]` of those positions                                |
-| `loss_weights`                 | `[N]` float64   | weight of each position's loss; only where examples count equally |
-| `num_items`                    | int or float    | N, or the sum of the weights: the batch's share of the divisor    |
+| `loss_weights`                 | `[N]` float64   | weight of each position's loss; only if examples count equally    |
+| `num_items`                    | int or float    | N, or the sum of the weights: its part of the denominator         |
 | `num_scored`                   | int             | N                                                                 |
 | `num_tokens`                   | int             | tokens of the documents, without padding                          |
 | `num_documents`                | int             | D                                                                 |
 
 For `torch.compile` the collator pads T, D and N (`round_sizes`). Counts exclude padding.
 
-A padded batch (for models on which packed documents see each other) has `[B, S]` `input_ids` and `labels`, and its
-`loss_rows` count through the flattened rows. It has no boundaries: right padding comes after all it could harm. For a
-mixture of experts it has an `attention_mask`, so that the router's loss excludes padding.
+A padded batch (for models on which packed documents see each other) has `[B, S]` `input_ids` and `labels`. Its
+`loss_rows` index the flattened rows. It needs no boundaries: with causal attention, no token sees the padding on its
+right. For a mixture of experts it has an `attention_mask`, because the router's loss must exclude padding.
 
-A batch without documents has one token that is not scored, and counts of 0: a rank with no work left still runs its
-forward and backward, because the other ranks wait for it.
+A batch without documents has one unscored token, and counts of 0: a rank with no work left still runs forward and
+backward, because the other ranks wait for it.
 
-Under exact-step packing an item of the data loader is an optimizer step: the batches of its passes on this rank, and
-what all ranks have in common. A pass is what is elsewhere called a micro-batch: one forward and backward.
+Under exact-step packing, an item of the data loader is an optimizer step: the batches of this rank's passes, and what
+all ranks share.
 
 | key               | type          | meaning                                                                   |
 |-------------------|---------------|---------------------------------------------------------------------------|
-| `passes`          | list          | batches as above, equally many on every rank                              |
-| `input_ids`       | int64         | the input ids of all passes, joined, for metrics that want them           |
-| `examples`        | `[B]` int64   | the step's examples on all ranks, as indices into the data set; a stream, |
-|                   | or list       | which has no indices, gives the examples themselves                       |
-| `num_items`       | int or float  | what the step's loss is divided by, on all ranks                          |
+| `passes`          | list          | batches as above, the same number on every rank                           |
+| `input_ids`       | int64         | the input ids of all passes, joined, for metrics that need them           |
+| `examples`        | `[B]` int64   | the step's examples on all ranks: indices into the data set, or for a     |
+|                   | or list       | stream, which has no indices, the examples themselves                     |
+| `num_items`       | int or float  | the denominator of the step's loss, over all ranks                        |
 | `tokens_per_pass` | int           | the limit that the passes were planned for                                |
 """
 
@@ -51,13 +51,13 @@ import numpy as np
 from packsft.data.document import Pack
 
 LOSS_KEYS = ("loss_rows", "loss_targets", "loss_weights")  # read by the head, unknown to the models
-# for the trainer; labels would make the model compute its own loss
+# for the trainer: with labels, a model would compute its own loss
 HOST_KEYS = ("labels", "num_items", "num_scored", "num_tokens", "num_documents")
 
 
 @dataclass
 class StepRows:
-    """An optimizer step before it is collated: the documents of each pass on this rank, and what all ranks share."""
+    """An optimizer step before collation: the documents of each pass on this rank, and what all ranks share."""
 
     passes: list[Pack]
     examples: np.ndarray | list[Pack]
@@ -66,14 +66,14 @@ class StepRows:
 
 
 def document_lengths(batch: Mapping[str, Any]) -> Any:
-    """`[1, T]`: the length of the document that each token is in; None for a padded batch."""
+    """`[1, T]`: the length of each token's document; None for a padded batch."""
     if "cu_seq_lens_q" not in batch:
         return None
     return batch["cu_seq_lens_q"].diff()[batch["seq_idx"].long()]
 
 
 def loss_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs of the head, beside the model's own."""
+    """The inputs of the head, in addition to `model_inputs`."""
     return {key: batch[key] for key in LOSS_KEYS if key in batch}
 
 

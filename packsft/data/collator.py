@@ -1,4 +1,4 @@
-"""Documents to one batch, or to the passes of a step: the only producer of what `batch.py` describes, on the host."""
+"""Turns documents into one batch, or into the passes of a step, on the host. `batch.py` describes the result."""
 
 from __future__ import annotations
 
@@ -16,27 +16,26 @@ from packsft.data.document import IGNORE_INDEX, Document, Pack, documents_of
 
 @dataclass
 class PackingCollator(DataCollatorForLanguageModeling):
-    """Lays the documents of the given items end to end, or one below the other with `padded=True`.
+    """Lays the documents of the given items end to end in one row, or in one row each with `padded=True`.
 
     An item is a pack (a list of `Document`s), a row that the user made (see `documents_of`), or a `StepRows`, which
     becomes the passes of an optimizer step.
 
     Args:
-        pad_token_id: fills the padding. Its value never matters: no document sees padding, and it is not scored.
-        vocab_size: limit for the ids and labels of user rows; None for no check.
+        pad_token_id: fills the padding. Any id will do: no document sees padding, and padding is not scored.
+        vocab_size: ids and labels of user rows must be below it; None for no check.
         padded: one right-padded row per document instead of one packed row.
-        pad_to_multiple_of: pads the packed row, by one more document, or the rows of a padded batch.
-        round_sizes: for `torch.compile`, which recompiles for sizes of 0 and 1 and for integers that vary: pads T, D,
-            N and the width of padded rows to `rounded_size`, and sets `max_length_q` to `max_length`. Padding is not
-            scored.
-        max_length: the most tokens of a document, or None. A longer document sets `max_length_q` to the next power of
-            two.
-        per_example: every document counts the same however many of its tokens are scored: each scored token gets the
-            document's `weight` (Bai et al., LongAlign, arXiv 2401.18058).
-        masked: a padded batch has an attention mask. Attention does not need it, but a router's loss does.
+        pad_to_multiple_of: pads the packed row, with documents of padding, or the rows of a padded batch.
+        round_sizes: for `torch.compile`, which recompiles for sizes of 0 and 1 and for integers that vary. Pads T, D,
+            N and the width of padded rows to `rounded_size`, and sets `max_length_q` to `max_length`.
+        max_length: the most tokens of a document, or None. With `round_sizes`, a longer document sets `max_length_q`
+            to the next power of two.
+        per_example: every example counts the same in the loss: each scored token gets its document's `weight` (Bai et
+            al., LongAlign, arXiv 2401.18058).
+        masked: adds an attention mask to a padded batch. Attention does not need it, but a router's loss does.
 
     Raises:
-        ValueError: a user row that is not well formed.
+        ValueError: a user row is not well formed.
     """
 
     vocab_size: int | None = None
@@ -63,7 +62,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
         return item if isinstance(item, list) else documents_of(item, f"row {row} of the batch", self.vocab_size)
 
     def _batch(self, documents: Pack) -> dict[str, Any]:
-        filled = documents or [self._padding(1)]  # nothing is left for this rank, but the other ranks wait for it
+        filled = documents or [self._padding(1)]  # a rank without documents: the others wait for it
         batch = self._padded(filled) if self.padded else self._packed(filled)
         num_scored = sum(document.num_scored for document in documents)
         return batch | {
@@ -79,7 +78,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
     def _packed(self, documents: Pack) -> dict[str, Any]:
         num_tokens = sum(map(len, documents))
         tail = self._padded_length(num_tokens) - num_tokens
-        while tail:  # documents of their own: varlen kernels leave what is past the last boundary undefined
+        while tail:  # as documents: varlen kernels leave what follows the last boundary undefined
             length = min(tail, self.max_length or tail)
             documents = [*documents, self._padding(length)]
             tail -= length
@@ -127,7 +126,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
         return length + -length % (self.pad_to_multiple_of or 1)
 
     def _loss_positions(self, labels: np.ndarray, documents: Pack, document_of: np.ndarray) -> dict[str, torch.Tensor]:
-        """The shift, the mask and the document boundary in one index: position t predicts `labels[t + 1]`.
+        """The positions t that predict a scored token, `labels[t + 1]`, with their targets and weights.
 
         The first label of every document is -100, so no position predicts a token of the next document.
         """
@@ -136,7 +135,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
         if self.per_example:
             weights = np.array([document.weight for document in documents])
             positions["loss_weights"] = weights[document_of[scored]]
-        if self.round_sizes:  # a row whose target is -100 adds nothing, whatever its position and weight
+        if self.round_sizes:  # a target of -100 adds nothing to the loss
             pad = (0, rounded_size(len(scored)) - len(scored))
             unscored = {"loss_targets": IGNORE_INDEX}
             positions = {k: np.pad(v, pad, constant_values=unscored.get(k, 0)) for k, v in positions.items()}
@@ -144,13 +143,13 @@ class PackingCollator(DataCollatorForLanguageModeling):
 
 
 def rounded_size(size: int) -> int:
-    """The next multiple of 8, and from 256 on of a sixteenth of the power of two below, which adds 6% at most."""
+    """The next multiple of 8; from 256 on, of 1/16 of the next lower power of two, which adds at most 6%."""
     step = max(8, 1 << size.bit_length() >> 5)
     return max(step, size + -size % step)
 
 
 def mark_sizes(batch: Mapping[str, Any]) -> None:
-    """Tell `torch.compile` that sizes vary, so that its first graph serves all of them (except 0 and 1)."""
+    """Tell `torch.compile` that sizes vary: its first graph then serves all sizes except 0 and 1."""
     for tensor in batch.values():
         if isinstance(tensor, torch.Tensor):
             for dim in range(tensor.dim()):
@@ -163,6 +162,6 @@ def join_passes(parts: Sequence[torch.Tensor], value: float, padded: bool) -> to
     if not padded:
         return torch.cat(list(parts), dim=1)
     longest = max(part.shape[1] for part in parts)
-    others = [0, 0] * (parts[0].dim() - 2)  # `pad` counts dimensions from the last
+    others = [0, 0] * (parts[0].dim() - 2)  # `pad` starts at the last dimension
     pad = torch.nn.functional.pad
     return torch.cat([pad(part, [*others, 0, longest - part.shape[1]], value=value) for part in parts], dim=0)

@@ -1,7 +1,7 @@
-"""A document: a run of tokens that attends only to itself. It is checked once, where it enters, and then only moved.
+"""A document: a run of tokens that attends only to itself. It is checked once, where it enters.
 
-Documents enter in three places, and each calls what stands here: the columns of a tokenised data set (`packs.py`), the
-rows of a stream (`streams.py`), and packs that the user made (`documents_of`, called by the collator).
+Documents enter in three places, and each calls this file: the columns of a tokenised data set (`packs.py`), the rows of
+a stream (`streams.py`), and packs that the user made (`documents_of`, called by the collator).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ IGNORE_INDEX = -100  # a label that is not scored
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """L tokens and what belongs to them. Make one with `make_document`.
+    """L tokens with their labels and weight. Make one with `make_document`.
 
     - `input_ids` `[L]` int64
     - `labels` `[L]` int64, -100 = not scored; the first is always -100, since nothing predicts the first token
     - `num_scored`: labels that are not -100
-    - `weight`: weight of each scored token where all examples count the same, 1 / scored tokens of the example
+    - `weight`: weight of each scored token if all examples count the same: 1 / scored tokens of the example
     """
 
     input_ids: np.ndarray
@@ -44,7 +44,7 @@ Pack = list[Document]
 
 
 def make_document(input_ids: np.ndarray, labels: np.ndarray, weight: float | None = None) -> Document:
-    """A document of checked `input_ids` and `labels`, `[L]` integers. By default it is an example of its own."""
+    """A document of checked `input_ids` and `labels`, `[L]` integers. By default it is a whole example."""
     labels = np.array(labels, dtype=np.int64)  # a copy
     labels[:1] = IGNORE_INDEX
     num_scored = int(np.count_nonzero(labels != IGNORE_INDEX))
@@ -59,11 +59,11 @@ def documents_of(row: Mapping[str, Any], where: str, vocab_size: int | None = No
     Args:
         row: `input_ids`; optionally `labels` (default: the input ids), `seq_lengths` (the lengths of its documents;
             default: the row is one document) and `loss_weights` (one `Document.weight` per document).
-        where: how messages call the row.
+        where: names the row in messages.
         vocab_size: ids and labels must be below it; None for no check.
 
     Raises:
-        ValueError: what `checked_tokens` raises, or `seq_lengths` that do not fit the input ids.
+        ValueError: as in `checked_tokens`, or `seq_lengths` do not fit the input ids.
     """
     labels, weights = row.get("labels"), row.get("loss_weights")
     ids, labels = checked_tokens(
@@ -88,7 +88,7 @@ def checked_tokens(
     """Both as int64 `[L]`.
 
     Raises:
-        ValueError: either is missing or no list of integers, they differ in length, or an id or a label lies outside
+        ValueError: either is missing or not a list of integers, they differ in length, or an id or a label is outside
             the vocabulary.
     """
     columns = []
@@ -112,7 +112,7 @@ def checked_tokens(
 
 
 def first_outside(values: np.ndarray, name: str, vocab_size: int) -> int | None:
-    """The index of the first of `values` that is no id of the vocabulary; in labels, -100 is allowed."""
+    """The index of the first value outside the vocabulary, or None; labels may be -100."""
     bad = (values < 0) | (values >= vocab_size)
     if name == "labels":
         bad &= values != IGNORE_INDEX
@@ -120,7 +120,7 @@ def first_outside(values: np.ndarray, name: str, vocab_size: int) -> int | None:
 
 
 def outside_vocabulary(where: str, name: str, value: int, vocab_size: int) -> str:
-    """The message for it."""
+    """The error message for a value outside the vocabulary."""
     return (
         f"{where}: {name} holds {value}, but the vocabulary has {vocab_size} entries, 0 to {vocab_size - 1}"
         + (" (or -100, not scored)" if name == "labels" else "")

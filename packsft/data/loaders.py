@@ -1,6 +1,6 @@
-"""Data loaders of packed data sets and streams, on every rank its share.
+"""Data loaders for packed data sets and streams. Each rank reads its share.
 
-Exact steps and streams share themselves out over ranks; packs of a planned data set are dealt by accelerate.
+Exact steps and streams divide themselves over ranks; accelerate deals the packs of a planned data set.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from packsft.data.streams import PackedStream
 class PackedLoaders(Trainer):
     """The loaders of a trainer whose data sets may be packed; mixed into a trainer before its class.
 
-    The trainer sets `_passes`, which knows how many tokens a pass may have.
+    The trainer sets `_passes`, which holds the limit of tokens per pass.
     """
 
     _passes: Any
@@ -47,7 +47,7 @@ class PackedLoaders(Trainer):
             return super().get_eval_dataloader(eval_dataset)
         if not self.args.dataloader_persistent_workers:
             return self._loader(dataset, self.args.eval_batch_size)
-        self._eval_loaders = getattr(self, "_eval_loaders", {})  # their workers stay for the next evaluation
+        self._eval_loaders = getattr(self, "_eval_loaders", {})  # keeps their workers for the next evaluation
         if dataset not in self._eval_loaders:
             self._eval_loaders[dataset] = self._loader(dataset, self.args.eval_batch_size)
         return self._eval_loaders[dataset]
@@ -80,11 +80,11 @@ def packed_loader(
     collator: Any,
     tokens_per_pass: int,
 ) -> DataLoader:
-    """The loader that transformers' trainer would make, for packs. Under exact steps, an item is an optimizer step.
+    """The loader of transformers' trainer, for packs. With exact steps, an item is an optimizer step.
 
     Args:
-        batch_size: items on each rank; under exact steps, examples of a step on each rank.
-        training: whether to sample as `train_sampling_strategy` says; evaluation goes in order.
+        batch_size: items on each rank; with exact steps, examples of a step on each rank.
+        training: sample by `train_sampling_strategy`; evaluation keeps the order.
         args: transformers' training arguments.
         accelerator: accelerate's.
         collator: a `PackingCollator`.
@@ -127,7 +127,7 @@ def packed_loader(
     )
     if isinstance(source, PackedDataset) and not isinstance(sampler, BatchRebalanceSampler):
         return accelerator.prepare(loader)
-    return prepare_data_loader(  # as `accelerator.prepare`, but with nothing to share: each rank has its own already
+    return prepare_data_loader(  # as `accelerator.prepare`, without sharding: each rank already has its share
         loader,
         accelerator.device,
         num_processes=1,
@@ -143,7 +143,7 @@ def packed_loader(
 
 
 def _sampler(dataset: PackedDataset, batch_size: int, ranks: Ranks, training: bool, args: Any) -> Sampler:
-    """What `train_sampling_strategy` asks for; if packs differ from epoch to epoch, in an order that balances ranks."""
+    """The sampler of `train_sampling_strategy`. If packs differ between epochs, their order balances the ranks."""
     strategy, accumulation = args.train_sampling_strategy, args.gradient_accumulation_steps
     if strategy == "group_by_length":
         size = args.train_batch_size * accumulation if training else args.eval_batch_size

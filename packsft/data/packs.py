@@ -1,4 +1,4 @@
-"""A data set of packs: a plan over tokenised rows. The tokens of a pack are gathered when it is asked for.
+"""A data set of packs: a plan over tokenised rows. Tokens of a pack are gathered when the pack is read.
 
 Knows Arrow columns of token ids, not text, models or devices.
 """
@@ -24,7 +24,7 @@ from packsft.packing import (
     pack_segments,
 )
 
-BLOCK = 1 << 22  # values that are counted at once
+BLOCK = 1 << 22  # values counted at once
 
 
 class TokenRows:
@@ -34,11 +34,11 @@ class TokenRows:
         dataset: has `input_ids`, and `labels` of the same lengths (-100 = not scored).
 
     Raises:
-        ValueError: a column that is missing, a row in which it is, or one whose labels and input ids differ in length.
+        ValueError: a column is missing, as a whole or in a row, or a row's labels and input ids differ in length.
     """
 
     def __init__(self, dataset: Dataset) -> None:
-        # A selection or a shuffle is an index beside the table: write it out once, so that rows are slices again.
+        # A selection or a shuffle is an index beside the table: write it out once, to make rows slices again.
         self._dataset = dataset.flatten_indices() if dataset._indices is not None else dataset
         self._read_columns()
         differ = np.flatnonzero(self.lengths != self._labels.lengths)
@@ -64,7 +64,7 @@ class TokenRows:
     def count_scored(self, examples: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
         """`[S]` integers: scored labels in `start + 1 : stop` of each segment (nothing predicts its first token).
 
-        The segments `[S]` are not empty, and in the order in which their tokens lie in the rows.
+        The segments `[S]` must not be empty, and must be sorted by row and start.
         """
         return self._labels.count_not(IGNORE_INDEX, examples, starts, stops)
 
@@ -76,7 +76,7 @@ class TokenRows:
                 raise ValueError(outside_vocabulary(f"row {row} of the data set", name, value, vocab_size))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_dataset": self._dataset}  # not the views: a worker maps the Arrow file of the data set itself
+        return {"_dataset": self._dataset}  # without the views: a worker maps the Arrow file itself
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._dataset = state["_dataset"]
@@ -88,7 +88,7 @@ class _ListColumn:
 
     def __init__(self, dataset: Dataset, name: str) -> None:
         if name not in dataset.column_names:
-            raise ValueError(f"the data set has no column {name!r}, but {', '.join(dataset.column_names)}")
+            raise ValueError(f"the data set has no column {name!r}, only {', '.join(dataset.column_names)}")
         self._chunks: list[tuple[np.ndarray, np.ndarray]] = []
         for chunk in dataset.data.column(name).chunks:
             if chunk.null_count:
@@ -118,7 +118,7 @@ class _ListColumn:
             segments = slice(of_chunk[i], of_chunk[i + 1])
             begin = offsets[rows[segments].astype(np.int64) - self._first_rows[i]]
             begin, end = begin + starts[segments] + 1, begin + stops[segments]
-            # a running count of one block (and the end of a segment) at a time: a chunk may hold billions
+            # a running count per block, extended to the end of a segment: a chunk may hold billions of values
             cuts = np.flatnonzero(np.diff(begin // BLOCK, prepend=-1, append=-1))
             for first, last in itertools.pairwise(cuts):
                 block, low = slice(first, last), begin[first]
@@ -136,13 +136,13 @@ class _ListColumn:
 
 
 class PackedDataset(torch.utils.data.Dataset):
-    """A plan over rows. Item i is pack i: a list of `Document`s, gathered when asked for.
+    """A plan over rows. Item i is pack i: a list of `Document`s, gathered when it is read.
 
     Args:
         rows: the tokens.
         segments: the segments to pack.
         scored: `[S]` integers, the scored tokens of each segment.
-        seed: of the plan. With a seed, `set_epoch` packs anew, into the same number of packs.
+        seed: for the plan. With a seed, `set_epoch` packs anew, into the same number of packs.
         per_example: the segments of an example together weigh 1 in the loss.
 
     Attributes:
@@ -167,7 +167,7 @@ class PackedDataset(torch.utils.data.Dataset):
         self.seed = seed
         self.repacks = seed is not None and STRATEGIES[segments.strategy].repacks
         self._pack(seed, None)
-        if self.repacks:  # another seed may need one pack more, but never more than the plan that mixes nothing
+        if self.repacks:  # another seed may need one more pack, but never more than the plan without mixing
             fewest = len(pack_segments(segments)[0])
             if fewest > len(self):
                 self._pack(seed, fewest)
@@ -187,14 +187,14 @@ class PackedDataset(torch.utils.data.Dataset):
             self.items = np.add.reduceat(items, plan.offsets[:-1])
 
     def set_epoch(self, epoch: int) -> None:
-        """Pack anew for an epoch (the first is 0), so that other examples meet. Without a seed, do nothing."""
+        """Pack anew for an epoch (the first is 0): other examples meet. Without a seed, do nothing."""
         if self.repacks and epoch != self.epoch:
             assert self.seed is not None
             self._pack(self.seed + epoch, len(self))
             self.epoch = epoch
 
     def most_tokens(self, num_items: int) -> int:
-        """Tokens of the `num_items` longest items together."""
+        """Sum of the tokens of the `num_items` longest items."""
         return int(np.sort(self.lengths)[-num_items:].sum())
 
     @property
@@ -239,12 +239,12 @@ def pack_dataset(
     Args:
         dataset: columns `input_ids` and `labels`.
         max_length: tokens a pack holds, and where an example is cut; None only with `strategy="none"`.
-        strategy: of `plan_packs`; "none" for one example per item.
-        name: how messages call the data set.
-        overlong: of `plan_packs`: what happens to an example longer than `max_length`.
+        strategy: as in `plan_packs`; "none" for one example per item.
+        name: names the data set in messages.
+        overlong: as in `plan_packs`: what happens to an example longer than `max_length`.
         max_lost_fraction: the share of the data set's tokens, 0 to 1, that may be lost for any reason.
         vocab_size: ids and labels must be below it.
-        seed: mixes which examples meet, and the order of the packs; with a seed, every epoch is packed anew.
+        seed: for the examples that meet in a pack, and the order of packs; with a seed, every epoch is packed anew.
         keep_end: a truncated example keeps its last tokens instead of its first.
         per_example: examples weigh the same in the loss, instead of scored tokens.
 
@@ -273,13 +273,13 @@ def pack_dataset(
 
 
 class PackSampler(torch.utils.data.Sampler):
-    """Gives each epoch its own packs, in an order in which packs that run at once cost attention the same.
+    """Gives each epoch its own packs, ordered so that packs that run at the same time cost attention the same.
 
     Yields (epoch, pack).
 
     Args:
         packs: a data set that repacks.
-        group_size: how many packs run at once: the packs of a batch, on all devices.
+        group_size: how many packs run at the same time: the packs of a batch, on all devices.
     """
 
     def __init__(self, packs: PackedDataset, group_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Which ranks share a batch: the ranks of a tensor-parallel group. All others take different ones."""
+"""Which ranks share a batch: the ranks of a tensor-parallel group. All other ranks take different batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Ranks:
 
     @classmethod
     def of(cls, accelerator: Any) -> Ranks:
-        """Those of an `accelerate.Accelerator`."""
+        """The place of this process, from an `accelerate.Accelerator`."""
         parallelism = getattr(accelerator, "parallelism_config", None)
         sharing = 1 if parallelism is None else parallelism.tp_size
         return cls(accelerator.process_index // sharing, accelerator.num_processes // sharing, sharing)

@@ -1,7 +1,7 @@
-"""Optimizer steps over single examples: which of a step's examples this rank packs into which of its passes.
+"""Optimizer steps over single examples: packs a step's examples into the passes of this rank.
 
-All ranks plan every step from lengths alone, and each rank gathers its own passes only. A data set and a stream differ
-in where lengths and documents come from, and in nothing else.
+All ranks plan every step from lengths alone. Each rank gathers only its own passes. A data set and a stream differ only
+in where lengths and documents come from.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class _Steps:
     """Plans steps of `batch_size` examples (on all ranks) for one rank.
 
     Args:
-        examples: with the strategy "step", so that each item is one document.
+        examples: a data set or stream with the strategy "step": each item is one document.
         batch_size: examples in a step, on all ranks.
         tokens_per_pass, padded: see `plan_step`.
-        ranks: this rank's place.
+        ranks: the place of this rank.
     """
 
     def __init__(
@@ -46,10 +46,10 @@ class _Steps:
 class StepDataset(_Steps, torch.utils.data.Dataset):
     """Optimizer steps over a `PackedDataset`. The loader asks for a whole step: the same indices on every rank."""
 
-    total_dataset_length = 0  # accelerate cuts what it gathers of a last batch, as if examples were repeated
+    total_dataset_length = 0  # otherwise accelerate cuts the last gathered batch, as if it repeated examples
 
     def step(self, examples: np.ndarray) -> StepRows:
-        """The passes of this rank in the step that takes these examples, `[B]`."""
+        """The passes of this rank in the step with these examples, `[B]`."""
         packed: PackedDataset = self.examples
         passes = [
             [document for index in examples[chosen] for document in packed[index]]
@@ -75,11 +75,11 @@ class StepDataset(_Steps, torch.utils.data.Dataset):
 class StepStream(_Steps, torch.utils.data.IterableDataset):
     """Optimizer steps over a `PackedStream`: its next `batch_size` examples, packed for one rank.
 
-    Every rank reads all rows. A worker makes steps of the examples that it reads. The state is that of the examples.
+    Every rank reads all rows. A worker makes steps of the examples that it reads. The state is the state of `examples`.
     """
 
     def step(self, examples: list[Pack]) -> StepRows:
-        """The passes of this rank in the step that takes these examples."""
+        """The passes of this rank in the step with these examples."""
         documents = [document for pack in examples for document in pack]
         passes = [[documents[i] for i in chosen] for chosen in self._plan([len(document) for document in documents])]
         per_example = self.examples.per_example
@@ -87,7 +87,7 @@ class StepStream(_Steps, torch.utils.data.IterableDataset):
         return StepRows(passes, examples, items, self.tokens_per_pass)
 
     def share(self, ranks: Ranks, *, endless: bool = False) -> StepStream:
-        """The share of a rank. It ends with the stream, on all ranks at once, `endless` or not."""
+        """The share of a rank. It ends with the stream, on all ranks at the same time, even with `endless`."""
         mine = copy.copy(self)
         mine._ranks = ranks
         return mine

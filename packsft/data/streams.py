@@ -1,7 +1,7 @@
-"""A stream of tokenised rows to a stream of packs, resumable to the example and shared out over ranks and workers.
+"""Turns a stream of tokenised rows into a stream of packs, resumable at any example, shared by ranks and workers.
 
-Knows rows of token ids, PyTorch's workers and how a `datasets.IterableDataset` is sharded, not text, models or devices.
-Which segment lies in which pack is decided in `packing/buffer.py`, on lengths alone.
+Knows rows of token ids, PyTorch's workers and the shards of a `datasets.IterableDataset`, not text, models or devices.
+`packing/buffer.py` decides which segment lies in which pack, from lengths alone.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ class PackedStream(torch.utils.data.IterableDataset):
     """Packs (lists of `Document`s) of the rows of a stream.
 
     Rows are mappings with `input_ids` and `labels` of the same length (-100 = not scored). At most `buffer_tokens`
-    tokens wait. Segments without a scored token are left out. What is left out or cut is counted in `account`, and
-    announced at the end of an epoch.
+    tokens wait. Segments without a scored token are dropped. `account` counts what is dropped or cut; it is logged at
+    the end of an epoch.
 
     **Workers.** A `datasets.IterableDataset` divides its shards over the workers of a data loader, and each worker
     packs its own. Any other iterable must give the same rows in each worker; each worker keeps every n-th pack.
-    **Ranks**: see `share`. **Epochs**: `set_epoch` reshuffles the stream and starts it anew.
+    **Ranks**: see `share`. **Epochs**: `set_epoch` reshuffles the stream and restarts it.
 
     Args:
         stream: the rows.
-        max_length: tokens in a pack, and where an example is cut; None only with `strategy="none"`.
+        max_length: tokens in a pack; longer examples are cut here. None only with `strategy="none"`.
         strategy: a name in `STRATEGIES`; "none" and "step" give one example per item.
-        overlong: of `packsft.packing.cut_examples`: what happens to an example longer than `max_length`.
-        max_lost_fraction: the share of the tokens read, 0 to 1, that may be lost for any reason. It is checked from row
-            1,000 of an epoch on, and at its end.
-        buffer_tokens: how many tokens may wait for a pack that they fill; 32 * `max_length` by default.
-        name: how messages call the data set.
+        overlong: as in `packsft.packing.cut_examples`: what happens to an example longer than `max_length`.
+        max_lost_fraction: the share of the tokens read, 0 to 1, that may be lost for any reason. Checked from row 1,000
+            of an epoch on, and at its end.
+        buffer_tokens: how many tokens may wait for a pack; 32 * `max_length` by default.
+        name: names the data set in messages.
         vocab_size: ids and labels must be below it; None for no check.
         keep_end: a truncated example keeps its last tokens instead of its first.
         per_example: examples weigh the same in the loss, instead of scored tokens.
 
     Attributes:
-        account: of the current epoch, in a worker that worker's. Under "wrapped", whole examples without a scored token
-            are left out, but no segments.
-        num_packs: packs of the current epoch, of all ranks if they read the same rows.
+        account: for the current epoch; in a worker, for its rows. Under "wrapped", whole examples without a scored
+            token are dropped, but no segments.
+        num_packs: packs of the current epoch, on all ranks if they read the same rows.
 
     Raises:
         ValueError: while iterating: a row is not well formed (named by its number in reading order), is overlong with
@@ -87,7 +87,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         self.strategy: Strategy = STRATEGIES[strategy]
         self._vocab_size = vocab_size
         self._keep_end = keep_end
-        self._ranks = self._reading_ranks = Ranks()  # the second: those among which the rows read here are dealt
+        self._ranks = self._reading_ranks = Ranks()  # the second: the ranks that read the same rows
         self._endless = False
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
         self._resume: dict[str, Any] | None = None
@@ -103,10 +103,10 @@ class PackedStream(torch.utils.data.IterableDataset):
         Every rank reads all rows and keeps every n-th pack. All ranks get the same number of packs: at the end, a rank
         that has none left gets an empty pack. So no rank waits for another, and no example comes twice.
 
-        With `endless`, a `datasets.IterableDataset` of at least `ranks.size` shards is divided by shards instead, and
-        each rank reads its own shards only. Ranks then reach the end at different times, which DDP does not allow; so
-        each rank goes on with the next epoch for as long as it is asked (`max_steps`). A stream of fewer shards is
-        shared as above, and ends.
+        With `endless`, a `datasets.IterableDataset` with at least `ranks.size` shards is divided by shards instead, and
+        each rank reads only its own shards. Ranks then reach the end at different times, which DDP does not allow, so
+        each rank continues with the next epoch until training stops (`max_steps`). A stream with fewer shards is shared
+        as above, and ends.
         """
         mine = copy.copy(self)
         mine._epoch = self._epoch.clone().share_memory_()
@@ -123,7 +123,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Another epoch starts anew, in another order if the stream shuffles. The same epoch changes nothing."""
+        """Restart the stream for another epoch, in another order if it shuffles. The same epoch changes nothing."""
         if epoch != self.epoch:
             self._epoch.fill_(epoch)
             self._resume = None
@@ -135,8 +135,8 @@ class PackedStream(torch.utils.data.IterableDataset):
             self._start_epoch(0)
         elif state["share"] != self._share():
             raise ValueError(
-                f"the state of the {self.name} stream was saved by rank, of ranks, worker, of workers "
-                f"{state['share']}, and cannot go on in {self._share()}"
+                f"the state of the {self.name} stream was saved by [rank, ranks, worker, workers] = "
+                f"{state['share']} and cannot be loaded by {self._share()}"
             )
         while True:
             yield from self._one_epoch(state)
@@ -167,7 +167,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         stream: Any = self.stream
         epoch = self.epoch + self._epochs_done
         if isinstance(stream, IterableDataset):
-            # A copy, whose epoch no other process sees: workers share that of the original.
+            # A copy: workers share the epoch of the original.
             stream = stream.shard(1, 0)
             stream.set_epoch(epoch)
         elif hasattr(stream, "set_epoch"):
@@ -186,7 +186,7 @@ class PackedStream(torch.utils.data.IterableDataset):
                 yield pack
         first, short = self.num_packs, self.num_packs % self._reading_ranks.size  # lower ranks have one pack more
         if short:
-            self.num_packs += self._reading_ranks.size - short  # first, so that a saved state does not repeat it
+            self.num_packs += self._reading_ranks.size - short  # before `yield`: a saved state must not repeat it
             if any(self._is_mine(index) for index in range(first, self.num_packs)):
                 yield []
 
@@ -250,7 +250,7 @@ class PackedStream(torch.utils.data.IterableDataset):
             self._check_losses()
 
     def _cut(self, length: int, where: str) -> list[tuple[int, int]]:
-        """Start and stop of each segment of an example; the buffer cuts those of "wrapped", where its packs end."""
+        """Start and stop of each segment of an example. Under "wrapped" the buffer cuts, where its packs end."""
         if self.max_length is None or length <= self.max_length or self.strategy.end_to_end:
             return [(0, length)] if length else []
         if self._overlong == "error":
@@ -271,14 +271,14 @@ class PackedStream(torch.utils.data.IterableDataset):
         place = (0, 1) if worker is None else (worker.id, worker.num_workers)
         return [self._ranks.rank, self._ranks.size, *place]
 
-    # ---- where it stands ----
+    # ---- resuming ----
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands after the last pack it gave, in plain lists and numbers.
+        """The state after the last pack given, as plain lists and numbers.
 
-        Holds the waiting tokens and the place in the stream: the stream's own state if that is exact, otherwise the
-        number of rows read. A stream that shuffles through a buffer forgets what is in that buffer, so its rows are
-        read again up to that number.
+        Holds the waiting tokens and the place in the stream: the stream's own state if it is exact, otherwise the
+        number of rows read. The state of a stream that shuffles through a buffer loses the rows in the buffer, so its
+        rows are read again up to this number.
         """
         if self._resume is not None:
             return copy.deepcopy(self._resume)
@@ -295,7 +295,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next iteration goes on after the last pack that was given; `set_epoch` undoes this."""
+        """The next iteration continues after the last pack that was given; `set_epoch` undoes this."""
         state = copy.deepcopy(state)
         self._epoch.fill_(state["epoch"])
         self._start_epoch(state["epochs_done"])
@@ -310,9 +310,9 @@ class PackedStream(torch.utils.data.IterableDataset):
 
 
 def _has_shuffle_buffer(stream: Any) -> bool:
-    """Whether its `state_dict` forgets rows: resuming loses the rows in the buffer of `datasets`' `shuffle`.
+    """Whether its `state_dict` loses rows: those in the buffer of `datasets`' `shuffle`.
 
-    This is read from the chain of iterables that the stream was made of; `datasets` (5.2) shows it in no other way.
+    Reads this from the chain of iterables behind the stream; `datasets` (5.2) offers no other way.
     """
     source = getattr(stream, "_ex_iterable", None)
     sources = [] if source is None else [source]

@@ -1,1 +1,1 @@
-"""What is done to a model so that it trains on packed rows: attention, isolation check, language-model head."""
+"""Prepares a model to train on packed rows: attention, isolation check, language-model head."""

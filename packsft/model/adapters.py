@@ -1,8 +1,8 @@
-"""A language-model head with a PEFT adapter on it, as a plain linear layer and narrow products beside it.
+"""Splits a language-model head with a PEFT adapter into a plain linear layer and low-rank products.
 
-A LoRA adds `scaling * dropout(hidden) @ A.T @ B.T` to the logits; rows of the weight that alone are trained
-(`trainable_token_indices`) are such a product too. Neither needs a matrix of the vocabulary by the model's width. Knows
-PEFT's layers (0.16 to 0.21), which keep their own forward for everything else; knows nothing of losses.
+A LoRA adds `scaling * dropout(hidden) @ A.T @ B.T` to the logits. Training only some rows of the weight
+(`trainable_token_indices`) is such a product too. Neither needs a [V, M] matrix. Knows PEFT's layers (0.16 to 0.21),
+which keep their own forward for everything else. Does not know losses.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ _KNOWS_PEFT = knows_peft()
 
 
 class Addition(NamedTuple):
-    """`down @ up.T`, which is added to the logits of a linear head."""
+    """`down @ up.T`, added to the logits of a linear head."""
 
     parameters: tuple[Tensor | None, ...]
     product: Callable[..., tuple[Tensor, Tensor]]
-    """Of the hidden states [T, M], the head's weight and the parameters, as they are once gathered: down and up."""
+    """(hidden states [T, M], the head's weight, the gathered parameters) -> (down, up)."""
     idle: Tensor
-    """What makes the addition 0 before the first step."""
+    """The parameter that makes the addition 0 before the first step."""
     tokens: tuple[int, ...] = ()
-    """Those of the vocabulary that alone are changed; none for all."""
+    """The tokens whose logits change; empty for all."""
 
 
 def split_head(head: Any) -> tuple[nn.Linear, list[Addition]] | str:
-    """The head's linear layer and what its active adapters add, else why it is not made like that.
+    """The head's linear layer and the additions of its active adapters, or the reason why it has another form.
 
-    To be asked on each call: adapters are switched, merged and disabled, and wrappers take the place of their layers.
+    Call this in each forward: adapters can be switched, merged and disabled, and wrappers replace layers.
     """
     additions: list[Addition] = []
-    if _KNOWS_PEFT:  # an older one hides no head: its wrappers are no Linear
+    if _KNOWS_PEFT:  # an older PEFT: its wrappers are no nn.Linear, so the head is not fused
         from peft.tuners.lora import Linear as LoraLinear
         from peft.tuners.trainable_tokens import TrainableTokensLayer
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -69,7 +69,7 @@ def split_head(head: Any) -> tuple[nn.Linear, list[Addition]] | str:
 
 
 def _name(module: nn.Module) -> str:
-    """With its module: PEFT calls most of its layers `Linear`."""
+    """The class name with its module: PEFT calls most of its layers `Linear`."""
     return f"{type(module).__module__}.{type(module).__qualname__}".removeprefix("torch.nn.modules.linear.")
 
 
@@ -84,11 +84,11 @@ def _lora(layer: Any, name: str) -> Addition | str | None:
     if not type(A) is type(B) is nn.Linear:
         return f"the LoRA on the language-model head is made of a {_name(A)} and a {_name(B)}"
 
-    if hasattr(A.weight, "ds_id"):  # gathered for its module's own backward, of which there would be none
+    if hasattr(A.weight, "ds_id"):  # ZeRO-3 gathers it for the backward of its own module, which does not run here
         return "ZeRO-3 partitions the LoRA on the language-model head"
 
     def product(hidden: Tensor, _: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        if not torch.is_autocast_enabled(hidden.device.type):  # which would only cast back what is cast here
+        if not torch.is_autocast_enabled(hidden.device.type):  # autocast would undo this cast
             hidden = hidden.to(down.dtype)
         down_TR = F.linear(dropout(hidden), down) * scaling
         if bias is None:
@@ -99,7 +99,7 @@ def _lora(layer: Any, name: str) -> Addition | str | None:
 
 
 def _trained_tokens(layer: Any, name: str) -> Addition | None:
-    """New rows of the weight in the place of old ones: their difference times a row of the unit matrix for each."""
+    """New rows of the weight replace old ones: their difference times one-hot rows."""
     if name not in layer.trainable_tokens_delta:
         return None
     tokens = layer.token_indices[name]
@@ -116,7 +116,7 @@ def _trained_tokens(layer: Any, name: str) -> Addition | None:
 def low_rank_of(
     additions: Sequence[Addition], gathered: Sequence[Tensor | None], hidden_TM: Tensor, weight_VM: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """All additions as one product; `gathered` are their parameters, one after the other."""
+    """All additions as one product; `gathered` holds the parameters of all of them, in order."""
     rest, products = list(gathered), []
     for addition in additions:
         own, rest = rest[: len(addition.parameters)], rest[len(addition.parameters) :]
@@ -129,7 +129,7 @@ def low_rank_of(
 
 @contextmanager
 def exercised(additions: Sequence[Addition]) -> Iterator[None]:
-    """For the length of the context no addition is 0, as a new one is: it would show nothing. Under `no_grad`."""
+    """Within the context no addition is 0: a new adapter's is, and a probe would not see it. Call under `no_grad`."""
     kept = [(addition.idle, addition.idle.clone()) for addition in additions]
     generator = torch.Generator().manual_seed(0)
     try:

@@ -1,4 +1,4 @@
-"""Registers `attn_implementation="packsft"` with transformers: per-document attention where boundaries arrive.
+"""Registers `attn_implementation="packsft"` with transformers: attention within documents where boundaries arrive.
 
 A layer that gets `cu_seq_lens_q` attends within documents, through `packsft_kernels.varlen_attention`, and needs no
 mask. Without it (generation, padded evaluation) a layer runs SDPA with transformers' own mask. The keyword argument
@@ -42,8 +42,8 @@ def packed_attention_forward(
     """transformers' attention interface: `[B, heads, S, K]` in, `([B, S, H, K], None)` out.
 
     Raises:
-        ValueError: inside a packed forward the boundaries did not arrive, so documents would see each other, or the
-            model passed a mask of its own.
+        ValueError: in a packed forward, the boundaries did not arrive (documents would see each other), or the model
+            makes a mask of its own.
     """
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is None:
@@ -100,7 +100,7 @@ def _unpacked(
 def set_backend(model: nn.Module, backend: str) -> None:
     """Choose the back end of packed attention for this model: "auto" or a name in `varlen_attention.BACKENDS`.
 
-    Every module keeps the name, since only its attention layers are called with it; a deep copy keeps it too.
+    Each module stores the name, because the attention function sees only its layer. A deep copy keeps it.
     """
     for module in model.modules():
         module.packsft_backend = backend  # type: ignore[assignment]
@@ -111,7 +111,7 @@ def _backend_of(module: nn.Module) -> str:
 
 
 def backend_of(model: PreTrainedModel) -> tuple[str, AttentionSpec]:
-    """The back end of a training forward under the current autocast, and what it has to support.
+    """The back end of a training forward under the current autocast, and the spec that it must support.
 
     Raises:
         ValueError: the back end was chosen by name and cannot run.
@@ -150,11 +150,11 @@ def watch_masks() -> Iterator[list[tuple[str, int]]]:
     `sliding_window`). Packed attention, which has no mask, is then right only for documents of at most n tokens.
     """
     found: list[tuple[str, int]] = []
-    made: dict[int, tuple[int, Tensor]] = {}  # storage: (window, mask, kept alive)
+    made: dict[int, tuple[int, Tensor]] = {}  # storage: (window, mask); keeps the mask alive
 
     def watched_mask(*args: Any, **kwargs: Any) -> Tensor | None:
         mask = sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
-        if mask is not None:  # BART's cross attention has none
+        if mask is not None:  # BART's cross attention has no mask
             made[mask.untyped_storage().data_ptr()] = kwargs.get("local_size") or sys.maxsize, mask
         return mask
 
@@ -170,7 +170,7 @@ def watch_masks() -> Iterator[list[tuple[str, int]]]:
             window, _ = made.get(attention_mask.untyped_storage().data_ptr(), (None, None))
             if not torch.equal(seen, expected.expand_as(seen)):
                 window = min(windows, default=1)
-            elif window is None:  # the layer has made another mask of ours
+            elif window is None:  # the layer derived this mask from ours
                 window = told if told in windows else min(windows, default=told)
             if window != told:
                 found.append((type(module).__name__, min(window, told)))

@@ -37,7 +37,7 @@ class HeadOutput(ModelOutput):
     """The output of a forward with `loss_rows`: 0-d tensors on the device, over N scored rows.
 
     Attributes:
-        loss: sum of the rows' losses / `num_items`; the only differentiable one.
+        loss: sum of the rows' losses / `num_items`; the only differentiable field.
         entropy_sum: sum of the entropies of the predicted distributions, in nats.
         num_correct: rows whose target is the first argmax.
         aux_loss: the router's load-balancing loss of a mixture of experts, unweighted, if the model returns one.
@@ -75,8 +75,8 @@ def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss
 
     Args:
         model: a causal language model with output embeddings.
-        options: the loss; softcap and logit scale are the model's and are filled in here.
-        needs_aux_loss: whether the router's loss of a mixture of experts is wanted; only the model's own output has it.
+        options: the loss; softcap and logit scale are taken from the model.
+        needs_aux_loss: whether the router loss of a mixture of experts is needed; only the model's own output has it.
 
     Returns:
         None if the head is fused, otherwise the reason for compact logits.
@@ -96,7 +96,7 @@ def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss
         if needs_aux_loss
         else _why_not_fused(model, fused_options)
     )
-    # as a function of `self`, so that a deep copy of the model runs on its own weights
+    # a function of `self`: a deep copy of the model then runs on its own weights
     bound = model.forward
     own_forward = getattr(bound, "__func__", None) or (lambda self, *args, **kwargs: bound(*args, **kwargs))
 
@@ -106,13 +106,13 @@ def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss
             return own_forward(self, *args, **kwargs)
         rows, targets, weights = (kwargs.pop(key, None) for key in LOSS_KEYS)
         num_items = kwargs.pop("num_items", None)
-        # looked up on each call: wrappers replace the head, and another adapter on it may be active by now
+        # looked up on each call: wrappers replace the head, and another adapter may be active now
         head = split_head(self.get_output_embeddings())
         if why_compact is None and not isinstance(head, str):
             hidden = _backbone(self)(*args, use_cache=False, **kwargs).last_hidden_state
             return _reduce(_fused_loss(head, hidden, rows, targets, weights, fused_options, num_items))
         outputs, logits = _compact_logits(functools.partial(own_forward, self), rows, *args, use_cache=False, **kwargs)
-        # the logits are ours alone, so that their gradient may take their place
+        # only this function uses the logits, so their gradient may overwrite them
         loss = cross_entropy(
             logits,
             shift=False,
@@ -132,7 +132,7 @@ def _backbone(model: PreTrainedModel) -> nn.Module:
     """The model without its head."""
     if model.base_model is not model:
         return model.base_model
-    # Llama 4 and Mllama: their prefix is that of the larger model which holds them
+    # Llama 4 and Mllama: their prefix names the larger model that holds them
     return next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
 
 
@@ -181,7 +181,7 @@ def _reduce(output: LossOutput, aux_loss: Tensor | None = None) -> HeadOutput:
 
 
 def _logit_transform(config: Any) -> dict[str, Any]:
-    """How the model turns its head's output into logits, as `LossOptions` fields; configurations name it variously."""
+    """How the model turns its head's output into logits, as `LossOptions` fields; names differ between models."""
 
     def first_of(*names: str) -> float | None:
         return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
@@ -203,7 +203,7 @@ def _why_not_fused(model: PreTrainedModel, options: LossOptions) -> str | None:
     try:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(linear.weight.shape[0], (1, 8), generator=generator).to(model.device)
-        changed = [token for addition in additions for token in addition.tokens[:4]]  # another target would not show it
+        changed = [token for addition in additions for token in addition.tokens[:4]]  # only they show it
         targets = torch.cat([ids.new_tensor(changed, dtype=ids.dtype), ids[0]])[:7]
         rows = torch.arange(7, dtype=torch.int32, device=ids.device)
         plain = replace(options, label_smoothing=0.0, z_loss=0.0, dft=False)
@@ -219,8 +219,8 @@ def _why_not_fused(model: PreTrainedModel, options: LossOptions) -> str | None:
             raise
         return f"the probe of the head failed: {error}"
     # Both round logits to their dtype (PEFT rounds its addition to the adapter's dtype), and ours rounds each
-    # log-probability. They may differ by a few units in the last place of the largest logit and log-probability, and
-    # of the terms that a logit is the sum of, in the dtype of the sums.
+    # log-probability. They may differ by a few units in the last place of the largest logit, of the largest
+    # log-probability, and of the terms that a logit sums, in the dtype of the sums.
     eps = max(torch.finfo(tensor.dtype).eps for tensor in (logits, *(addition.idle for addition in additions)))
     allowed = 4 * eps * float(logits.abs().max().clamp(min=1))
     allowed += 4 * torch.finfo(ours.dtype).eps * (float(theirs.abs().max()) + options.logit_scale * terms)

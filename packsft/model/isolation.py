@@ -52,7 +52,7 @@ def check_isolation(
 
     Args:
         model: the causal language model, before its forward is wrapped.
-        autocast: gives the context in which training runs its forward.
+        autocast: returns the context in which training runs its forward.
         max_length: the most tokens of a document; None for any length.
 
     Raises:
@@ -76,7 +76,7 @@ def check_isolation(
     ) as error:  # fmt: skip
         if is_out_of_memory(error):
             raise
-        # whatever else a model raises on a packed row, it trains on padded rows, and the notice gives the reason
+        # on any other error, the model trains on padded rows, and the notice gives the reason
         return IsolationVerdict(False, f"a packed forward raised {type(error).__name__}: {error}")
     return verdict
 
@@ -112,8 +112,8 @@ def _leak(model: PreTrainedModel, ids: Tensor) -> IsolationVerdict:
 def _same_positions(packed: list[Tensor], alone: list[Tensor]) -> bool:
     """Whether the first layer gets the same input for the last document of the row as for that document alone.
 
-    Some models count positions through the row and ignore `position_ids` (BART's decoder); others start at a number
-    other than 0 (RoBERTa). The first layer does not see relative positions.
+    Some models count positions through the row and ignore `position_ids` (BART's decoder); others do not start at 0
+    (RoBERTa). Relative positions do not show in the input of the first layer.
     """
     if not packed or not alone or packed[0].shape[1] <= DOCUMENT_LENGTHS[-1]:
         return True
@@ -158,12 +158,12 @@ def _first_leak(layers: list[tuple[str, Tensor]], leaf: Tensor, begin: int) -> s
 
 @contextmanager
 def _embedding_leaf(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Replaces the output of the input embeddings by a detached leaf, which the list then holds."""
+    """Replaces the output of the input embeddings by a detached leaf, and adds it to the list."""
     leaf: list[Tensor] = []
 
     def detach(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         leaf.append(output.detach().requires_grad_())
-        return leaf[-1].clone()  # CTRL scales it in place, which a leaf does not take
+        return leaf[-1].clone()  # CTRL scales it in place, which a leaf does not allow
 
     handle = model.get_input_embeddings().register_forward_hook(detach)
     try:

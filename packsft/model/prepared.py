@@ -1,6 +1,6 @@
 """A model prepared for packed training: per-document attention, the isolation check, the language-model head.
 
-Needs a model and a loss, and no trainer. What it found and decided is told by `PreparedModel.describe`.
+Needs a model and a loss, but no trainer. `PreparedModel.describe` says what it found and decided.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ class PreparedModel:
         model: the model, or a PEFT model around it; before it is wrapped (DDP, FSDP).
         options: the loss.
         attention_backend: "auto" or a name in `varlen_attention.BACKENDS`.
-        check: whether to run the isolation check; without it, documents are taken to be isolated.
-        on_unpackable: what to do with a model that fails it: "pad", or "error".
+        check: whether to run the isolation check; without it, documents count as isolated.
+        on_unpackable: what to do with a model that fails the check: "pad" or "error".
         max_length: the most tokens of a document; None for any length.
-        autocast: gives the context in which training runs its forward.
-        any_rank: tells whether its argument is true on any rank; every rank calls it once.
-        needs_aux_loss: whether the loss of a mixture of experts' router is wanted.
+        autocast: returns the context in which training runs its forward.
+        any_rank: returns whether its argument is true on any rank; every rank calls it once.
+        needs_aux_loss: whether the router loss of a mixture of experts is needed.
 
     Attributes:
         base_model: the model without its PEFT wrapper.
         isolation: the verdict of the isolation check.
-        padded: whether documents are trained as padded rows, since they see each other in a packed row.
+        padded: whether documents are trained as padded rows, because they see each other in a packed row.
         why_compact: None if the head is fused, otherwise the reason for compact logits.
 
     Raises:
@@ -80,7 +80,7 @@ class PreparedModel:
         if backend != "auto":
             with self.autocast():
                 attention.backend_of(model)  # raises, with the reason
-        if own_attention in (None, "eager", "sdpa"):  # flash and flex attention keep documents apart themselves
+        if own_attention in (None, "eager", "sdpa"):  # flash and flex attention isolate documents themselves
             model.set_attn_implementation(attention.ATTENTION_NAME)
         self.padded = False
         if not check:
@@ -103,12 +103,12 @@ class PreparedModel:
             model.set_attn_implementation(own_attention)
 
     def check_isolation(self) -> IsolationVerdict:
-        """Run the isolation check; how the model is trained does not change any more."""
+        """Run the isolation check and store its verdict. `padded` does not change."""
         self.isolation = check_isolation(self.base_model, self.autocast, self._max_length)
         return self.isolation
 
     def packed_forward(self) -> AbstractContextManager:
-        """The context of a forward on a batch of the collator."""
+        """The context for a forward on a batch of the collator."""
         return contextlib.nullcontext() if self.padded else attention.packed_forward()
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any], num_items: float | Tensor) -> HeadOutput:
@@ -118,7 +118,7 @@ class PreparedModel:
             return model(**model_inputs(batch), **extra, num_items=num_items)
 
     def logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
-        """The model's own output of a batch, with the whole logits."""
+        """The model's own output for a batch, with full logits."""
         with self.packed_forward():
             return model(**model_inputs(batch), use_cache=False)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Account:
-    """Counts of examples, segments and tokens. Padding is not counted.
+    """Counts of examples, segments and tokens, without padding.
 
     - `examples_in` = `examples_packed` + `examples_empty` (length 0) + `examples_unscored` (no segment has a scored
       token) + `examples_overlong_dropped` (longer than `max_length`, and left out)

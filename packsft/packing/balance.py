@@ -35,7 +35,7 @@ def balanced_order(plan: PackPlan, group_size: int, seed: int = 0) -> NDArray[np
     rng = np.random.default_rng(seed)
     by_cost = np.argsort(attention_costs(plan), kind="stable")
     num_rest = len(plan) % group_size
-    rest = int(rng.integers(len(plan) - num_rest + 1)) if num_rest else 0  # any place but always a whole run
+    rest = int(rng.integers(len(plan) - num_rest + 1)) if num_rest else 0  # a run of packs at a random place
     groups = np.delete(by_cost, slice(rest, rest + num_rest)).reshape(-1, group_size)
     groups = rng.permuted(groups[rng.permutation(len(groups))], axis=1)
     return np.concatenate((groups.ravel(), rng.permutation(by_cost[rest : rest + num_rest])))

@@ -39,7 +39,7 @@ class PackingBuffer:
 
     Args:
         max_length: tokens in a pack; None only with "none".
-        buffer_tokens: how many tokens may wait, at least `max_length`.
+        buffer_tokens: how many tokens may wait; at least `max_length`.
         strategy: a name in `STRATEGIES`.
     """
 
@@ -63,7 +63,7 @@ class PackingBuffer:
 
     @property
     def keys(self) -> set[int]:
-        """The keys of which some segment is held."""
+        """The keys with a segment in the buffer."""
         return {segment.key for segments in (self._waiting, *self._complete) for segment in segments}
 
     def push(self, key: int, length: int) -> int:
@@ -89,7 +89,7 @@ class PackingBuffer:
     def pop(self, *, at_end: bool = False) -> list[Segment] | None:
         """The next pack, its longest document first ("wrapped": in order), or None if it needs more lengths.
 
-        `at_end` says that no more lengths come: the rest is given, pack by pack.
+        `at_end` means that no more lengths follow: the rest is given, pack by pack.
         """
         if self._complete:
             return self._complete.popleft()
@@ -107,7 +107,7 @@ class PackingBuffer:
         lengths = [segment.length for segment in self._waiting]
         first = lengths.index(max(lengths)) if longest_first else 0
         space = self.max_length - lengths[first]
-        # by length; among equals the one that has waited longest comes last, and is taken first below
+        # by length; among equals the longest waiting one comes last, and is taken first below
         others = sorted((i for i in range(len(lengths)) if i != first and lengths[i] <= space),
                         key=lambda i: (lengths[i], -i))  # fmt: skip
         mask = (1 << (space + 1)) - 1
@@ -133,7 +133,7 @@ class PackingBuffer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the content of the buffer that gave this state."""
+        """Restore the content saved by `state_dict`."""
         self._complete = deque([Segment(*segment) for segment in pack] for pack in state["complete"])
         self._waiting = [Segment(*segment) for segment in state["waiting"]]
         self._waiting_tokens = sum(segment.length for segment in self._waiting)

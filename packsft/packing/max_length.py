@@ -1,6 +1,6 @@
-"""Compares several `max_length` for a data set: what each would cut off, and how many packs it would make.
+"""Compares several `max_length` for a data set: what each cuts off, and how many packs it makes.
 
-Knows lengths only, not what a longer row costs in memory, and not what the model can take.
+Knows lengths only, not the memory cost of a longer row, and not the limits of the model.
 """
 
 from __future__ import annotations

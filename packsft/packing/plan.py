@@ -56,7 +56,7 @@ class PackPlan:
     def __post_init__(self) -> None:
         for name in _ARRAYS:
             array = smallest(getattr(self, name))
-            array.setflags(write=False)  # else the fingerprint could stop being true
+            array.setflags(write=False)  # else the fingerprint could become wrong
             object.__setattr__(self, name, array)
         assert self.offsets[0] == 0
         assert self.offsets[-1] == len(self.examples) == len(self.starts) == len(self.stops)
@@ -66,7 +66,7 @@ class PackPlan:
         return len(self.offsets) - 1
 
     def __getitem__(self, pack: int) -> NDArray[np.int64]:
-        """The example indices of a pack, `[D]` int64, in the order in which they lie in it."""
+        """The example indices of a pack, `[D]` int64, in the order of its documents."""
         return self.examples[self._slice(pack)].astype(np.int64)
 
     def segments(self, pack: int) -> NDArray[np.int64]:
@@ -117,12 +117,12 @@ class PackPlan:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to exactly `path`, as npz without pickle."""
         content = {name: getattr(self, name) for name in (*_ARRAYS, "max_length", "strategy")}
-        with open(path, "wb") as file:  # given a name instead of a file, numpy would append .npz to it
+        with open(path, "wb") as file:  # numpy would append .npz to a name
             np.savez(file, fingerprint=self.fingerprint, **content, **asdict(self.account))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PackPlan:
-        """Read what `save` wrote. ValueError if it is no plan, or not the one whose fingerprint the file carries."""
+        """Read what `save` wrote. Raises ValueError if it is not a plan, or its fingerprint does not match."""
         with open(path, "rb") as opened:
             if not zipfile.is_zipfile(opened):
                 raise ValueError(f"{os.fspath(path)} is not a packing plan: it is no npz file")
@@ -185,7 +185,7 @@ def pack_segments(
     With `num_packs`, the plan has exactly this many packs: the packs with the most documents are split in two. This
     keeps plans of other seeds as long as the first one.
 
-    Raises ValueError for a seed that is no integer of at least 0, or a `num_packs` that is impossible.
+    Raises ValueError for a seed that is not an integer of at least 0, or an impossible `num_packs`.
     """
     if seed is not None and (not isinstance(seed, (int, np.integer)) or seed < 0):
         raise ValueError(f"seed={seed!r}: give None or an integer of at least 0")
@@ -221,7 +221,7 @@ def _split_packs(offsets: NDArray[np.int64], num_packs: int) -> NDArray[np.int64
     num_missing = num_packs - len(counts)
     largest = np.argsort(-counts, kind="stable")[: max(num_missing, 0)]
     if num_missing < 0 or len(largest) < num_missing or (counts[largest] < 2).any():
-        raise ValueError(f"num_packs={num_packs}: the plan has {len(counts)} packs, and cannot have so many")
+        raise ValueError(f"num_packs={num_packs}: the plan has {len(counts)} packs and cannot have this many")
     return np.sort(np.concatenate((offsets, offsets[largest] + counts[largest] // 2)))
 
 
@@ -285,7 +285,7 @@ def _mixed(
     begins = np.flatnonzero(np.diff(runs, prepend=-1))
     packs = np.repeat(np.arange(len(begins), dtype=np.int32), np.diff(begins, append=len(runs)))
     fits = ends - befores[begins][packs] <= max_length
-    del ends, befores  # 160 MB of 10 million
+    del ends, befores  # 160 MB for 10 million segments
     for share in (1.0, 0.9, 0.7, 0.5):
         begun = fits & (runs < int(share * lower_bound))
         rest = np.ones(len(sizes), bool)
@@ -370,7 +370,7 @@ def _exact_fill(distinct: IntArray, counts: IntArray, max_length: int) -> list[t
     distinct sizes.
     """
     sizes, left = distinct[::-1].astype(np.int64), counts[::-1].copy()  # ascending, as searchsorted wants it
-    alive = np.arange(len(sizes))  # the sizes of which something is left
+    alive = np.arange(len(sizes))  # the sizes with segments left
     patterns = []
     while len(alive):
         sizes_left = sizes[alive]
@@ -380,7 +380,7 @@ def _exact_fill(distinct: IntArray, counts: IntArray, max_length: int) -> list[t
         while at >= 0:
             pattern = [*pattern, int(alive[at])]
             space -= int(sizes_left[at])
-            if space <= 2 * sizes_left[-1]:  # more than a pair could fill
+            if space <= 2 * sizes_left[-1]:  # otherwise a pair cannot fill it
                 pair, filled = _best_pair(sizes_left, space)
                 candidates.append((space - filled, [*pattern, *alive[pair].tolist()]))
             at = min(at, int(np.searchsorted(sizes_left, space, side="right")) - 1)

@@ -58,13 +58,13 @@ class PackingReport:
     cost_imbalance_shuffled: float | None
 
     def as_dict(self) -> dict[str, str | int | float | None]:
-        """Field names and plain Python values, those of the account among them."""
+        """Field names and plain Python values, with the fields of the account."""
         values = asdict(self)
         tokens = {"tokens_kept": self.account.tokens_kept, "tokens_lost": self.account.tokens_lost}
         return values.pop("account") | tokens | values
 
     def rows(self) -> list[tuple[str, str]]:
-        """Labels and texts for a two-column table. A count of 0 is left out unless it says something."""
+        """Labels and texts for a two-column table. Most counts of 0 are left out."""
         account = self.account
         rows = [("examples", f"{account.examples_in:,}")]
         if account.examples_packed != account.examples_in:

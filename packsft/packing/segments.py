@@ -100,8 +100,8 @@ def resolve_overlong(strategy: str, overlong: str | None) -> str:
     splits = strategy in STRATEGIES and STRATEGIES[strategy].splits
     if splits and overlong not in (None, "split"):
         raise ValueError(
-            f"overlong={overlong!r} contradicts the strategy {strategy!r}, which splits what is longer than "
-            "max_length: leave overlong unset, or take the strategy 'bfd'"
+            f"overlong={overlong!r} contradicts the strategy {strategy!r}, which splits longer examples: "
+            "leave overlong unset, or choose the strategy 'bfd'"
         )
     return overlong or ("split" if splits else "truncate")
 
@@ -125,9 +125,9 @@ def cut_examples(
 
     "wrapped" lays all examples end to end and cuts every `max_length` tokens. Examples of length 0 give no segment.
 
-    Raises ValueError that names the row or the argument: a length that is negative or no integer; lengths that are not
-    1-D; a `max_length` that is None or below 1; an unknown strategy; an `overlong` that is unknown or contradicts the
-    strategy; an overlong example with `overlong="error"`.
+    Raises ValueError that names the row or the argument: a length that is negative or not an integer; lengths that are
+    not 1-D; a `max_length` that is None or below 1; an unknown strategy; an unknown `overlong`, or one that contradicts
+    the strategy; an overlong example with `overlong="error"`.
     """
     max_length = _checked_max_length(max_length)
     end_to_end = strategy_named(strategy).end_to_end

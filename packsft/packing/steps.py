@@ -1,9 +1,8 @@
-"""Exact-step packing: lays the examples of one optimizer step into passes, equally many and balanced on all ranks.
+"""Exact-step packing: packs the examples of one optimizer step into passes, equally many and balanced on all ranks.
 
-An unpacked run decides which examples a step takes. Exactly these are laid into the fewest passes of at most
-`tokens_per_pass` tokens. (A pass is a micro-batch: one forward and backward of the model.) The size of a pass changes
-speed and memory only; the step, the schedule and the loss curve are those of the unpacked run. This file knows lengths
-only and gives the same answer in every process.
+A step takes the same examples as in an unpacked run. They go into the fewest passes of at most `tokens_per_pass`
+tokens. The size of a pass changes only speed and memory; the step, the schedule and the loss curve are those of the
+unpacked run. This file knows lengths only and gives the same result in every process.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ def plan_step(
 
     Args:
         lengths: tokens of each document of the step, `[D]` integers of at least 1.
-        tokens_per_pass: the most tokens in a pass; with `padded`, its number of documents times the longest of them.
+        tokens_per_pass: the most tokens in a pass; with `padded`, its documents times the longest of them.
         num_ranks: how many ranks share the step.
         padded: passes are rows padded to the longest document, so documents of similar length go together.
 
     Raises:
-        ValueError: `tokens_per_pass` or `num_ranks` below 1, or a length that is no integer of at least 0.
+        ValueError: `tokens_per_pass` or `num_ranks` is below 1, or a length is not an integer of at least 0.
     """
     for name, value in (("tokens_per_pass", tokens_per_pass), ("num_ranks", num_ranks)):
         if value < 1:
@@ -77,10 +76,10 @@ def _rows_of_similar_length(lengths: NDArray[np.int64], order: NDArray[np.int64]
 
 
 def _balanced(lengths: NDArray[np.int64], sizes: NDArray[np.int64], tokens_per_pass: int, num_passes: int) -> Passes:
-    """Exactly `num_passes` passes of equal cost, or none if there is no room for that.
+    """Exactly `num_passes` passes of equal cost, or none if there is not enough room.
 
     By decreasing length, each document goes to the least loaded pass; the load is the larger of the pass's shares of
-    tokens and of attention cost. If a document then finds no room, only the longest documents are spread this way, and
+    tokens and of attention cost. If a document finds no room, only the longest documents are spread this way, and
     the rest go by best fit: they are short and cost little attention.
     """
     order = np.argsort(-sizes, kind="stable").tolist()

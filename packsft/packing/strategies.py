@@ -1,4 +1,4 @@
-"""The packing strategies by name, and what each does with examples. Whoever asks about a strategy asks here."""
+"""The packing strategies by name, and what each does with examples."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 """Proves on the user's own model and data that packed training is the same training.
 
-The claim of isolation is exact (`model/isolation.py`). Each other claim compares two computations of the same numbers,
-in the dtype of the training, and measures the difference beside an allowed one:
+The claim of isolation is exact (`model/isolation.py`). Every other claim computes the same numbers in two ways, in the
+dtype of the training, and compares the difference with an allowed one:
 
-- *alone*: each document through the model by itself; the loss by its definition, from the model's own logits
+- *alone*: each document by itself; the loss by its definition, from the model's own logits
 - *rounded*: the same documents as one right-padded batch in which embeddings, each layer's hidden states and the logits
-  are rounded differently: the difference from *alone* is the model's numerical noise
+  are rounded differently. Its difference from *alone* is the model's numerical noise
 - *packed*: the batches of the training; the loss by its definition, from the model's own logits
-- *trained*: the batches of the training through the head that is trained: in one micro-batch, in two, one per document
+- *trained*: the batches of the training through the head of the training, in one pass, in two, and one per document
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from packsft.proof.invariance import rounds_to_float32
 
 Numbers = dict[str, Tensor]  # the loss and the gradient of every parameter, by name
 
-LOSS = "the loss"  # its name among the numbers
+LOSS = "the loss"  # its key in `Numbers`
 # The allowed difference of a tensor: twice its numerical noise, plus this many roundings. Sums of half-precision
 # products are kept in float32 and rounded once; sums in float32 and float64 round as they grow.
 NOISE = 2
 ROUNDINGS = {torch.float64: 8, torch.float32: 8, torch.bfloat16: 2, torch.float16: 2}
-ROUNDED_AWAY = 100  # a gradient this many times smaller than the largest may be its rounding
+ROUNDED_AWAY = 100  # a gradient this many times smaller than the largest may be rounding
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class PackingCheck:
-    """The claims, and the facts of the run by name: how the model is trained, what was checked on."""
+    """The claims, and the facts of the run by name: how the model is trained, and on which documents it was checked."""
 
     claims: tuple[Claim, ...]
     facts: dict[str, str]
@@ -98,16 +98,16 @@ def check_packing(
     collator: PackingCollator,
     to_device: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> PackingCheck:
-    """Measure every claim on a prepared model; for a model that packs, the isolation check runs again.
+    """Measure every claim on a prepared model. For a model that packs, the isolation check runs again.
 
-    Parameters, gradients, modes and random state do not change. Takes the memory of three sets of gradients of all
-    trained parameters, in float32 at least.
+    Parameters, gradients, modes and random state do not change. Needs memory for three sets of gradients of all trained
+    parameters, at least in float32.
 
     Args:
-        model: as it is trained: the prepared model, or a PEFT model around it.
+        model: the prepared model, or a PEFT model around it.
         documents: at least one has a token to score.
-        collator: of the training.
-        to_device: brings a batch to the device.
+        collator: the collator of the training.
+        to_device: moves a batch to the device.
 
     Raises:
         ValueError: no document has a token to score.
@@ -126,7 +126,7 @@ def _measure(ways: Comparison, isolation: IsolationVerdict) -> tuple[Claim, ...]
         logits = _compare("hidden states and logits are those of the documents alone", *ways.logits(), rounding)
         alone, rounded = ways.alone(), ways.rounded()
         noise = {name: _norm(rounded[name] - alone[name]) for name in alone}
-        del rounded  # each of these is as large as the trained parameters
+        del rounded  # as large as the trained parameters
         trained = ways.trained([ways.documents])
         as_alone = _compare("loss and gradients are those of the documents alone", trained, alone, noise, rounding)
         del alone
@@ -144,7 +144,7 @@ def _measure(ways: Comparison, isolation: IsolationVerdict) -> tuple[Claim, ...]
 
 
 def random_documents(vocab_size: int, max_length: int) -> Pack:
-    """Documents of random tokens and unequal lengths, the longest `max_length`, but at most 128."""
+    """Documents of random tokens and unequal lengths, at most `max_length` and 128 tokens long."""
     generator = np.random.default_rng(0)
     documents = []
     for length in (9, 14, 11, 33, 2, 128):
@@ -156,13 +156,13 @@ def random_documents(vocab_size: int, max_length: int) -> Pack:
 
 
 def first_documents(items: Any, max_length: int | None, max_tokens: int = 256, max_documents: int = 8) -> Pack:
-    """The first documents of a training set, as many as have at most `max_tokens` tokens together.
+    """The first documents of a training set, with at most `max_tokens` tokens together.
 
-    From a document longer than half of `max_tokens` the end is taken, where its answer is.
+    Of a document longer than half of `max_tokens`, only the end is used: there the answer is.
 
     Args:
-        items: packs, or rows that the user made. A copy of a stream is read.
-        max_length: where documents are cut.
+        items: packs, or rows that the user made. A stream is copied before it is read.
+        max_length: documents are cut here.
     """
     found: Pack = []
     items = copy.deepcopy(items) if isinstance(items, torch.utils.data.IterableDataset) else items
@@ -177,9 +177,9 @@ def first_documents(items: Any, max_length: int | None, max_tokens: int = 256, m
 
 
 class Comparison:
-    """Computes the numbers of an optimizer step over all documents in the ways that the claims compare.
+    """Computes the loss and gradients of one optimizer step over all documents, in the ways that the claims compare.
 
-    The arguments are those of `check_packing`.
+    Arguments: see `check_packing`.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class Comparison:
 
     @torch.no_grad()
     def logits(self) -> tuple[Numbers, Numbers, dict[str, float]]:
-        """Hidden states of each layer and the logits, by name, documents end to end: packed, alone, and their noise."""
+        """Hidden states of each layer and logits by name, documents end to end: (packed, alone, noise)."""
         each = [self._hidden([document], input_ids=_ids(document)) for document in self.documents]
         alone = {name: torch.cat([hidden[name] for hidden in each]) for name in each[0]}
         with self._rounded_otherwise():
@@ -239,7 +239,7 @@ class Comparison:
         return self.model(use_cache=False, **inputs).logits
 
     def _padded(self) -> dict[str, Tensor]:
-        """Documents one below the other, as the usual collators lay them out."""
+        """One right-padded row per document, as the usual collators make them."""
         lengths = torch.tensor([len(document) for document in self.documents])
         ids = [_ids(document)[0] for document in self.documents]
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
@@ -247,9 +247,9 @@ class Comparison:
 
     @contextmanager
     def _rounded_otherwise(self) -> Iterator[None]:
-        """Perturbs embeddings and hidden states of each layer by up to `rounding`, and the head's sums by roundings of
-        their terms, which may be far larger (outlier features cancel in a softmax)."""
-        generators: dict[torch.device, torch.Generator] = {}  # a model may lie on several devices
+        """Perturbs embeddings and each layer's hidden states by up to `rounding`, and the head's sums by roundings of
+        their terms. The terms may be far larger than the sums (outlier features cancel in a softmax)."""
+        generators: dict[torch.device, torch.Generator] = {}  # a model may use several devices
 
         def off(like: Tensor) -> Tensor:
             if like.device not in generators:
@@ -321,13 +321,13 @@ class Comparison:
             logits_TV = _end_to_end(self._own_logits(**inputs), documents)
         scored = loss_inputs(self._to_device(replace(self._collator, padded=False)([documents])))
         return reference.cross_entropy(
-            logits_TV.double(),  # otherwise the rounding of this loss counts as the head's
+            logits_TV.double(),  # otherwise the rounding of this loss would count as the head's
             rows=scored["loss_rows"], targets=scored["loss_targets"], weights=scored.get("loss_weights"),
             options=self._prepared.options, num_items=self._num_items,
         ).loss  # fmt: skip
 
     def _add(self, losses: Iterable[Tensor]) -> Numbers:
-        """Loss and gradients, summed; the graph of one loss is freed before the next is built."""
+        """The sum of the losses, and of their gradients. Each graph is freed before the next is built."""
         total: Numbers = {}
         for loss in losses:
             gradients = torch.autograd.grad(loss, list(self._parameters.values()), allow_unused=True)
@@ -358,9 +358,9 @@ def _norm(tensor: Tensor) -> float:
 
 
 def _compare(claim: str, found: Numbers, truth: Numbers, noise: Mapping[str, float], rounding: float) -> Claim:
-    """Compares every tensor of `found` with `truth`; the claim names the first that is too far off, or the worst."""
+    """Compares every tensor of `found` with `truth`. The claim names the first that differs too much, or the worst."""
     sizes = {name: _norm(exact) for name, exact in truth.items()}
-    # a gradient that is zero except for rounding (a key's bias changes no softmax) has the rounding of its terms
+    # a gradient may be zero except for the rounding of its terms: a key's bias changes no softmax
     largest = max((size for name, size in sizes.items() if name != LOSS), default=0.0)
     worst = (-1.0, Claim(claim, True, 0.0, 0.0))
     for name, exact in truth.items():

@@ -1,11 +1,10 @@
-"""Batch invariance: however a step is split into micro-batches and processes, training gives the same weights.
+"""Batch invariance: training gives the same weights, however a step is split into micro-batches and processes.
 
-The same steps are trained in every layout, in float64 on the CPU. The weights are compared with those of the first
-layout.
+Trains the same steps in every layout, in float64 on the CPU, and compares the weights with those of the first layout.
 
 Only weights that moved are compared. Where a gradient is zero except for rounding (the bias of a key changes no
 softmax), AdamW follows the rounding, by far less than a millionth of its learning rate per step. Weights that stay
-within that in both runs are left out.
+within this limit in both runs are ignored.
 
 This file knows no trainer: `certify` starts processes that run `python -m WORKER FOLDER`, and the worker calls
 `train_layouts` with the trainer.
@@ -40,15 +39,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-EXACT, ROUNDING = 1e-12, 1e-9  # in float64, and for a model that itself rounds to float32
-LEARNING_RATE = 1e-4  # AdamW turns the rounding of a gradient near zero into a share of it
+EXACT, ROUNDING = 1e-12, 1e-9  # allowed: in float64; for a model that itself rounds to float32
+LEARNING_RATE = 1e-4  # for a gradient near zero, AdamW turns rounding into a part of this
 _MOVED = 1e-6 * LEARNING_RATE
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a step is split: `accumulation` micro-batches on each of `processes`, packed into passes of at most
-    `tokens_per_pass` tokens (None: unpacked, one pass for each micro-batch)."""
+    """How a step is split: gradient accumulation, processes, and passes of at most `tokens_per_pass` tokens (None: not
+    packed, one pass per accumulation step)."""
 
     tokens_per_pass: int | None
     accumulation: int
@@ -85,10 +84,10 @@ class InvarianceResult:
 
     @property
     def agrees(self) -> bool:
-        return self.difference <= self.allowed and self.loss_difference <= self.allowed  # False for what is no number
+        return self.difference <= self.allowed and self.loss_difference <= self.allowed  # False for NaN
 
     def row(self) -> tuple[str, ...]:
-        """Texts of a table's line."""
+        """The texts of a table row."""
         sizes = tuple("unpacked" if value is None else f"{value:,}" for value in asdict(self.layout).values())
         return (self.model, *sizes, f"{self.passes:.1f}", f"{self.difference:.1e}", f"{self.allowed:.0e}")
 
@@ -98,7 +97,7 @@ class InvarianceResult:
 
 
 def certify_by_name(model: str | None, num_steps: int, worker: str) -> list[InvarianceResult]:
-    """`certify` for a model by folder or name, its dropout off, on random tokens; or for the two small ones."""
+    """`certify` on random tokens, for a model by folder or name (dropout off); None for the two small models."""
     if model is None:
         models = small_models()
     else:
@@ -117,7 +116,7 @@ def certify_by_name(model: str | None, num_steps: int, worker: str) -> list[Inva
 
 
 def _without_dropout(config: Any) -> None:
-    """Its draws depend on the shape of a pass: the same training, but other numbers."""
+    """Turns dropout off: its random numbers depend on the shape of a pass."""
     for name, value in config.to_dict().items():
         if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
             setattr(config, name, 0.0)
@@ -138,15 +137,15 @@ def certify(
     """Train the same steps in every layout, and compare each with the first.
 
     Args:
+        model: a causal language model, trained in float64. Dropout must be off.
+        rows: a data set for `PackedSFTTrainer`.
+        name: the model's name in the results.
         worker: the module that trains a job: `python -m WORKER FOLDER` must call `train_layouts`.
-        model: a causal language model; a float64 copy of it is trained. Dropout would differ and has to be off.
-        rows: what `PackedSFTTrainer` takes.
-        name: of the model, in the results.
         examples_per_step: over all processes and micro-batches; a multiple of accumulation * processes.
 
     Raises:
-        ValueError: an `examples_per_step` that a layout cannot divide.
-        RuntimeError: a process that failed, with the end of what it printed.
+        ValueError: a layout does not divide `examples_per_step`.
+        RuntimeError: a process failed; the message holds the end of its stderr.
     """
     for layout in layouts:
         if examples_per_step % (layout.accumulation * layout.processes):
@@ -181,7 +180,7 @@ def certify(
 
 
 def small_models() -> dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
-    """Two layers of GPT-2, exact in float64, and of Llama, whose RMSNorm rounds; random weights, 512 positions."""
+    """A GPT-2, exact in float64, and a Llama, whose RMSNorm rounds: two layers, random weights, 512 positions."""
     tokenizer = number_tokenizer(256)
     no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     ids = {"vocab_size": 256, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -200,14 +199,14 @@ def small_models() -> dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 
 def number_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:
-    """For rows of token ids: every number is its own token, but for 0, the end."""
+    """A tokenizer for rows of token ids: each number is its own token; 0 is EOS."""
     vocabulary = {"<eos>": 0} | {str(i): i for i in range(1, vocab_size)}
     model = WordLevel(vocabulary, unk_token="<eos>")
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token="<eos>", pad_token="<eos>")
 
 
 def random_rows(count: int, max_length: int, vocab_size: int) -> Dataset:
-    """Tokens at random, the first third of each row a prompt that is not scored; lengths log-normal, about 220."""
+    """Random tokens; the first third of each row is an unscored prompt; lengths are log-normal, about 220."""
     generator = np.random.default_rng(0)
     rows = []
     for length in np.clip(generator.lognormal(5.2, 0.8, count), 8, max_length).astype(int):
@@ -240,13 +239,13 @@ def _difference(
     off = {}
     for name, other in reference.items():
         stayed = torch.maximum((weights[name] - start[name]).abs(), (other - start[name]).abs()) <= _MOVED
-        largest = other.abs().max().clamp(min=_MOVED)  # of a bias that began at zero and stayed there
+        largest = other.abs().max().clamp(min=_MOVED)  # a bias may start at zero and stay there
         off[name] = float(torch.where(stayed, 0.0, (weights[name] - other).abs()).max() / largest)
     return off
 
 
 def _launch(worker: str, folder: str, processes: int) -> list[dict[str, Any]]:
-    """One process as a child as well: a process group cannot be made in a process that has trained without one."""
+    """Even a single process is a child: a process that has trained without a process group cannot create one."""
     results = Path(folder, "runs.pt")
     results.unlink(missing_ok=True)
     ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
@@ -263,13 +262,13 @@ def _launch(worker: str, folder: str, processes: int) -> list[dict[str, Any]]:
         capture_output=True,
         text=True,
     )
-    if not results.exists():  # a process that aborts while gloo is taken down has done its work
+    if not results.exists():  # a process that aborts while gloo shuts down has finished its work
         raise RuntimeError(f"the run on {processes} processes failed:\n{done.stderr[-3000:]}")
     return torch.load(results)
 
 
 def train_layouts(folder: str, trainer_class: Any, config_class: Any) -> None:
-    """Train every layout of FOLDER/job.json; rank 0 writes the weights to `runs.pt`."""
+    """Train every layout of FOLDER/job.json; rank 0 writes the weights to FOLDER/runs.pt."""
 
     class Recording(trainer_class):
         def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -303,4 +302,4 @@ def train_layouts(folder: str, trainer_class: Any, config_class: Any) -> None:
         runs.append({"layout": layout, "weights": weights, "losses": losses, "passes": passes})
     if trainer.is_world_process_zero():
         torch.save(runs, f"{folder}/runs.pt")
-    PartialState().destroy_process_group()  # gloo's threads, still running at the end, now and then abort the process
+    PartialState().destroy_process_group()  # gloo's threads may abort the process at exit

@@ -1,1 +1,1 @@
-"""What happens within an optimizer step: its passes, the loss's denominator, metrics, memory."""
+"""Inside an optimizer step: passes, the loss's denominator, metrics, memory."""

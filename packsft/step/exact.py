@@ -1,8 +1,8 @@
-"""What transformers' trainer has to do differently where an item of its data loader is a whole optimizer step.
+"""What changes in transformers' trainer when an item of its data loader is a whole optimizer step.
 
 Its training loop counts micro-batches to know when a step is due, so their number cannot vary. Under exact-step
-packing the loop sees an accumulation of 1, and `training_step` walks the passes of the step. Everything else that
-looks at a batch (token counts, evaluation) then looks at its passes.
+packing, the loop sees a gradient accumulation of 1, and `training_step` runs the passes of the step. Everything else
+that reads a batch (token counts, evaluation) reads its passes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ExactSteps(Trainer):
 
     The trainer sets, before training:
         _passes: the walker, made by `_make_walker`.
-        _sums: metrics, of which `_sums["train"]` is undone where a step is taken again.
+        _sums: metrics; `_sums["train"]` is restored when a step runs again.
     """
 
     _passes: PassWalker
@@ -112,7 +112,7 @@ class ExactSteps(Trainer):
 
 
 class _SavesConfiguredArguments(TrainerCallback):
-    """Checkpoints keep the user's batch size and accumulation, not those of the loop."""
+    """Writes the user's batch size and accumulation into checkpoints, not the loop's."""
 
     def __init__(self, configured: dict[str, int]) -> None:
         self._configured = configured

@@ -1,6 +1,6 @@
-"""How many tokens fit into a device's memory: a line through the peaks of a forward and backward at two sizes.
+"""How many tokens fit into a device's memory: fits a line to the peaks of a forward and backward at two sizes.
 
-Knows devices and bytes; what is run is the caller's.
+Knows devices and bytes; the caller gives the function to run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import release_memory
 
-SHARE = 0.9  # of what is free: the allocator's fragments, and documents that lie worse than the measured ones
+SHARE = 0.9  # of the free memory; the rest is for fragmentation, and documents that need more than the measured ones
 
 
 def can_measure(device: torch.device) -> bool:
@@ -23,11 +23,11 @@ def fit_tokens(run: Callable[[int], None], small: int, large: int, device: torch
     """The most tokens `run` can take at once on the device, by `peak = fixed + slope * tokens`.
 
     Args:
-        run: a forward and backward of so many tokens; what it leaves allocated (gradients) counts as there already.
-        small: tokens of the first size; run twice, so that gradients and workspaces are there.
-        large: tokens of the second size. Where either runs out of memory, the answer is `small`.
-        device: where it runs: CUDA, or the CPU under Linux.
-        to_come: bytes that will be allocated later: the state of the optimizer.
+        run: a forward and backward of this many tokens. What it leaves allocated (gradients) counts as already there.
+        small: tokens of the first size. It runs twice: the first time allocates gradients and workspaces.
+        large: tokens of the second size. If either size runs out of memory, the result is `small`.
+        device: CUDA, or the CPU under Linux.
+        to_come: bytes allocated later, for the optimizer state.
     """
     peaks = []
     for tokens in (small, small, large):
@@ -36,7 +36,7 @@ def fit_tokens(run: Callable[[int], None], small: int, large: int, device: torch
             peaks.append(_peak_above_start(run, tokens, device))
         except torch.OutOfMemoryError:
             return small
-    del peaks[0]  # it made the gradients
+    del peaks[0]  # it allocated the gradients
     slope = max((peaks[1] - peaks[0]) / (large - small), 1.0)
     fixed = max(peaks[0] - slope * small, 0.0)
     room = SHARE * _free(device) - to_come - fixed
@@ -49,8 +49,8 @@ def _peak_above_start(run: Callable[[int], None], tokens: int, device: torch.dev
         start = torch.cuda.memory_allocated(device)
         run(tokens)
         return torch.cuda.max_memory_allocated(device) - start
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed and kept would be taken again, and not be seen
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident set is now what is resident
+    ctypes.CDLL(None).malloc_trim(0)  # memory freed but kept would be reused, and the peak would not show it
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
     start = _status("VmRSS")
     run(tokens)
     return _status("VmHWM") - start
@@ -72,6 +72,6 @@ def _free(device: torch.device) -> int:
 
 
 def _status(name: str) -> int:
-    """A line of /proc/self/status in bytes."""
+    """A value of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

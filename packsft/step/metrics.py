@@ -41,7 +41,7 @@ class MetricSums:
             self._started = time.perf_counter()
 
     def skip(self, seconds: float) -> None:
-        """Leave the time of an evaluation out."""
+        """Exclude this time from the clock."""
         if self._started is not None:
             self._started += seconds
 
@@ -51,7 +51,7 @@ class MetricSums:
         return int(accelerator.reduce(tokens, reduction="sum"))
 
     def copy(self) -> MetricSums:
-        """The sums as they are now, to restore when a step is taken again."""
+        """The current sums, to restore when a step runs again."""
         kept = copy.copy(self)
         kept._device_sums = dict(self._device_sums)
         return kept
@@ -65,8 +65,8 @@ class MetricSums:
             output: what the head returned.
             scored: N, its scored tokens, known on the host.
             tokens: its tokens, known on the host.
-            items: what `mean_loss` was divided by: N, or the sum of the weights.
-            mean_loss: its mean loss, if the losses are to be averaged (evaluation).
+            items: the denominator of `mean_loss`: N, or the sum of the weights.
+            mean_loss: its mean loss, if losses are averaged (evaluation).
         """
         self._micro_batches += 1
         self._scored += scored
@@ -133,7 +133,7 @@ class DeviceMetrics(Trainer):
     def evaluation_loop(
         self, dataloader: Any, description: str, *positional: Any, metric_key_prefix: str = "eval", **named: Any
     ) -> EvalLoopOutput:
-        """Adds to the parent: the loss is the mean over scored tokens, so it is the same number packed or not."""
+        """Adds to the parent: the loss is the mean over scored tokens, and so the same packed or not."""
         started = time.perf_counter()
         output = super().evaluation_loop(
             dataloader, description, *positional, metric_key_prefix=metric_key_prefix, **named
@@ -143,7 +143,7 @@ class DeviceMetrics(Trainer):
         if totals:
             aux_loss = self.router_aux_loss_coef * totals.get("aux_loss", 0.0) if self.aux_loss_enabled else 0.0
             output.metrics[f"{metric_key_prefix}_loss"] = totals["loss"] + aux_loss
-            # TRL's keys start with "eval_" whichever of several evaluation sets they are of
+            # TRL's keys start with "eval_" for each of several evaluation sets
             prefix = "eval" if metric_key_prefix.startswith("eval") else metric_key_prefix
             for name in ("entropy", "mean_token_accuracy", "aux_loss"):
                 if name in totals:
@@ -155,7 +155,7 @@ class DeviceMetrics(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds to the parent: TRL's training metrics, read from the device here and nowhere else.
 
-        Only to the loop's own logs, where all ranks come together: a callback may log on one rank.
+        Only in the loop's own logs, which all ranks reach: a callback may log on a single rank.
         """
         if "loss" in logs or "train_loss" in logs:
             self._restart_losses()

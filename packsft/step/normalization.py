@@ -19,11 +19,11 @@ from packsft.data.ranks import Ranks
 def items_in_step(
     batches: Sequence[Mapping[str, Any]], accelerator: Any, *, across_ranks: bool
 ) -> int | float | Tensor:
-    """The scored tokens of an optimizer step, or the sum of their weights. Without any, 1: the loss is zero.
+    """The scored tokens of an optimizer step, or the sum of their weights; 1 if there are none: the loss is zero.
 
     Args:
-        batches: what this rank's data loader gave for the step: its micro-batches, or one exact step, which already
-            knows the number over all ranks.
+        batches: the step's items from this rank's data loader: its micro-batches, or one exact step, which already
+            knows the sum over all ranks.
         accelerator: accelerate's; sums over its processes.
         across_ranks: whether to sum over ranks (transformers' `average_tokens_across_devices`).
 

@@ -1,7 +1,7 @@
-"""The passes of an exact step: how many tokens go through the model at once, and what to do where they are too many.
+"""The passes of an exact step: how many tokens go through the model at once, and what to do when memory runs out.
 
-That number is a matter of speed and memory alone, so it may change in the middle of a run. Knows steps and memory; what
-a forward and backward is, is the trainer's.
+The number of tokens affects only speed and memory, so it may change during a run. Knows steps and memory; the trainer
+runs the forward and backward.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from packsft.step.memory import fit_tokens
 logger = logging.getLogger("packsft")
 
 
-MEASURED_TOKENS = 1024  # of the smaller of two passes: below, the head's chunks and kernels' workspaces bend the line
+MEASURED_TOKENS = 1024  # in the smaller pass: below, the head's chunks and the kernels' workspaces bend the line
 
 
 class Steps(Protocol):
-    """What plans steps: `StepDataset`, or `StepStream`."""
+    """Plans steps: `StepDataset` or `StepStream`."""
 
     tokens_per_pass: int
 
@@ -38,20 +38,20 @@ class Steps(Protocol):
 
 
 class PassWalker:
-    """Walks the passes of optimizer steps, of at most `tokens_per_pass` tokens each.
+    """Runs the passes of optimizer steps, of at most `tokens_per_pass` tokens each.
 
     Args:
         tokens_per_pass: an integer, or "auto" for the most that fit, measured before the first pass.
-        max_length: takes the place of "auto" until then.
+        max_length: used in place of "auto" until then.
         accelerator: accelerate's.
-        run: forward and backward of a model on a batch, `run(model, batch, num_items, last)`, which gives the loss.
-            With the last pass of a step the gradients are summed over ranks.
-        collate: rows, or the rows of a step, to what `run` and `walk` take, on the device.
-        undo: brings back the metrics of before the passes that `run` took since `begin`.
-        begin: is told the number of passes of a step before its first.
+        run: `run(model, batch, num_items, last)` runs forward and backward on a batch and returns the loss. In the
+            last pass of a step, gradients are summed over ranks.
+        collate: turns rows, or the rows of a step, into what `run` and `walk` take, on the device.
+        begin: called with the number of passes before the first pass of a step.
+        undo: restores the metrics to their state at `begin`.
 
     Attributes:
-        steps: the training set whose loader plans the steps; it plans with `tokens_per_pass`.
+        steps: the training set whose loader plans the steps, with `tokens_per_pass`.
     """
 
     def __init__(
@@ -82,19 +82,20 @@ class PassWalker:
             self.steps.tokens_per_pass = tokens
 
     def walk(self, model: nn.Module, step: dict[str, Any], num_items: Any) -> Tensor:
-        """The loss of a step, its gradients left in the parameters.
+        """Run a step. Returns its loss and leaves its gradients in the parameters.
 
-        A step that runs out of memory is taken again, with half as many tokens in a pass: the same step.
+        If memory runs out, the same step runs again with half as many tokens per pass.
 
         Raises:
-            torch.OutOfMemoryError: with one document in a pass already, or on several ranks, which cannot wait.
+            torch.OutOfMemoryError: each pass holds a single document already, or there are several ranks, which cannot
+                wait for each other.
         """
         assert self.steps is not None
         if self._fits:
             self._fits = False
             self.tokens_per_pass = self._measured(model, self.steps)
         while True:
-            if step["tokens_per_pass"] != self.tokens_per_pass:  # the loader has planned ahead, with another bound
+            if step["tokens_per_pass"] != self.tokens_per_pass:  # planned ahead, with another limit
                 step = self._collate([self.steps.step(step["examples"])])
             passes = step["passes"]
             self._begin(len(passes))
@@ -105,7 +106,7 @@ class PassWalker:
                 if not is_out_of_memory(error):
                     raise
                 smaller = self._smaller(passes, error)
-            # only here, where the exception no longer keeps the pass's activations alive
+            # here, outside the except block, the exception no longer keeps the activations alive
             self._undo()
             model.zero_grad()
             release_memory()
@@ -116,10 +117,10 @@ class PassWalker:
         divisible = [batch["input_ids"].numel() for batch in passes if batch["num_documents"] > 1]
         most = max(divisible, default=0)
         smaller = max(1, most // 2)
-        if not divisible or smaller >= self.tokens_per_pass:  # of one document and its padding, none is smaller
+        if not divisible or smaller >= self.tokens_per_pass:  # one document and its padding
             most = max(batch["input_ids"].numel() for batch in passes)
             raise torch.OutOfMemoryError(
-                f"a document of {most:,} tokens is too much for the device's memory even alone: set "
+                f"a document of {most:,} tokens is too much for the device's memory, even alone: set "
                 f"gradient_checkpointing=True or a smaller max_length ({error})"
             ) from None
         if self._accelerator.num_processes > 1:
@@ -128,13 +129,13 @@ class PassWalker:
                 f"the other ranks cannot wait for it: set tokens_per_pass={smaller} ({error})"
             ) from None
         logger.warning(
-            "out of memory in a pass of %d tokens: the step is taken again, and training goes on, with at most %d in a "
-            "pass; the training is the same", most, smaller,
+            "out of memory in a pass of %d tokens: the step runs again, and training continues, with at most %d tokens "
+            "per pass; the training does not change", most, smaller,
         )  # fmt: skip
         return smaller
 
     def _measured(self, model: nn.Module, steps: Steps) -> int:
-        """The most tokens that fit on every rank, by a forward and backward at two sizes; no more than a step has."""
+        """The most tokens that fit on every rank, measured at two sizes; at most the tokens of a step."""
         longest, largest_step = steps.longest(), steps.most_tokens_per_rank()
         small = max(longest, min(MEASURED_TOKENS, largest_step // 2))
         if largest_step <= small:
@@ -149,7 +150,7 @@ class PassWalker:
         moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         self._begin(1)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            fitting = fit_tokens(run, small, min(2 * small, largest_step), device, to_come=moments)  # those of AdamW
+            fitting = fit_tokens(run, small, min(2 * small, largest_step), device, to_come=moments)  # of AdamW
         self._undo()
         model.zero_grad()
         tokens = torch.tensor([min(fitting, largest_step)], device=device)

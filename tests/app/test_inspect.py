@@ -193,8 +193,8 @@ BAD_FILES = {
     "a short mask": ("rows.jsonl", '{"input_ids": [3, 4], "assistant_masks": [1]}\n', "row 0: assistant_masks and"),
     "nothing scored": ("rows.jsonl", '{"input_ids": [3]}\n', "no example of the train data set has a token to score"),
     "no parquet": ("rows.parquet", "garbage", "cannot be read"),
-    "another kind of file": ("rows.txt", "hello", "is of no known kind, expected .jsonl"),
-    "text without a model": ("rows.jsonl", '{"text": "a"}\n', "give the model whose tokenizer to take with --model"),
+    "another kind of file": ("rows.txt", "hello", "has an unknown file type, expected .jsonl"),
+    "text without a model": ("rows.jsonl", '{"text": "a"}\n', "needs a tokenizer: name its model with --model"),
 }
 
 
@@ -217,7 +217,7 @@ def test_bad_file_is_one_line_and_code_2_and_no_picture(case, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--split", "validation"], "no split 'validation', but train: choose one with --split"),
+        (["--split", "validation"], "no split 'validation', only train: choose one with --split"),
         (["--plot", "/nowhere/plan.png"], "there is no folder /nowhere"),
         (["--epochs", "0"], "num_train_epochs=0.0: must be above 0"),
     ],
@@ -229,7 +229,7 @@ def test_bad_option_is_named(arguments, message, tmp_path, capsys):
 
 def test_missing_file_and_unreachable_data_set_are_named(tmp_path, capsys):
     fails_with([str(tmp_path / "rows.jsonl")], "no such file or folder", capsys)
-    fails_with(["nobody/nothing"], "nobody/nothing is no file or folder here, and no data set", capsys)
+    fails_with(["nobody/nothing"], "nobody/nothing is neither a local file or folder nor a data set", capsys)
 
 
 def test_tokenizer_must_have_what_the_rows_need(tmp_path, capsys):

@@ -244,10 +244,10 @@ def test_the_command_takes_data_and_an_adapter(folders, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "say what to check: --model, or --batch-invariance"),
+        ([], "set --model or --batch-invariance"),
         (["--geometry", "--dtype", "float64"], "--dtype has no meaning with --batch-invariance"),
         (["--model", "mixtral", "--dtype", "float64"], "does not run by itself in float64"),
-        (["--model", "stablelm", "--data", "text.jsonl"], "its tokenizer, which text needs"),
+        (["--model", "stablelm", "--data", "text.jsonl"], "could not load the tokenizer of"),
         (["--model", "llama", "--attn", "flash_attn_2"], "cannot run this attention"),
     ],
 )

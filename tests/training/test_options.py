@@ -465,7 +465,7 @@ def test_examples_grouped_by_length_make_the_steps_of_trl(family, tmp_path):
 
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
 def test_packs_are_not_grouped_by_length(strategy, tmp_path):
-    with pytest.raises(ValueError, match=f"'group_by_length' brings .* packing_strategy='{strategy}' it would see"):
+    with pytest.raises(ValueError, match=f"'group_by_length' groups .* packing_strategy='{strategy}' it would see"):
         trainer(tmp_path, packing_strategy=strategy, train_sampling_strategy="group_by_length")
 
 
