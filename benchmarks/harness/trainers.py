@@ -1,4 +1,4 @@
-"""Every trainer that is compared, ready for `train()` with the same settings. Knows TRL; knows no clock."""
+"""Builds every trainer that is compared, with the same settings. Knows TRL; knows no clock."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from measure import training_dtype
+from harness.measure import training_dtype
 
 OURS = "packsft"
 EXACT = "packsft, exact steps"

@@ -1,4 +1,4 @@
-"""Every competitor of the kernels under one signature, so that a benchmark is a loop over names.
+"""Wraps every competitor of the kernels in one signature, so that a benchmark is a loop over names.
 
 - Heads: `(hidden_TM, weight_VM, labels_T) -> loss`, the mean over the scored tokens, differentiable in both tensors.
   `labels_T[t]` is what position t predicts, -100 where nothing is scored.
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import device
+from harness.measure import device
 from torch import Tensor
 
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
