@@ -32,9 +32,9 @@ HEADLINES: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
         for what in ("loss", "gradient norm") for error in [f"error of a step's {what} against float32"]
     ),
     ("the LM head, forward and backward", "head",
-     ("full logits", "TRL ChunkedLogProbFunction", "packsft", "three bare GEMMs")),
+     (None, "TRL ChunkedLogProbFunction", "packsft", "three bare GEMMs")),
     ("its extra memory", "head",
-     ("extra memory, full logits", "extra memory, TRL ChunkedLogProbFunction", "extra memory, packsft", None)),
+     (None, "extra memory, TRL ChunkedLogProbFunction", "extra memory, packsft", None)),
     ("a training step (forward and backward)", "step",
      (None, None, "packsft, forward and backward of one pack", "bare GEMMs, * tokens, * scored")),
     ("planning 200,000 examples", "packing",

@@ -16,8 +16,8 @@ from unittest import mock
 import torch
 from harness.allocations import FakeAllocations
 from harness.measure import Figure, Settings, figure
-from packsft_kernels import launch
 from harness.peers import OURS, Head, heads
+from packsft_kernels import launch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 MODELS: dict[str, tuple[int, int, float | None]] = {  # model width, vocabulary, softcap of the logits

@@ -85,9 +85,7 @@ def loaders(quick: bool) -> Iterator[Figure]:
                 pass
             speeds[name] = num_tokens / (time.perf_counter() - start)
         ratio: dict[str, Any] = {"ratio": speeds[OURS] / speeds[name], "ratio_of": "speed of packsft / this"}
-        yield figure(
-            f"loader of {name}", speeds[name], "tokens/s", note="one process", **ratio if name != OURS else {}
-        )
+        yield figure(f"loader of {name}", speeds[name], "tokens/s", note="one process", **ratio if name != OURS else {})
 
 
 def log_normal_lengths(num_lengths: int, max_length: int) -> np.ndarray:

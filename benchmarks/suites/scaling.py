@@ -18,7 +18,6 @@ from harness.measure import Figure, Settings, device, extra_memory, figure, inte
 from harness.peers import BLOCK_MASK, OURS, losses, ours
 from harness.shapes import LLAMA_1B_ATTENTION, SMOLLM2_ATTENTION, HeadShape, packed_row, tiny_llama, tiny_tokenizer
 from harness.trainers import TRL_PACKED, build_trainer
-
 from suites import attention, cross_entropy, head
 from suites.step import training_step
 

@@ -478,15 +478,15 @@ def child(name: str, folder: str) -> float:
     """
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(io.StringIO()) as said:
-        with contextlib.redirect_stderr(said):
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=training_dtype())
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-            rows = tokenised(docstrings(64), tokenizer)
-            order = sorted(range(64), key=lambda i: -len(rows[i]["input_ids"]))
-            with COMPETITORS[name].contained(model):
-                trainer = build_trainer(name, model, tokenizer, rows.select(order[:16]), output, max_steps=2)
-                gc.collect()
-                reset_peak_rss()
-                trainer.train()
-            return peak_rss()
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), tempfile.TemporaryDirectory() as output:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=training_dtype())
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        rows = tokenised(docstrings(64), tokenizer)
+        order = sorted(range(64), key=lambda i: -len(rows[i]["input_ids"]))
+        with COMPETITORS[name].contained(model):
+            trainer = build_trainer(name, model, tokenizer, rows.select(order[:16]), output, max_steps=2)
+            gc.collect()
+            reset_peak_rss()
+            trainer.train()
+        return peak_rss()
