@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import gc
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -99,30 +100,31 @@ def figure(
 
 
 def asserted(*arguments: str) -> Iterator[Figure]:
-    """Run pytest, and make a figure of every test: those it recorded by `record_property("figure", ...)`, else its
-    verdict. The arguments of a recorded `figure` are JSON. A test that fails is a failure of parity."""
+    """Run pytest: the figures that tests recorded by `record_property("figure", ...)`, the arguments of `figure` as
+    JSON, and how many of each test's cases failed where none is recorded. A failure is one of parity."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={results}", *arguments]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if not results.exists():
-            raise RuntimeError(f"pytest {' '.join(arguments)}: {(done.stdout + done.stderr).strip()[-500:]}")
-        cases = list(ElementTree.parse(results).iter("testcase"))
+        cases = list(ElementTree.parse(results).iter("testcase")) if results.exists() else []
     if not cases:
-        raise RuntimeError(f"pytest {' '.join(arguments)}: no test was found")
-    for case in cases:
-        name = case.get("name", "").removeprefix("test_").replace("_", " ")
-        skipped = case.find("skipped")
-        failure = next((found for kind in ("failure", "error") if (found := case.find(kind)) is not None), None)
-        recorded = [each.get("value", "") for each in case.iter("property") if each.get("name") == "figure"]
-        yield from (figure(**json.loads(value)) for value in recorded)
-        if failure is not None:
-            reason = (failure.get("message") or "no reason").strip().splitlines()[0]
-            yield figure(name, 1, "failures", at_most=0, parity=True, note=reason)
-        elif skipped is not None:
-            yield figure(name, note=f"skipped: {skipped.get('message')}")
-        elif not recorded:
-            yield figure(name, 0, "failures", at_most=0, parity=True)
+        raise RuntimeError(f"pytest {' '.join(arguments)} ran no test: {(done.stdout + done.stderr).strip()[-500:]}")
+    for test, group in itertools.groupby(cases, lambda case: case.get("name", "").split("[")[0]):
+        number = recorded = failed = 0
+        reasons: list[str] = []
+        for case in group:
+            number += 1
+            for each in case.iter("property"):
+                recorded += 1
+                yield figure(**json.loads(each.get("value", "")))
+            for found in (*case.iter("failure"), *case.iter("error"), *case.iter("skipped")):
+                failed += found.tag != "skipped"
+                reasons.append(
+                    f"{case.get('name')} {found.tag}: {(found.get('message') or '').strip().split(chr(10))[0]}"
+                )
+        if failed or not recorded:
+            name = test.removeprefix("test_").replace("_", " ")
+            yield figure(name, failed, f"failures of {number}", at_most=0, parity=True, note="; ".join(reasons))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,5 @@ from harness.measure import Figure, Settings, asserted
 
 def bench(settings: Settings) -> Iterator[Figure]:
     """Every launch on every architecture; with --quick the long rows on one."""
-    return asserted(
-        "tests/ops/test_machine_code.py", *(["-k", "not every"] if settings.quick else ["--all", "-k", "not main"])
-    )
+    chosen = ["-k", "not every"] if settings.quick else ["--all", "-k", "not main"]
+    return asserted("tests/ops/test_machine_code.py", *chosen)

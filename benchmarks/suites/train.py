@@ -308,7 +308,8 @@ def same_steps(work: Workload) -> Iterator[Figure]:
     float32 for models in lower precision.
     """
     work = work.shortest(0, 32)
-    steps = {"per_device_train_batch_size": 2, "learning_rate": 0.0, "train_sampling_strategy": "sequential"}
+    steps = {"per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"}
+    steps |= {"learning_rate": 0.0, "optim": "sgd"}
     found: dict[str, Outputs] = {}
     for name in (EXACT, TRL_PADDED):
         train_once(work, name, result := Result(), steps)
