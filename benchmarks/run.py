@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,7 @@ def run_suite(name: str, settings: Any, found: dict[str, Any], files: Sequence[P
     said = io.StringIO()  # every trainer announces its plan; it matters only where a suite fails
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            for row in importlib.import_module(f"suites.{name}").bench(settings):
+            for row in bench(name, settings):
                 suite["figures"].append(row)
                 save()
         del suite["broken"]
@@ -171,6 +171,10 @@ def run_suite(name: str, settings: Any, found: dict[str, Any], files: Sequence[P
         traceback.print_exc()
         suite["figures"].append(report.broken(name, error))
     save()
+
+
+def bench(name: str, settings: Any) -> Iterable[dict[str, Any]]:
+    return importlib.import_module(f"suites.{name}").bench(settings)
 
 
 @contextlib.contextmanager

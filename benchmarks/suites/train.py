@@ -83,7 +83,7 @@ class Workload:
     """A model and what it is trained on.
 
     Args:
-        model: makes the model in a dtype, with the same weights each time.
+        model: makes the model in a dtype, with the same weights each time: those of the training's dtype.
         rows: examples, as `input_ids` and `labels`.
         peft: train a LoRA adapter of rank 16 on every linear layer, the head excepted.
         compile_backend: of those that take `torch_compile=True`.
@@ -139,7 +139,7 @@ def on_smollm2(settings: Settings) -> Iterator[Figure]:
     """What is measured on the CPU: the main competitors on all examples, everything else on a third of them."""
     model, tokenizer = smollm2(training_dtype())
     text = tokenised(docstrings(64), tokenizer)
-    work = Workload("SmolLM2-135M", lambda dtype: smollm2(dtype)[0], tokenizer, text, 1024)
+    work = Workload("SmolLM2-135M", lambda dtype: smollm2(training_dtype())[0].to(dtype), tokenizer, text, 1024)
     short = work.shortest(0, 2)
     if settings.quick:
         middle = work.shortest(28, 36)
@@ -147,14 +147,14 @@ def on_smollm2(settings: Settings) -> Iterator[Figure]:
         quick = train_all(middle, MAIN, {}, short)
         yield from speeds(middle, quick, limit)  # one pack: the targets are of 64 examples
         yield from losses(middle, quick)
-        yield from same_steps(work)
+        yield from same_steps(work.shortest(0, 24))
         yield figure(f"{work.name}: other competitors, peak memory", note="not run with --quick")
         return
     limit, third = gemm_rate(work, 3), replace(work, rows=text.select(range(0, 64, 3)))
     full = train_all(work, MAIN, {OURS: 2, EXACT: 2, TRL_PACKED: 2}, short)
     yield from speeds(work, full, limit, CPU_TARGETS)
     yield from losses(work, full)
-    yield from same_steps(work)
+    yield from same_steps(work.shortest(0, 32))
     others = [name for name in COMPETITORS if name not in (*MAIN, *COMPILED)]
     yield from speeds(third, train_all(third, [OURS, *others], {}, short), limit, what="a third of the examples")
     yield from checkpointed(third, short, limit)
@@ -192,7 +192,7 @@ def on_gpu_model(
         name, shape = f"{name}, {layers} layers", replace(shape, num_hidden_layers=layers)
     work = Workload(
         f"{name} with LoRA" if peft else name,
-        lambda dtype: random_model(shape, dtype, device()),
+        lambda dtype: random_model(shape, training_dtype(), device()).to(dtype),
         tiny_tokenizer(),
         random_documents(examples, shape.vocab_size, longest),
         max_length,
@@ -215,7 +215,7 @@ def on_gpu_model(
         peaks = {key: result.mib or f"cannot run: {result.why_not}" for key, result in found.items()}
         yield from memory(work, peaks, targets, 0.8)
     if first:
-        yield from same_steps(work)
+        yield from same_steps(work.shortest(0, 32))
         yield from checkpointed(work, None, limit)
 
 
@@ -303,11 +303,10 @@ def gemm_rate(work: Workload, repeats: int, num_tokens: int | None = None) -> fl
 def same_steps(work: Workload) -> Iterator[Figure]:
     """Loss and gradient norm of every exact step, held to twice the error of TRL's padded batches.
 
-    Over the 32 shortest examples, two in a step, so that one lucky rounding in 16 decides nothing; and at a learning
-    rate of 0, so that all weights stay as they are. The truth is plain PyTorch on TRL's own batches, in float64, or in
-    float32 for models in lower precision.
+    Two examples a step, and so many steps that no lucky rounding of one decides; at a learning rate of 0, so that all
+    weights stay as they are. The truth is plain PyTorch on TRL's own batches, in float64, or in float32 for models in
+    lower precision.
     """
-    work = work.shortest(0, 32)
     steps = {"per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"}
     steps |= {"learning_rate": 0.0, "optim": "sgd"}
     found: dict[str, Outputs] = {}
