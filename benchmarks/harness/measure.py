@@ -32,7 +32,7 @@ from packsft.config import has_bf16
 
 ROOT = Path(__file__).parents[2]
 Figure = dict[str, Any]
-PEER_PACKAGES = ("flash-attn", "liger-kernel", "cut-cross-entropy", "quack-kernels", "peft")
+PEER_PACKAGES = ("flash-attn", "liger-kernel", "cut-cross-entropy", "peft")
 
 
 @dataclass(frozen=True)
