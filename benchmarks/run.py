@@ -118,7 +118,7 @@ def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     quiet()
     from harness.measure import Settings, environment
 
-    settings = Settings(arguments.quick, arguments.dry_run)
+    settings = Settings(arguments.quick or arguments.dry_run, arguments.dry_run)
     found: dict[str, Any] = {"environment": environment(command), "quick": arguments.quick, "suites": {}}
     screen = console()
     report.print_environment(screen, found["environment"])
