@@ -103,13 +103,6 @@ def _loaded_smollm2(dtype: torch.dtype) -> tuple[Any, Any]:
     return load_smollm2(dtype)
 
 
-def first_layers(model: Any, count: int) -> Any:
-    """The same model, of whose decoder layers only the first `count` are left."""
-    model.model.layers = model.model.layers[:count]
-    model.config.num_hidden_layers = count
-    return model
-
-
 def tiny_tokenizer() -> Any:
     """A tokenizer of 64 words that needs no download: `w0` to `w59`, and the special tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -36,23 +36,12 @@ from harness.measure import (
     synchronize,
     training_dtype,
 )
-from harness.shapes import (
-    MODELS,
-    docstrings,
-    first_layers,
-    random_documents,
-    random_model,
-    smollm2,
-    tiny_tokenizer,
-    tokenised,
-)
+from harness.shapes import MODELS, docstrings, random_documents, random_model, smollm2, tiny_tokenizer, tokenised
 from harness.trainers import (
     COMPETITORS,
     EXACT,
     OURS,
-    OURS_COMPILED,
     OURS_LIGER,
-    TRL_COMPILED,
     TRL_OUR_ATTENTION,
     TRL_PACKED,
     TRL_PADDED,
@@ -61,7 +50,6 @@ from harness.trainers import (
 )
 
 MAIN = (OURS, EXACT, TRL_PACKED, TRL_PADDED)
-COMPILED = (OURS_COMPILED, TRL_COMPILED)
 SHORT = (OURS, OURS_LIGER, TRL_PACKED, TRL_PADDED)  # of the models that are not looked at closely
 Targets = dict[tuple[str, str], float]  # how many times the speed of the second the first has, at least
 CPU_TARGETS: Targets = {(OURS, TRL_PACKED): 1.7, (OURS, TRL_PADDED): 3.5, (EXACT, TRL_PADDED): 3.5}
@@ -86,7 +74,6 @@ class Workload:
         model: makes the model in a dtype, with the same weights each time: those of the training's dtype.
         rows: examples, as `input_ids` and `labels`.
         peft: train a LoRA adapter of rank 16 on every linear layer, the head excepted.
-        compile_backend: of those that take `torch_compile=True`.
     """
 
     name: str
@@ -95,7 +82,6 @@ class Workload:
     rows: Any
     max_length: int
     peft: bool = False
-    compile_backend: str = "inductor"
 
     def lengths(self) -> list[int]:
         """Tokens of each example, as every trainer cuts it."""
@@ -119,7 +105,7 @@ class Result:
         seconds: of each timed `train()`.
         flops: useful floating-point operations of one, see `floors.training_flops`.
         mib: most memory that PyTorch had allocated on the GPU from the model to the end of the last run; 0 on the CPU.
-        steps: what the trainer logged of each step of the last run; `num_tokens` are those seen since its begin.
+        steps: what the trainer logged of each step of the last run.
     """
 
     why_not: str = ""
@@ -155,14 +141,9 @@ def on_smollm2(settings: Settings) -> Iterator[Figure]:
     yield from speeds(work, full, limit, CPU_TARGETS)
     yield from losses(work, full)
     yield from same_steps(work.shortest(0, 32))
-    others = [name for name in COMPETITORS if name not in (*MAIN, *COMPILED)]
+    others = [name for name in COMPETITORS if name not in MAIN]
     yield from speeds(third, train_all(third, [OURS, *others], {}, short), limit, what="a third of the examples")
     yield from checkpointed(third, short, limit)
-    # to compile all 30 layers takes several minutes a time
-    shallow = replace(
-        third, name=f"{work.name}, 3 of 30 layers", model=lambda dtype: first_layers(work.model(dtype), 3)
-    )
-    yield from speeds(shallow, train_all(shallow, [OURS, *COMPILED], {}, short), gemm_rate(shallow, 3))
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -171,25 +152,21 @@ def on_smollm2(settings: Settings) -> Iterator[Figure]:
 
 def on_gpu_models(settings: Settings) -> Iterator[Figure]:
     """What is measured on a GPU; as a dry run the same on tiny models, wherever."""
-    everybody = [name for name in COMPETITORS if name not in COMPILED]
-    yield from on_gpu_model(settings, "Llama-3.2-1B", everybody, examples=240)
+    yield from on_gpu_model(settings, "Llama-3.2-1B", tuple(COMPETITORS), examples=240)
     yield from on_gpu_model(settings, "Qwen2.5-7B", SHORT, examples=120, peft=True)
     yield from on_gpu_model(settings, "Qwen2.5-0.5B", SHORT, examples=240)
-    yield from on_gpu_model(settings, "Llama-3.2-1B", [OURS, *COMPILED], examples=240, layers=3)
 
 
 def on_gpu_model(
-    settings: Settings, name: str, competitors: Sequence[str], *, examples: int, peft: bool = False, layers: int = 0
+    settings: Settings, name: str, competitors: Sequence[str], *, examples: int, peft: bool = False
 ) -> Iterator[Figure]:
-    """The table of a model. With `layers`, of its first ones alone, and speeds alone: to compile more takes minutes."""
+    """The table of a model; of the first one with more figures."""
     shape, max_length, longest, small = MODELS[name], 4096, 1024, settings.quick or settings.dry_run
-    first = name == "Llama-3.2-1B" and not layers
+    first = name == "Llama-3.2-1B"
     if settings.dry_run:
         shape, max_length, longest, examples = shape.shrunk(), 128, 64, 32
     elif settings.quick:
         examples = 32
-    if layers:
-        name, shape = f"{name}, {layers} layers", replace(shape, num_hidden_layers=layers)
     work = Workload(
         f"{name} with LoRA" if peft else name,
         lambda dtype: random_model(shape, training_dtype(), device()).to(dtype),
@@ -197,7 +174,6 @@ def on_gpu_model(
         random_documents(examples, shape.vocab_size, longest),
         max_length,
         peft,
-        "eager" if settings.dry_run else "inductor",
     )
     if peft and importlib.util.find_spec("peft") is None:
         yield figure(work.name, note="cannot run: peft is not installed")
@@ -208,8 +184,6 @@ def on_gpu_model(
     # all of it as a warm-up: every shape of a batch has then been seen
     found = train_all(work, competitors, repeats, None if settings.dry_run else work)
     yield from speeds(work, found, limit, targets)
-    if layers:
-        return
     yield from losses(work, found)
     if torch.cuda.is_available():
         peaks = {key: result.mib or f"cannot run: {result.why_not}" for key, result in found.items()}
@@ -230,15 +204,13 @@ def train_all(
     One that raises is left out from there on, with the error as its reason; packsft must not raise.
 
     Args:
-        repeats: timed rounds of a competitor, 1 where it is not named. A compiled one has a single round, in which it
-            trains on everything twice to compile, and a third time for the clock.
+        repeats: timed rounds of a competitor, 1 where it is not named.
         arguments: of the configuration, for all.
     """
     found = {name: Result(COMPETITORS[name].why_not()) for name in names}
     for repeat in range(-1 if warmup else 0, max((repeats.get(name, 1) for name in names), default=1)):
         for name, result in found.items():
-            rounds = 1 if name in COMPILED else repeats.get(name, 1)
-            if result.why_not or repeat >= rounds or (repeat < 0 and name in COMPILED):
+            if result.why_not or repeat >= repeats.get(name, 1):
                 continue
             try:
                 if warmup and repeat < 0:
@@ -264,21 +236,14 @@ def train_once(work: Workload, name: str, result: Result, arguments: dict[str, A
 
         peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     arguments = {"max_length": work.max_length, **arguments}
-    compiled = COMPETITORS[name].compiled
-    if compiled:
-        arguments["torch_compile_backend"] = work.compile_backend
     with tempfile.TemporaryDirectory() as folder, COMPETITORS[name].contained(model):
         trainer = build_trainer(name, model, work.tokenizer, work.rows, folder, peft_config=peft_config, **arguments)
-        for _ in range(2 * compiled):  # it takes half a dozen packs until every size of the graph is dynamic
-            trainer.train()
-        counted = trainer._total_train_tokens
         synchronize()
         start = time.perf_counter()
         output = trainer.train()
         synchronize()
         result.seconds.append(time.perf_counter() - start)
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    result.steps = [entry | {"num_tokens": entry["num_tokens"] - counted} for entry in logged]
+    result.steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     attention = trainer.model.config._attn_implementation
     result.note = f"{output.global_step} steps, mean loss {output.training_loss:.3f}, attention {attention}"
     num_tokens, lengths = result.steps[-1]["num_tokens"], work.lengths()
@@ -396,7 +361,7 @@ def speeds(
         note = f"MFU {achieved / limit:.0%} of the bare GEMMs"
         if peak := datasheet_peak(device_name()):
             note += f", {achieved / peak:.0%} of the datasheet"
-        note += f"; {result.note}" + ("; without the time to compile" if name in COMPILED else "")
+        note += f"; {result.note}"
         fast, slow, least = by_row.get(name, (OURS, name, None))
         judged: dict[str, Any] = {}
         if name != OURS and fast in rates and slow in rates:
@@ -458,9 +423,7 @@ def child_peaks(folder: str) -> dict[str, float | str]:
     """Peak memory in MiB, or why there is none, of each competitor, in a process of its own."""
     peaks: dict[str, float | str] = {}
     for name, competitor in COMPETITORS.items():
-        if competitor.compiled:
-            peaks[name] = "not measured: the compiler's own memory would be counted"
-        elif reason := competitor.why_not():
+        if reason := competitor.why_not():
             peaks[name] = f"cannot run: {reason}"
         else:
             try:
