@@ -13,54 +13,46 @@ import importlib
 import io
 import os
 import shlex
+import signal
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import report
+from harness import report
 
-
-@dataclass(frozen=True)
-class Suite:
-    """Where a suite lives, and what it asks. Its function makes figures, all at once or one by one."""
-
-    module: str
-    function: str
-    about: str
-
-    def run(self, settings: Any) -> Iterable[dict[str, Any]]:
-        return getattr(importlib.import_module(self.module), self.function)(settings)
-
-
-SUITES = {
-    "train": Suite("bench_train", "bench_train", "train(): tokens/s, memory and losses, against TRL"),
-    "step": Suite("bench_training_step", "bench_step", "one training step against the model's bare GEMMs"),
-    "head": Suite("bench_linear_cross_entropy", "bench_head", "the language-model head against its GEMMs and peers"),
-    "cross_entropy": Suite("bench_cross_entropy", "bench_cross_entropy", "loss and gradient of logits against a copy"),
-    "attention": Suite("bench_varlen_attention", "bench_attention", "packed attention against its GEMMs and peers"),
-    "scaling": Suite("bench_scaling", "bench_scaling", "cost against T, documents, N, V, H: linear where it should be"),
-    "memory": Suite("bench_memory", "bench_memory", "peak memory of the head on a GPU, on fake tensors of any size"),
-    "packing": Suite("bench_packing", "bench_packing", "planning packs and making batches, against TRL and others"),
-    "reads": Suite("bench_reads", "bench_reads", "reads of the device by the host in every micro-step"),
-    "parity": Suite("bench_parity", "bench_parity", "packed training equals the documents alone"),
-    "static": Suite("bench_static", "bench_static", "the kernel compiled for six GPU generations, without one"),
+SUITES = {  # each a file of `suites/`, whose `bench` makes figures, one by one or all at once
+    "train": "train(): tokens/s, memory and losses, against TRL",
+    "step": "one training step against the model's bare GEMMs",
+    "head": "the language-model head against its GEMMs and peers",
+    "cross_entropy": "loss and gradient of logits against a copy",
+    "attention": "packed attention against its GEMMs and peers",
+    "scaling": "cost against T, documents, N, V, H: linear where it should be",
+    "memory": "peak memory of the head on a GPU, on fake tensors of any size",
+    "packing": "planning packs and making batches, against TRL and others",
+    "reads": "reads of the device by the host in every micro-step",
+    "parity": "packed training equals the documents alone",
+    "static": "the kernel compiled for six GPU generations, without one",
 }
 GROUPS = {"kernels": ("head", "cross_entropy", "attention", "scaling")}
+# Where time is short: what only this machine can tell, the most telling first; then what any machine tells.
+TELLING = ("head", "cross_entropy", "attention", "train", "reads", "step", "parity", "scaling", "packing", "memory",
+           "static")  # fmt: skip
+
+
+class OutOfTime(BaseException):
+    """Raised by the clock of `--minutes`, past every `except Exception` of a suite."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     if arguments.list:
-        for name, suite in SUITES.items():
-            print(f"{name:<14} {suite.about}")
-        for name, suites in GROUPS.items():
-            print(f"{name:<14} {', '.join(suites)}")
+        for name, about in (SUITES | {name: ", ".join(suites) for name, suites in GROUPS.items()}).items():
+            print(f"{name:<14} {about}")
         return 0
     if arguments.docs:
         for path in report.write_docs():
@@ -77,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.markdown.write_text(report.markdown(found), encoding="utf-8")
         print(f"wrote {arguments.markdown}")
     if arguments.plots:
-        from plots import plot
+        from harness.plots import plot
 
         for path in plot(found, arguments.plots):
             print(f"wrote {path}")
@@ -91,13 +83,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--suite", nargs="+", action="extend", choices=[*SUITES, *GROUPS], metavar="NAME", help="default: all"
     )
     parser.add_argument("--list", action="store_true", help="list the suites and stop")
+    parser.add_argument(
+        "--minutes", type=float, metavar="N", help="stop after N; the most telling suites first. Saves as --save does"
+    )
     parser.add_argument("--device", choices=["auto", "cpu"], default="auto", help="cpu: leave a GPU alone")
     parser.add_argument("--dry-run", action="store_true", help="a GPU's work on tiny shapes, to see that it runs")
-    parser.add_argument(
-        "--data",
-        metavar="FILE.jsonl",
-        help="of prompt/completion or question/answer lines, for `step`, and for `train` on a CPU",
-    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, as they come")
     parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results/<date>-<device>/")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there")
@@ -107,8 +97,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--docs", action="store_true", help="write the tables of the README and docs/benchmarks.md anew, and stop"
     )
     arguments = parser.parse_args(argv)
-    if arguments.save and (arguments.quick or arguments.dry_run):
+    small = arguments.quick or arguments.dry_run
+    if arguments.save and small:
         parser.error("--save keeps full runs: with --quick or --dry-run it would write over the day's (--json FILE)")
+    if arguments.minutes is not None and not small and not arguments.json:
+        arguments.save = True
     return arguments
 
 
@@ -121,50 +114,86 @@ def console() -> Any:
 
 def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     """Run and print the suites; the report is written after every figure: what ends early leaves what it found."""
+    begin = time.monotonic()
     quiet()
-    from measure import Settings, environment
+    from harness.measure import Settings, environment
 
-    settings = Settings(arguments.quick, arguments.data, arguments.dry_run)
+    settings = Settings(arguments.quick or arguments.dry_run, arguments.dry_run)
     found: dict[str, Any] = {"environment": environment(command), "quick": arguments.quick, "suites": {}}
     screen = console()
     report.print_environment(screen, found["environment"])
     files = [arguments.json] if arguments.json else []
     if arguments.save:
         files.append(report.results_file(found["environment"]))
-
-    def save(suite: dict[str, Any], start: float) -> None:
-        suite["seconds"] = round(time.perf_counter() - start, 1)
-        for path in files:
-            report.write(found, path)
-
-    for name in dict.fromkeys(chain.from_iterable(GROUPS.get(name, (name,)) for name in arguments.suite or SUITES)):
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        start = time.perf_counter()
-        # broken until it has come to its end, for whoever reads what a killed run left
-        suite: dict[str, Any] = {"about": SUITES[name].about, "broken": True, "figures": []}
-        found["suites"][name] = suite
-        said = io.StringIO()  # every trainer announces its plan; it matters only where a suite fails
+    names = list(dict.fromkeys(chain.from_iterable(GROUPS.get(name, (name,)) for name in arguments.suite or SUITES)))
+    seconds_left = None
+    if arguments.minutes is not None:
+        seconds_left = 60 * arguments.minutes - (time.monotonic() - begin)
+        names.sort(key=TELLING.index)
+    with stopped_after(seconds_left):
         try:
-            with silent(said):
-                for row in SUITES[name].run(settings):
-                    suite["figures"].append(row)
-                    save(suite, start)
-            del suite["broken"]
-        except Exception as error:  # one suite that cannot run must not take the others' figures with it
-            print(said.getvalue())
-            traceback.print_exc()
-            suite["figures"].append(report.broken(name, error))
-        save(suite, start)
-        report.print_suite(screen, name, suite)
+            for name in names:
+                print(f"{name} ...", file=sys.stderr, flush=True)
+                run_suite(name, settings, found, files)
+                report.print_suite(screen, name, found["suites"][name])
+        except OutOfTime:
+            found["left_out"] = [name for name in names if found["suites"].get(name, {"broken": True}).get("broken")]
+            if names[0] in found["suites"]:
+                stopped = list(found["suites"])[-1]
+                report.print_suite(screen, stopped, found["suites"][stopped])
+            for path in files:
+                report.write(found, path)
     for path in files:
         print(f"wrote {path}")
     return found
 
 
+def run_suite(name: str, settings: Any, found: dict[str, Any], files: Sequence[Path]) -> None:
+    start = time.perf_counter()
+    # broken until it has come to its end, for whoever reads what a killed run left
+    suite: dict[str, Any] = {"about": SUITES[name], "broken": True, "figures": [], "seconds": 0.0}
+    found["suites"][name] = suite
+
+    def save() -> None:
+        suite["seconds"] = round(time.perf_counter() - start, 1)
+        for path in files:
+            report.write(found, path)
+
+    said = io.StringIO()  # every trainer announces its plan; it matters only where a suite fails
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            for row in bench(name, settings):
+                suite["figures"].append(row)
+                save()
+        del suite["broken"]
+    except Exception as error:  # one suite that cannot run must not take the others' figures with it
+        print(said.getvalue())
+        traceback.print_exc()
+        suite["figures"].append(report.broken(name, error))
+    save()
+
+
+def bench(name: str, settings: Any) -> Iterable[dict[str, Any]]:
+    return importlib.import_module(f"suites.{name}").bench(settings)
+
+
 @contextlib.contextmanager
-def silent(said: io.StringIO) -> Iterator[None]:
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+def stopped_after(seconds: float | None) -> Iterator[None]:
+    """Raise `OutOfTime` in the block after so many seconds; None: never."""
+    if seconds is None:
         yield
+        return
+
+    def ring(*_: Any) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def quiet() -> None:

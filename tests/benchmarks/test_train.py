@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
 from typing import Any
 
-import bench_train
 import pytest
 import torch
-import trainers
-from bench_train import Result, Workload, loss_difference, train_all, train_once
-from floors import datasheet_peak, training_flops
-from measure import Settings
-from shapes import MODELS, random_documents, random_model, tiny_llama, tiny_tokenizer
-from trainers import COMPETITORS, EXACT, OURS, OURS_LIGER, TRL_OUR_ATTENTION, TRL_PACKED, TRL_PADDED
+from harness import trainers
+from harness.floors import datasheet_peak, training_flops
+from harness.measure import Settings
+from harness.shapes import MODELS, random_documents, random_model, tiny_llama, tiny_tokenizer
+from harness.trainers import COMPETITORS, EXACT, OURS, OURS_LIGER, TRL_OUR_ATTENTION, TRL_PACKED, TRL_PADDED
+from suites import train
+from suites.train import Result, Workload, train_all, train_once
 
 CPU = torch.device("cpu")
 SHAPE = MODELS["Llama-3.2-1B"].shrunk()
@@ -22,15 +23,17 @@ SHAPE = MODELS["Llama-3.2-1B"].shrunk()
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """float32, so that the bounds of float32 hold."""
+    """float32, whose truth is float64."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for module in (trainers, bench_train):
+    for module in (trainers, train):
         monkeypatch.setattr(module, "training_dtype", lambda: torch.float32)
 
 
 def tiny_work(examples: int = 24) -> Workload:
     rows = random_documents(examples, SHAPE.vocab_size, 64)
-    return Workload("tiny", lambda: random_model(SHAPE, torch.float32, CPU), tiny_tokenizer(), rows, 128)
+    return Workload(
+        "tiny", lambda dtype: random_model(SHAPE, torch.float32, CPU).to(dtype), tiny_tokenizer(), rows, 128
+    )
 
 
 def test_flops_are_those_of_a_count_by_hand() -> None:
@@ -50,17 +53,18 @@ def test_peaks_are_those_of_the_form_that_was_measured() -> None:
     assert datasheet_peak("AMD EPYC") is None
 
 
+@pytest.mark.slow
 def test_one_that_raises_is_listed_with_its_error_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def build(name: str, *arguments: Any, **named: Any) -> Any:
         if name == broken:
             raise RuntimeError("out of memory\nand more")
         return trainers.build_trainer(name, *arguments, **named)
 
-    monkeypatch.setattr(bench_train, "build_trainer", build)
+    monkeypatch.setattr(train, "build_trainer", build)
     work = tiny_work(2)
     broken = TRL_PACKED
     found = train_all(work, [OURS, OURS_LIGER, TRL_PACKED, TRL_PADDED], {}, None)
-    rows = {row["name"]: row for row in bench_train.speeds(work, found, 1e9)}
+    rows = {row["name"]: row for row in train.speeds(work, found, 1e9)}
     assert rows["tiny: TRL, packing=True"]["note"] == "cannot run: RuntimeError: out of memory"
     assert rows["tiny: packsft + Liger layer kernels"]["note"].startswith("cannot run: ")
     assert rows["tiny: packsft"]["value"] > 0
@@ -70,62 +74,70 @@ def test_one_that_raises_is_listed_with_its_error_and_the_others_run(monkeypatch
         train_all(work, [OURS], {}, None)
 
 
+@pytest.mark.slow
 def test_the_dry_run_measures_every_competitor_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in bench_train.COMPILED:  # half a minute each
-        monkeypatch.setitem(COMPETITORS, name, COMPETITORS[trainers.TRL_LIGER])
-    monkeypatch.setattr(bench_train, "checkpointed", lambda *arguments: [])  # the main competitors once more
-    rows = list(bench_train.bench_train(Settings(dry_run=True)))
+    monkeypatch.setattr(train, "checkpointed", lambda *arguments: [])  # the main competitors once more
+    rows = list(train.bench(Settings(dry_run=True)))
     named = {row["name"]: row for row in rows}
     for name in COMPETITORS:
-        layers = ", 3 layers" if name in bench_train.COMPILED else ""
-        row = named[f"Llama-3.2-1B{layers}: {name}"]
+        row = named[f"Llama-3.2-1B: {name}"]
         assert row["value"] or row["note"].lower().startswith("cannot run: liger"), row
         assert "WRONG" not in row["note"]
     assert named["Qwen2.5-7B with LoRA: packsft"]["value"] or "peft" in named["Qwen2.5-7B with LoRA: packsft"]["note"]
-    assert [row["passed"] for row in rows if row["parity"]] == [True]
+    assert [row["passed"] for row in rows if row["parity"]] == [True] * 3  # tokens, losses and gradient norms
     assert [row for row in rows if row["target"] and not row["parity"]] == []  # tiny models say nothing about speed
 
 
+STEPS = {"per_device_train_batch_size": 2, "learning_rate": 0.0, "optim": "sgd"}
+STEPS |= {"train_sampling_strategy": "sequential"}
+
+
 @pytest.fixture(scope="module")
-def curves() -> dict[str, Any]:
-    """(tokens, loss) of every step, of both trainers that take the same steps."""
+def steps() -> dict[str, Any]:
+    """What was logged of 16 steps, by both trainers that take the same ones, and the truth of them."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(trainers, "training_dtype", lambda: torch.float32)
+        for module in (trainers, train):
+            monkeypatch.setattr(module, "training_dtype", lambda: torch.float32)
         found = {}
         for name in (EXACT, TRL_PADDED):
-            train_once(tiny_work(), name, result := Result(), {"use_cpu": True})
-            found[name] = result.curve
-        return found
+            train_once(tiny_work(32), name, result := Result(), {"use_cpu": True} | STEPS)
+            found[name] = train.outputs(result.steps)
+        return found | {"truth": train.outputs(list(train.plain_steps(tiny_work(32), torch.float64, STEPS)))}
 
 
-def test_exact_steps_have_the_losses_of_padded_batches(curves: dict[str, Any]) -> None:
-    assert len(curves[EXACT]) == 3
-    assert loss_difference(curves[EXACT], curves[TRL_PADDED]) < bench_train.ROUNDING[torch.float32]
+def verdicts(steps: dict[str, Any], **wrong: Any) -> list[bool]:
+    """Whether tokens, losses and gradient norms hold, with some of ours replaced."""
+    rows = train.compared("tiny", steps[EXACT] | wrong, steps[TRL_PADDED], steps["truth"], "float64")
+    return [row["passed"] for row in rows if row["parity"]]
 
 
-@pytest.mark.parametrize("dtype", bench_train.ROUNDING)
-def test_a_loss_off_by_a_percent_fails_and_so_do_other_tokens(curves: dict[str, Any], dtype: torch.dtype) -> None:
-    wrong, swapped = copy.deepcopy(curves[EXACT]), copy.deepcopy(curves[EXACT])
-    wrong[1] = (wrong[1][0], wrong[1][1] * 1.01)
-    assert loss_difference(wrong, curves[TRL_PADDED]) > bench_train.ROUNDING[dtype]
-    swapped[1] = (swapped[1][0] + 1, swapped[1][1])
-    assert loss_difference(swapped, curves[TRL_PADDED]) == float("inf")
+def test_exact_steps_are_those_of_padded_batches(steps: dict[str, Any]) -> None:
+    assert len(steps[EXACT]["loss"]) == 16
+    assert verdicts(steps) == [True, True, True]
 
 
-def test_another_example_in_a_step_fails() -> None:
-    """One example is exchanged for another of its length, so that the loss alone can tell."""
-    work = tiny_work(8)
-    rows = work.rows.to_list()
+def test_a_step_that_is_off_by_a_percent_fails_and_so_do_other_tokens(steps: dict[str, Any]) -> None:
+    wrong = copy.deepcopy(steps[EXACT])
+    wrong["num_tokens"][1] += 1
+    wrong["loss"][1] *= 1.01
+    wrong["grad_norm"][1] *= 1.01
+    assert verdicts(steps, loss=wrong["loss"]) == [True, False, True]
+    assert verdicts(steps, grad_norm=wrong["grad_norm"]) == [True, True, False]
+    assert verdicts(steps, num_tokens=wrong["num_tokens"]) == [False]
+
+
+@pytest.mark.slow
+def test_another_example_in_a_step_fails(steps: dict[str, Any]) -> None:
+    """One example is exchanged for another of its length, so that the numbers of tokens cannot tell."""
+    rows = tiny_work(32).rows.to_list()
     rows[0] = {key: value[::-1] if key == "input_ids" else value for key, value in rows[0].items()}
     rows[0]["labels"] = [a if b != -100 else b for a, b in zip(rows[0]["input_ids"], rows[0]["labels"], strict=True)]
-    other = bench_train.replace(work, rows=bench_train.random_documents(8, 64, 64).from_list(rows))
-    found = []
-    for name, data in ((EXACT, other), (TRL_PADDED, work)):
-        train_once(data, name, result := Result(), {})
-        found.append(result.curve)
-    assert float("inf") > loss_difference(*found) > bench_train.ROUNDING[torch.float32]
+    other = replace(tiny_work(32), rows=random_documents(8, 64, 64).from_list(rows))
+    train_once(other, EXACT, result := Result(), STEPS)
+    assert verdicts(steps, **train.outputs(result.steps)) == [True, False, False]
 
 
+@pytest.mark.slow
 def test_trl_with_packsft_s_attention_keeps_documents_apart() -> None:
     """The stand-in for flash attention has the losses of TRL's own packing, which masks; the first is before a step."""
     work = tiny_work()
@@ -135,7 +147,8 @@ def test_trl_with_packsft_s_attention_keeps_documents_apart() -> None:
         found[name] = result
     assert "attention packsft" in found[TRL_OUR_ATTENTION].note
     assert "attention sdpa" in found[TRL_PACKED].note
-    assert loss_difference(found[TRL_OUR_ATTENTION].curve, found[TRL_PACKED].curve) < 1e-6
+    ours, theirs = (train.outputs(found[name].steps)["loss"] for name in (TRL_OUR_ATTENTION, TRL_PACKED))
+    assert ours.tolist() == pytest.approx(theirs.tolist(), rel=4 * torch.finfo(torch.float32).eps)
 
 
 def test_liger_leaves_the_next_model_alone() -> None:

@@ -2,9 +2,9 @@
 
     python tests/ops/sanitize.py [--device cpu]         # the CPU: in Triton's interpreter
 
-is what `benchmarks/gpu.py` puts under NVIDIA's compute-sanitizer (racecheck, memcheck): the interpreter runs one
-program after the other and sees no race, nor an access outside of a tensor. racecheck looks at shared memory only; that
-a gradient may take its logits' place is for `test_cross_entropy_triton.py`.
+is what `test_cross_entropy_triton.py` puts under NVIDIA's compute-sanitizer (racecheck, memcheck): the interpreter runs
+one program after the other and sees no race, nor an access outside of a tensor. racecheck looks at shared memory only;
+that a gradient may take its logits' place is a test of its own there.
 """
 
 import argparse

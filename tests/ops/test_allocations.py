@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from allocations import FakeAllocations, Recorded
+from harness.allocations import FakeAllocations, Recorded
 from packsft_kernels import LossOptions, cross_entropy, launch, linear_cross_entropy
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -3,10 +3,10 @@
 import pytest
 import transformers
 import trl
+from harness.report import read
 from models import measure
 from models_page import DOCUMENT, is_right, page, results_file, within_rounding
 from packaging.version import Version
-from report import read
 from tiny_models import families
 
 FILES = results_file("0").parent.glob(results_file("*").name)

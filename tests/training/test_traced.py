@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from allocations import FakeAllocations
+from harness.allocations import FakeAllocations
 from numerics import error
 from packsft_kernels import LossOptions, launch
 from peft import LoraConfig, get_peft_model

@@ -1,8 +1,8 @@
-"""How cost grows: time against T, documents at fixed T, N, V, H and the share of scored tokens, and memory against T.
+"""Measures how cost grows: time against T, documents, N, V, H and the share of scored tokens, and memory against T.
 
 Each point stands beside its limit of the same run; each line gets the exponent p of cost ~ size^p, fitted by least
-squares on logarithms, with the target where it should be linear. Knows sizes; what is timed belongs to the kernels' own
-suites and to the training step's.
+squares on logarithms, with the target where it should be linear. What is timed belongs to the kernels' own suites and
+to `step`.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import bench_cross_entropy
-import bench_linear_cross_entropy as head
-import bench_varlen_attention as attention
 import numpy as np
-from bench_training_step import training_step
-from contest import runnable
 from datasets import Dataset
-from measure import Figure, Settings, device, extra_memory, figure, interleave, training_dtype
-from peers import BLOCK_MASK, OURS, losses, ours
-from shapes import LLAMA_1B_ATTENTION, SMOLLM2_ATTENTION, HeadShape, packed_row, small_llama, tiny_tokenizer
-from trainers import TRL_PACKED, build_trainer
+from harness.contest import runnable
+from harness.measure import Figure, Settings, device, extra_memory, figure, interleave, training_dtype
+from harness.peers import BLOCK_MASK, OURS, losses, ours
+from harness.shapes import LLAMA_1B_ATTENTION, SMOLLM2_ATTENTION, HeadShape, packed_row, tiny_llama, tiny_tokenizer
+from harness.trainers import TRL_PACKED, build_trainer
+from suites import attention, cross_entropy, head
+from suites.step import training_step
 
 DOCUMENT = 128  # tokens, where the length of documents stays and T grows
 LINEAR = 1.1  # an exponent of 1, and the noise of timings
+SMALL_LLAMA = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8,
+               "num_key_value_heads": 4, "max_position_embeddings": 65_536}  # fmt: skip
 Candidates = dict[str, Callable[[], object]]
 
 
-def bench_scaling(settings: Settings) -> Iterator[Figure]:
+def bench(settings: Settings) -> Iterator[Figure]:
     """A line of points and an exponent for each axis; --quick: three small sizes of each, and no model."""
     on_gpu, quick = device().type == "cuda", settings.quick or settings.dry_run
     N, V, H = (4096, 65_536, 2048) if on_gpu else (512, 16_384, 512)
@@ -59,39 +59,52 @@ def bench_scaling(settings: Settings) -> Iterator[Figure]:
     yield from _axis(title, axis, documents, lambda count: _attention(2 * T, count), repeats, at_most=0.0)
     if quick:
         yield figure("Training step over tokens", note="not run with --quick")
-    else:
-        yield from _training_steps(doubling(4 * T), repeats)
+        return
+    title, axis, sizes = "Training step over tokens", f"tokens T, in documents of {DOCUMENT}", doubling(4 * T)
+    steps = _training_steps(sizes)
+    memory = "Memory of a training step over T"
+    yield from _axis(title, axis, sizes, steps.__getitem__, repeats, at_most=LINEAR, memory=memory)
 
 
 def _axis(
-    title: str, axis: str, sizes: Sequence[float], candidates: Callable[[Any], Candidates], repeats: int, at_most: float
-) -> list[Figure]:
+    title: str,
+    axis: str,
+    sizes: Sequence[float],
+    candidates: Callable[[Any], Candidates],
+    repeats: int,
+    at_most: float,
+    memory: str = "",
+) -> Iterator[Figure]:
     """A row for each size and candidate, the limit first, and an exponent for each candidate but the limit.
 
     A competitor's line ends at the size that it cannot run, for want of memory.
+
+    Args:
+        at_most: the target of our exponent.
+        memory: the title of a second picture, of extra memory; such an axis has no limit.
     """
-    seconds: dict[str, list[float]] = {}
-    table = []
+    lines: dict[str, list[float]] = {}
+
+    def point(what: str, size: float, name: str, value: float, unit: str, **more: Any) -> Figure:
+        lines.setdefault(f"{what}: {name}", []).append(value)
+        drawn = {"chart": what, "series": name, "x": float(size), "x_name": axis}
+        return figure(f"{what}, {size:,g}: {name}", value, unit, **drawn, **more)
+
     for size in sizes:
         able, absent = runnable(candidates(size))
         times = interleave(able, repeats, warmup=0)
-        limit = next(iter(times))
-        table += [figure(f"{title}, {size:,g}: {name}", note=f"cannot run: {why}") for name, why in absent.items()]
+        limit = "" if memory else next(iter(times))
+        yield from (figure(f"{title}, {size:,g}: {name}", note=f"cannot run: {why}") for name, why in absent.items())
         for name, time in times.items():
-            seconds.setdefault(name, []).append(time.median)
-            over: dict[str, Any] = {"limit": True}
-            if name != limit:
+            over: dict[str, Any] = {"limit": True} if name == limit else {}
+            if limit and name != limit:
                 over = {"ratio": time.median / times[limit].median, "ratio_of": f"time / {limit}"}
-            table.append(
-                figure(
-                    f"{title}, {size:,g}: {name}", time.median, "s", spread=time.spread, chart=title, series=name,
-                    x=float(size), x_name=axis, **over,
-                )
-            )  # fmt: skip
-    return table + [
-        _exponent(f"{title}: {name}", sizes[: len(values)], values, at_most if name == OURS else None)
-        for name, values in list(seconds.items())[1:]
-    ]
+            yield point(title, size, name, time.median, "s", spread=time.spread, **over)
+            if memory:
+                yield point(memory, size, name, extra_memory(able[name]), "MiB")
+    for name, values in lines.items():
+        if name != f"{title}: {limit}":
+            yield _exponent(name, sizes[: len(values)], values, at_most if name.endswith(f": {OURS}") else None)
 
 
 def _exponent(name: str, sizes: Sequence[float], values: Sequence[float], at_most: float | None) -> Figure:
@@ -102,8 +115,8 @@ def _exponent(name: str, sizes: Sequence[float], values: Sequence[float], at_mos
 
 
 def _cross_entropy(num_rows: int, vocab: int) -> Candidates:
-    limit = bench_cross_entropy.copy_limit(num_rows, vocab)
-    return {limit.name: limit.run, OURS: bench_cross_entropy.timed(ours(losses()), num_rows, vocab)}
+    limit = cross_entropy.copy_limit(num_rows, vocab)
+    return {limit.name: limit.run, OURS: cross_entropy.timed(ours(losses()), num_rows, vocab)}
 
 
 def _head(T: int, N: int, H: int, V: int) -> Candidates:
@@ -124,33 +137,17 @@ def _attention(T: int, count: int) -> Candidates:
     return {limit.name: limit.run, OURS: attention.timed(ours(peers), qkv), BLOCK_MASK: attention.timed(masked, qkv)}
 
 
-def _training_steps(sizes: Sequence[int], repeats: int) -> list[Figure]:
-    """Forward and backward of a small Llama over a pack of T tokens, ours and TRL's: time and extra memory."""
+def _training_steps(sizes: Sequence[int]) -> dict[int, Candidates]:
+    """Forward and backward of a small Llama over a pack of each size, ours and TRL's."""
     rows = [packed_row((DOCUMENT,) * (size // DOCUMENT), 64, seed=0) for size in sizes]
-    steps: dict[str, list[Callable[[], object]]] = {}
-    for trainer_name in (OURS, TRL_PACKED):
+    steps: dict[int, Candidates] = {size: {} for size in sizes}
+    for name in (OURS, TRL_PACKED):
         with tempfile.TemporaryDirectory() as folder:
+            model = tiny_llama(training_dtype(), **SMALL_LLAMA)
             trainer = build_trainer(
-                trainer_name, small_llama(training_dtype()), tiny_tokenizer(), Dataset.from_list(rows), folder,
+                name, model, tiny_tokenizer(), Dataset.from_list(rows), folder,
                 dataset_kwargs={"skip_prepare_dataset": True}, max_length=max(sizes),
             )  # fmt: skip
-            batches = [trainer.data_collator([row]) for row in rows]
-            steps[trainer_name] = [training_step(trainer, batch)[0] for batch in batches]
-    table, seconds, memory = [], {}, {}
-    for place, size in enumerate(sizes):
-        able, _ = runnable({name: runs[place] for name, runs in steps.items()})
-        times = interleave(able, repeats, warmup=0)
-        for name, time in times.items():
-            seconds.setdefault(name, []).append(time.median)
-            memory.setdefault(name, []).append(extra_memory(steps[name][place]))
-            drawn = {"series": name, "x": float(size), "x_name": f"tokens T, in documents of {DOCUMENT}"}
-            what = f"Training step of a small Llama over {size:,} tokens: {name}"
-            table += [
-                figure(what, time.median, "s", spread=time.spread, chart="Training step over tokens", **drawn),
-                figure(f"{what}, memory", memory[name][-1], "MiB", chart="Memory of a training step over T", **drawn),
-            ]
-    for name in steps:
-        target = LINEAR if name == OURS else None
-        for what, values in (("Training step over tokens", seconds), ("Memory of a training step over T", memory)):
-            table.append(_exponent(f"{what}: {name}", sizes[: len(values[name])], values[name], target))
-    return table
+            for size, row in zip(sizes, rows, strict=True):
+                steps[size][name] = training_step(trainer, trainer.data_collator([row]))[0]
+    return steps

@@ -1,27 +1,23 @@
-"""Every trainer that is compared, ready for `train()` with the same settings. Knows TRL; knows no clock."""
+"""Builds every trainer that is compared, with the same settings. Knows TRL; knows no clock."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from measure import training_dtype
+from harness.measure import training_dtype
 
 OURS = "packsft"
 EXACT = "packsft, exact steps"
 OURS_LIGER = "packsft + Liger layer kernels"
-OURS_COMPILED = "packsft, torch.compile"
 TRL_PACKED = "TRL, packing=True"
 TRL_OUR_ATTENTION = "TRL, packing=True, packsft's attention"
 TRL_LIGER = "TRL, packing=True + Liger layer kernels"
-TRL_COMPILED = "TRL, packing=True, torch.compile"
 TRL_PADDED = "TRL, padded, batch 8"
 
 
@@ -34,7 +30,6 @@ class Competitor:
         strategy: how examples are packed; "" for padded batches of 8.
         liger: Liger's kernels for RMSNorm, SwiGLU and RoPE. Its losses are not among them: TRL refuses to be given its
             fused one, and `cross_entropy` is off in Liger itself.
-        compiled: `torch_compile=True`.
         attention: the `attn_implementation` that is set on the model; "" for the best that TRL can pack with.
         arguments: further ones, of `SFTConfig` or `PackedSFTConfig`.
     """
@@ -42,7 +37,6 @@ class Competitor:
     ours: bool
     strategy: str = "bfd"
     liger: bool = False
-    compiled: bool = False
     attention: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
@@ -52,9 +46,6 @@ class Competitor:
             return "liger-kernel is not installed"
         if self.liger and not torch.cuda.is_available():
             return "Liger's kernels are written in Triton and need a GPU"
-        compilers = (os.environ.get("CXX", "g++"), "g++", "clang++")
-        if self.compiled and not any(map(shutil.which, compilers)):
-            return "torch.compile needs a C++ compiler, and none is installed"
         return ""
 
     def configuration(self) -> dict[str, Any]:
@@ -63,7 +54,7 @@ class Competitor:
             return {"packing": False, "per_device_train_batch_size": 8, **self.arguments}
         chosen: dict[str, Any] = {"packing": True, "packing_strategy": self.strategy, "per_device_train_batch_size": 1}
         chosen |= {"use_liger_kernel": True} if self.liger else {}
-        return chosen | ({"torch_compile": True} if self.compiled else {}) | dict(self.arguments)
+        return chosen | dict(self.arguments)
 
     @contextlib.contextmanager
     def contained(self, model: Any) -> Iterator[None]:
@@ -82,8 +73,6 @@ class Competitor:
                 yield
         finally:
             module.update(before)
-            if self.compiled:
-                torch._dynamo.reset()
 
 
 COMPETITORS = {
@@ -91,11 +80,9 @@ COMPETITORS = {
     # its steps are those of padded batches of 8
     EXACT: Competitor(True, "step", arguments={"per_device_train_batch_size": 8}),
     OURS_LIGER: Competitor(True, liger=True),
-    OURS_COMPILED: Competitor(True, compiled=True),
     TRL_PACKED: Competitor(False),
     TRL_OUR_ATTENTION: Competitor(False, attention="packsft"),
     TRL_LIGER: Competitor(False, liger=True),
-    TRL_COMPILED: Competitor(False, compiled=True),
     TRL_PADDED: Competitor(False, strategy=""),
 }
 

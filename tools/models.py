@@ -1,6 +1,6 @@
-"""Does packed training give what every family of transformers gives alone? Each of them, small, in float64 on the CPU.
+"""Measures whether packed training gives what every family of transformers gives alone, small, in float64 on the CPU.
 
-    python benchmarks/models.py [FAMILY ...] [--save] [--json FILE]
+    python tools/models.py [FAMILY ...] [--save] [--json FILE]
 
 A family is measured in a process of its own, so that a crash costs one family. `docs/models.md` is made from what
 `--save` keeps. Knows trainers and models; how a model is shrunk is in `tiny_models.py`, and the page is written by
@@ -13,10 +13,12 @@ import argparse
 import contextlib
 import copy
 import datetime
+import itertools
 import logging
 import math
 import multiprocessing
 import multiprocessing.connection
+import sys
 import tempfile
 import time
 import warnings
@@ -27,19 +29,21 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 import transformers
 import trl
-from bench_parity import documents_alone, gradients, loss_error, packed, trainer_of
 from datasets import Dataset
 from models_page import DOCUMENT, LIMIT, page, results_file, status
 from packsft_kernels.version import __version__
-from report import read, write
-from shapes import packed_row, split_row, tiny_tokenizer
 from tiny_models import LEFT_OUT, Float64Throughout, families, is_adapted, tiny_model
-from trainers import EXACT, TRL_PACKED, build_trainer
 
 from packsft.model import attention, isolation
 from packsft.proof.invariance import rounds_to_float32
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from harness.report import read, write
+from harness.shapes import packed_row, tiny_tokenizer
+from harness.trainers import EXACT, TRL_PACKED, build_trainer
 
 # One and two tokens take other code paths; 7 to 14 are longer than a window of 4; passes of 32 hold some of them each.
 LENGTHS = (7, 1, 14, 2, 12, 5, 3, 11, 9)
@@ -79,8 +83,27 @@ def measure(family: str) -> Result:
 def alone(model: Any, row: Result) -> tuple[float, Any]:
     """Loss and gradients of each document by itself, through the model as transformers gives it."""
     model = copy.deepcopy(model)  # Recurrent Gemma keeps a state
-    loss = documents_alone(model, row)
+    documents, loss = split(row), 0.0
+    count = sum(label != -100 for document in documents for label in document["labels"][1:])
+    for document in documents:
+        ids, labels = (torch.tensor(document[key]) for key in ("input_ids", "labels"))
+        if (labels[1:] != -100).any():
+            logits_TV = model(input_ids=ids[None], use_cache=False).logits[0]
+            part = F.cross_entropy(logits_TV[:-1], labels[1:], reduction="sum") / count
+            part.backward()
+            loss += float(part.detach())
     return loss, gradients(model)
+
+
+def split(row: Result) -> list[Result]:
+    """The documents of a pack."""
+    stops = list(itertools.accumulate(row["seq_lengths"]))
+    parts = [slice(stop - length, stop) for stop, length in zip(stops, row["seq_lengths"], strict=True)]
+    return [{key: row[key][part] for key in ("input_ids", "labels")} for part in parts]
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def is_causal(model: Any) -> bool:
@@ -107,7 +130,7 @@ def rounding(model: Any, row: Result, loss: float, truth: Any) -> Result | None:
         return {"error": _message(error)}
     found = ours(model, row, own_loss, own)
     errors = ("error", "loss_error", "gradient_error")
-    own_errors = {"own_loss_error": loss_error([own_loss], [loss]), "own_gradient_error": _gradient_error(own, truth)}
+    own_errors = {"own_loss_error": abs(own_loss - loss) / loss, "own_gradient_error": _gradient_error(own, truth)}
     return {name: found[name] for name in errors if name in found} | own_errors
 
 
@@ -134,7 +157,7 @@ def ours(model: Any, row: Result, loss: float, truth: Any, *, router_loss: float
                 "attention_calls": calls["attention"],
                 "head": "fused" if trainer.why_compact is None else "compact",
                 "why_compact": trainer.why_compact,
-                "loss_error": loss_error([found], [loss]),
+                "loss_error": abs(found - loss) / loss,
                 "gradient_error": _gradient_error(gradients(trainer.model), truth),
             }
     except Exception as error:
@@ -144,7 +167,7 @@ def ours(model: Any, row: Result, loss: float, truth: Any, *, router_loss: float
 @contextlib.contextmanager
 def exact_trainer(model: Any, row: Result, router_loss: float) -> Iterator[Any]:
     """packsft as it is by default, the documents of the row being one step."""
-    documents = [{key: document[key] for key in ("input_ids", "labels")} for document in split_row(row)]
+    documents = split(row)
     with tempfile.TemporaryDirectory() as folder:
         yield build_trainer(
             EXACT, copy.deepcopy(model), tiny_tokenizer(), Dataset.from_list(documents), folder, bf16=False,
@@ -164,16 +187,21 @@ def one_step(trainer: Any) -> float:
 def theirs(model: Any, row: Result, loss: float, truth: Any) -> Result:
     """The same documents as one pack through TRL's trainer: does the last one's gradient reach the others' input?"""
     try:
-        with trainer_of(TRL_PACKED, model, tiny_tokenizer(), [row], router_aux_loss_coef=0.0) as trainer:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = build_trainer(
+                TRL_PACKED, copy.deepcopy(model), tiny_tokenizer(), Dataset.from_list([row]), folder, bf16=False,
+                dataset_kwargs={"skip_prepare_dataset": True}, router_aux_loss_coef=0.0,
+            )  # fmt: skip
             inputs = trainer._prepare_inputs(trainer.data_collator([dict(row)]))
             inputs.pop("labels")
             begin = sum(LENGTHS[:-1])
             with isolation._embedding_leaf(trainer.model) as leaf:
                 logits = trainer.model(**inputs, use_cache=False).logits
             reached = isolation._gradient(logits[0, begin:], leaf[0])[:begin]
-            found = packed(trainer, [row])
+            trainer.model.zero_grad(set_to_none=True)
+            found = packed_loss(trainer, row)
             errors = {
-                "loss_error": loss_error([found], [loss]),
+                "loss_error": abs(found - loss) / loss,
                 "gradient_error": _gradient_error(gradients(trainer.model), truth),
             }
     except Exception as error:
@@ -184,9 +212,23 @@ def theirs(model: Any, row: Result, loss: float, truth: Any) -> Result:
     return {"verdict": "clean" if right else "differs"} | errors
 
 
+def packed_loss(trainer: Any, row: Result) -> float:
+    """The loss of the row as one micro-step of the trainer; gradients are left in the model."""
+    inputs = trainer._prepare_inputs(trainer.data_collator([dict(row)]))
+    num_items = sum(label != -100 for document in split(row) for label in document["labels"][1:])
+    trainer.model.train()
+    with trainer.compute_loss_context_manager():
+        loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(num_items))
+    loss.backward()
+    return float(loss.detach())
+
+
 def _gradient_error(found: Any, truth: Any) -> float:
-    """As in bench_parity, but for a gradient that is zero in exact arithmetic (a key's bias changes no softmax): it is
-    measured against a millionth of the largest, and one that is missing is taken for zero."""
+    """Largest over the tensors of max|found - truth| / max|truth|.
+
+    A gradient that is zero in exact arithmetic (a key's bias changes no softmax) is measured against a millionth of the
+    largest, and one that is missing is taken for zero.
+    """
     floor = 1e-6 * max(float(grad.abs().max()) for grad in truth.values())
     whole = {name: found.get(name, torch.zeros_like(grad)) for name, grad in truth.items()}
     added = {name: grad for name, grad in found.items() if name not in truth and grad.abs().max() > 0}

@@ -1,4 +1,4 @@
-"""What a piece of work allocates: the sizes of PyTorch's storages in their order, and the most that lived at once.
+"""Records what a piece of work allocates: the sizes of PyTorch's storages in order, and the peak of all of them.
 
 - `Recorded` is of a run on real tensors on the CPU: the profiler sees every storage come and go, also inside custom
   operators (but not the scratch space of BLAS libraries).

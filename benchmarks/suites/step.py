@@ -1,4 +1,4 @@
-"""One training step against the bare GEMMs of the model, and where the rest of its time goes.
+"""Times one training step against the bare GEMMs of the model, and says where the rest of its time goes.
 
 SmolLM2-135M on real instruction text, `gradient_checkpointing=False`, through `PackedSFTTrainer`'s own `compute_loss`.
 """
@@ -6,29 +6,25 @@ SmolLM2-135M on real instruction text, `gradient_checkpointing=False`, through `
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from floors import model_gemms
-from measure import Figure, Settings, figure, interleave, synchronize, training_dtype
-from shapes import instruction_data, smollm2
-from trainers import OURS, build_trainer
+from harness.floors import model_gemms
+from harness.measure import Figure, Settings, figure, interleave, synchronize, training_dtype
+from harness.shapes import docstrings, smollm2
+from harness.trainers import OURS, build_trainer
 
 # Tensor operations that multiply matrices, by the names the profiler gives them
 GEMM_OPERATORS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::addmm_", "aten::matmul", "aten::linear")
 
 
-def bench_step(settings: Settings) -> list[Figure]:
-    """Forward and backward of one full pack, 512 tokens with --quick, through `PackedSFTTrainer`, against its GEMMs."""
+def bench(settings: Settings) -> list[Figure]:
+    """Forward and backward of one full pack, 512 tokens with --quick, against the model's GEMMs."""
     model, tokenizer = smollm2(training_dtype())
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(
-            OURS,
-            model,
-            tokenizer,
-            instruction_data(settings.data, 64),
-            folder,
-            max_length=512 if settings.quick else 1024,
+            OURS, model, tokenizer, docstrings(64), folder, max_length=512 if settings.quick else 1024
         )
         batch = typical_pack(list(trainer.get_train_dataloader()))
         step, num_tokens, num_scored = training_step(trainer, batch)
@@ -37,24 +33,14 @@ def bench_step(settings: Settings) -> list[Figure]:
     ours, floor = times["step"].median, times["gemms"].median
     table = [
         figure(
-            f"bare GEMMs, {num_tokens} tokens, {num_scored} scored",
-            floor,
-            "s",
-            spread=times["gemms"].spread,
+            f"bare GEMMs, {num_tokens} tokens, {num_scored} scored", floor, "s", spread=times["gemms"].spread,
             note=f"the limit, {flops / floor / 1e9:.0f} GFLOP/s",
         ),
         figure(
-            "packsft, forward and backward of one pack",
-            ours,
-            "s",
-            ratio=ours / floor,
-            ratio_of="time / bare GEMMs",
-            at_most=1.35,
-            headline="one training step against the model's bare matrix products",
-            spread=times["step"].spread,
-            note=f"{batch['cu_seq_lens_q'].numel() - 1} documents",
+            "packsft, forward and backward of one pack", ours, "s", ratio=ours / floor, ratio_of="time / bare GEMMs",
+            at_most=1.35, spread=times["step"].spread, note=f"{batch['cu_seq_lens_q'].numel() - 1} documents",
         ),
-    ]
+    ]  # fmt: skip
     if settings.quick:
         return table
     shares = operator_shares(step)
@@ -75,7 +61,7 @@ def typical_pack(batches: list[dict[str, Any]]) -> dict[str, Any]:
     return sorted(full, key=lambda batch: int(batch["cu_seq_lens_q"].diff().square().sum()))[len(full) // 2]
 
 
-def training_step(trainer: Any, batch: dict[str, Any]) -> tuple[Any, int, int]:
+def training_step(trainer: Any, batch: dict[str, Any]) -> tuple[Callable[[], None], int, int]:
     """(forward and backward of one micro-step as the trainer runs it, tokens, scored tokens)."""
     model = trainer.model.train()
     inputs = trainer._prepare_inputs(batch)
@@ -90,18 +76,15 @@ def training_step(trainer: Any, batch: dict[str, Any]) -> tuple[Any, int, int]:
     return run, inputs["input_ids"].numel(), num_scored
 
 
-def operator_shares(step: Any) -> dict[str, float]:
+def operator_shares(step: Callable[[], None]) -> dict[str, float]:
     """Seconds inside attention, matrix multiplications and everything else, over one profiled step."""
     with torch.profiler.profile() as profiler:
         step()
         synchronize()
     shares = {"attention": 0.0, "matrix multiplications": 0.0, "everything else": 0.0}
     for event in profiler.key_averages():
-        own = (event.self_device_time_total or event.self_cpu_time_total) / 1e6
-        if "attention" in event.key or "flash" in event.key:
-            shares["attention"] += own
-        elif event.key in GEMM_OPERATORS:
-            shares["matrix multiplications"] += own
-        else:
-            shares["everything else"] += own
+        attention = "attention" in event.key or "flash" in event.key
+        multiplies = event.key in GEMM_OPERATORS
+        kind = "attention" if attention else "matrix multiplications" if multiplies else "everything else"
+        shares[kind] += (event.self_device_time_total or event.self_cpu_time_total) / 1e6
     return shares

@@ -1,4 +1,4 @@
-"""What is measured on: the shapes of SmolLM2, tiny models for checks, real instruction text.
+"""Makes what is measured on: shapes, models from tiny to 7B, a tiny tokenizer, real and random examples.
 
 Knows models, tokenizers and data; knows no clock and no competitor.
 """
@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,13 +103,6 @@ def _loaded_smollm2(dtype: torch.dtype) -> tuple[Any, Any]:
     return load_smollm2(dtype)
 
 
-def first_layers(model: Any, count: int) -> Any:
-    """The same model, of whose decoder layers only the first `count` are left."""
-    model.model.layers = model.model.layers[:count]
-    model.config.num_hidden_layers = count
-    return model
-
-
 def tiny_tokenizer() -> Any:
     """A tokenizer of 64 words that needs no download: `w0` to `w59`, and the special tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -125,71 +116,20 @@ def tiny_tokenizer() -> Any:
     )
 
 
-def tiny_llama(dtype: torch.dtype) -> Any:
+def tiny_llama(dtype: torch.dtype, **sizes: int) -> Any:
     """Two layers of width 32 over the vocabulary of `tiny_tokenizer`, grouped-query attention, random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **TINY
-    )
+    tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(dtype)
+    return LlamaForCausalLM(LlamaConfig(**tiny | {"num_key_value_heads": 2} | TINY | sizes)).to(dtype)
 
 
-def small_llama(dtype: torch.dtype) -> Any:
-    """Four layers of width 256 over the vocabulary of `tiny_tokenizer`, random weights: attention is what costs."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def docstrings(count: int) -> Dataset:
+    """`count` functions of Python's standard library and their docstrings, the same ones every time."""
+    from packsft import stdlib_docstrings
 
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "max_position_embeddings": 65_536}
-    torch.manual_seed(0)
-    config = LlamaConfig(num_attention_heads=8, num_key_value_heads=4, **sizes, **TINY)
-    return LlamaForCausalLM(config).to(dtype)
-
-
-def tiny_gpt2(dtype: torch.dtype) -> Any:
-    """Two layers of width 32 over the vocabulary of `tiny_tokenizer`, without dropout.
-
-    LayerNorm, unlike the RMSNorm of the Llama family, does not round to float32, so float64 is float64 all through.
-    """
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    no_dropout = {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0}
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, **no_dropout, **TINY)
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(config).to(dtype)
-
-
-def instruction_data(path: str | None, count: int) -> Dataset:
-    """`count` prompt/completion examples of real text, the same ones every time.
-
-    Args:
-        path: a JSONL file with the keys `prompt` and `completion`, or `question` and `answer`; without it the
-            functions of Python's standard library and their docstrings.
-
-    Raises:
-        ValueError: a line without those keys, or fewer lines than `count`.
-    """
-    if path is None:
-        from packsft import stdlib_docstrings
-
-        dataset = stdlib_docstrings()
-    else:
-        rows = []
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-            row = json.loads(line)
-            for prompt, completion in (("prompt", "completion"), ("question", "answer")):
-                if prompt in row and completion in row:
-                    rows.append({"prompt": row[prompt] + "\n", "completion": row[completion]})
-                    break
-            else:
-                raise ValueError(
-                    f"{path}, line {number}: has the keys {sorted(row)}, needs prompt and completion, "
-                    "or question and answer"
-                )
-        dataset = Dataset.from_list(rows)
-    if len(dataset) < count:
-        raise ValueError(f"{path or 'the standard library'} has {len(dataset)} examples, {count} are needed")
-    return dataset.shuffle(seed=0).select(range(count))
+    return stdlib_docstrings().shuffle(seed=0).select(range(count))
 
 
 def random_documents(count: int, vocabulary: int, longest: int, *, prompt_share: float = 0.4) -> Dataset:
@@ -233,13 +173,3 @@ def packed_row(lengths: tuple[int, ...], vocabulary: int, *, seed: int, prompt_s
         prompt = min(int(length * prompt_share), length - 1)
         labels += [-100] * prompt + ids[len(labels) + prompt : len(labels) + length]
     return {"input_ids": ids, "labels": labels, "seq_lengths": list(lengths)}
-
-
-def split_row(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The documents of a pack, each as a pack of its own."""
-    documents, start = [], 0
-    for length in row["seq_lengths"]:
-        part = slice(start, start + length)
-        documents.append({"input_ids": row["input_ids"][part], "labels": row["labels"][part], "seq_lengths": [length]})
-        start += length
-    return documents

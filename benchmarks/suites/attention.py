@@ -1,4 +1,4 @@
-"""Attention over packed documents: against its bare GEMMs, one call with a block mask, padded rows and other kernels.
+"""Times attention over packed documents, against its bare GEMMs, one call with a block mask, padded rows and kernels.
 
 On the CPU float32 outputs must be bit for bit those of each document alone. Knows q, k and v; knows no model.
 """
@@ -10,42 +10,33 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from contest import Limit, Outputs, check, compete
-from floors import attention_gemms
-from measure import Figure, Settings, device, extra_memory, figure, interleave, training_dtype
-from peers import OURS, PLAIN_ATTENTION, Attention, Peer, attentions, ours, sdpa
-from shapes import LLAMA_1B_ATTENTION, PACK_LENGTHS, SMOLLM2_ATTENTION, AttentionShape
+from harness.contest import Limit, Outputs, check, compete, memory
+from harness.floors import attention_gemms
+from harness.measure import Figure, Settings, device, figure, interleave, training_dtype
+from harness.peers import OURS, PLAIN_ATTENTION, Attention, Peer, attentions, ours, sdpa
+from harness.shapes import LLAMA_1B_ATTENTION, PACK_LENGTHS, SMOLLM2_ATTENTION, AttentionShape
 from torch import Tensor
 
-GEMMS = "bare GEMMs of as many FLOP"
 ONE_CALL = "one SDPA call on the batch"
 
 
-def bench_attention(settings: Settings) -> Iterator[Figure]:
+def bench(settings: Settings) -> Iterator[Figure]:
     """Forward and backward over one pack: of 1,024 tokens at SmolLM2's shape, on a GPU of 8,192 at Llama-3.2-1B's."""
     on_gpu = device().type == "cuda"
     lengths = PACK_LENGTHS * 8 if on_gpu else PACK_LENGTHS
     shape = LLAMA_1B_ATTENTION if on_gpu else SMOLLM2_ATTENTION
     bounds, qkv = boundaries(lengths), inputs(shape, sum(lengths))
     peers = peers_of(bounds, qkv)
-    verdicts, absent = check(peers, lambda run: _outputs(run, qkv), _exact(bounds, qkv), PLAIN_ATTENTION)
-    yield from compete(
-        peers,
-        verdicts,
-        absent,
-        limit_of(lengths, shape),
-        lambda run: timed(run, qkv),
-        repeats=5 if settings.quick else 30,
-        chart=f"Attention over a pack of {len(lengths)} documents, {sum(lengths):,} tokens",
-    )
-    anew = {peer.name: peer for peer in peers_of(bounds, qkv)}  # which build their masks anew
-    right = {name: timed(anew[name].run, qkv) for name, verdict in verdicts.items() if verdict.right}  # type: ignore[arg-type]
-    memory = {name: extra_memory(run) for name, run in right.items()}
-    for name, value in memory.items():
-        yield figure(
-            f"extra memory, {name}", value, "MiB", ratio=value / memory[OURS], ratio_of="memory / packsft",
-            chart="Extra memory of attention", series=name, note="its mask included" * ("mask" in name),
-        )  # fmt: skip
+    doubled = tuple(tensor.detach().double().requires_grad_() for tensor in qkv)
+    alone = next(peer.run for peer in peers_of(bounds, doubled) if peer.name == PLAIN_ATTENTION)
+    assert alone is not None
+    verdicts, absent = check(peers, lambda run: _outputs(run, qkv), _outputs(alone, doubled), PLAIN_ATTENTION)
+    timing = lambda run: timed(run, qkv)  # noqa: E731
+    title = f"Attention over a pack of {len(lengths)} documents, {sum(lengths):,} tokens"
+    repeats = 5 if settings.quick else 30
+    yield from compete(peers, verdicts, absent, limit_of(lengths, shape), timing, repeats=repeats, chart=title)
+    # of competitors that build their masks anew
+    yield from memory(peers_of(bounds, qkv), verdicts, timing, "Extra memory of attention")
     yield _equal_lengths(shape, settings.quick)
     yield _same_bits(shape)
 
@@ -69,7 +60,8 @@ def peers_of(bounds: Tensor, qkv: tuple[Tensor, ...]) -> list[Peer]:
 def limit_of(lengths: tuple[int, ...], shape: AttentionShape) -> Limit:
     """For comparison on a GPU, rather than a limit: plain products write scores that a fused kernel keeps to itself."""
     run, flops = attention_gemms(lengths, shape.H, shape.K, training_dtype(), device())
-    return Limit(GEMMS, run, flops, "FLOP", "for comparison" if device().type == "cuda" else "the limit")
+    note = "for comparison" if device().type == "cuda" else "the limit"
+    return Limit("bare GEMMs of as many FLOP", run, flops, "FLOP", note)
 
 
 def timed(attend: Attention, qkv: tuple[Tensor, ...]) -> Callable[[], object]:
@@ -84,13 +76,6 @@ def _outputs(attend: Attention, qkv: tuple[Tensor, ...]) -> Outputs:
     return dict(
         zip(("output", "dQ", "dK", "dV"), (output.detach(), *torch.autograd.grad(output, qkv, grad)), strict=True)
     )
-
-
-def _exact(bounds: Tensor, qkv: tuple[Tensor, ...]) -> Outputs:
-    """Each document alone in float64 from the same inputs."""
-    doubled = tuple(tensor.detach().double().requires_grad_() for tensor in qkv)
-    alone = next(peer.run for peer in peers_of(bounds, doubled) if peer.name == PLAIN_ATTENTION)
-    return _outputs(alone, doubled)  # type: ignore[arg-type]
 
 
 def _equal_lengths(shape: AttentionShape, quick: bool) -> Figure:

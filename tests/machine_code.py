@@ -1,4 +1,4 @@
-"""The cross-entropy kernel as six GPU generations would run it, compiled without any of them.
+"""Compiles the cross-entropy kernel for six GPU generations, without any of them, and says what is wrong with it.
 
 Every entry of the launch table, with the arguments and specialisations of a real launch: registers, spills, occupancy,
 the width of every global access, and what is read and written against the least that would do. Knows the kernel's
@@ -15,9 +15,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
 from multiprocessing import get_context
+from typing import Any
 
 import torch
-from measure import Figure, Settings, figure
+import triton
 from packsft_kernels import LossOptions, aot, launch
 from packsft_kernels.cross_entropy_kernel import _cross_entropy_kernel, kernel_call
 from packsft_kernels.cross_entropy_rows import empty_outputs
@@ -167,16 +168,9 @@ def check_all(chosen: Iterable[Case]) -> list[tuple[Case, aot.MachineCode, list[
         return list(pool.map(check, chosen, chunksize=4))
 
 
-def bench_static(settings: Settings) -> list[Figure]:
-    """One figure for each launch and dtype, worst of architectures and outputs; --quick: long rows on one."""
-    some = (case for case in cases(every=False) if case.vocab == VOCABULARIES[-1] and case.capability == 90)
-    return table_of(check_all(some if settings.quick else cases(every=True)))
-
-
-def table_of(checked: list[tuple[Case, aot.MachineCode, list[str]]]) -> list[Figure]:
-    import triton
-
-    table = []
+def figures(checked: list[tuple[Case, aot.MachineCode, list[str]]]) -> Iterator[dict[str, Any]]:
+    """What `python benchmarks/run.py --suite static` shows: registers of each launch and dtype, the most of any
+    architecture and outputs, and the number of faults."""
     for vocab, dtype in dict.fromkeys((case.vocab, case.dtype) for case, _, _ in checked):
         group = [(case, code) for case, code, _ in checked if (case.vocab, case.dtype) == (vocab, dtype)]
         shape, occupancy = group[0][0].shape, [code.occupancy for _, code in group]
@@ -186,27 +180,14 @@ def table_of(checked: list[tuple[Case, aot.MachineCode, list[str]]]) -> list[Fig
             f"occupancy {min(occupancy):.0%} to {max(occupancy):.0%}, {max(code.shared for _, code in group)} bytes "
             f"shared; {dtype.itemsize * (2 if shape.one_read else 3)} bytes a logit, {moved}"
         )
-        most = max(code.registers for _, code in group)
         name = f"V <= {vocab:,}" if shape.one_read else f"V > {VOCABULARIES[-2]:,}"
         name += f", {str(dtype).removeprefix('torch.')}"
-        table.append(figure(name, most, "registers", at_most=shape.registers, note=note))
+        most = max(code.registers for _, code in group)
+        yield {"name": name, "value": most, "unit": "registers", "at_most": shape.registers, "note": note}
     failed = [f"{case}: {'; '.join(wrong)}" for case, _, wrong in checked if wrong]
     architectures = ", ".join(f"sm_{capability}" for capability in sorted({case.capability for case, _, _ in checked}))
-    table.append(
-        figure(
-            "compilations with a spill, a narrow access in a loop, or an unsafe order",
-            len(failed),
-            f"of {len(checked)}",
-            at_most=0,
-            parity=True,
-            note=f"Triton {triton.__version__}, {architectures}" + "".join(f"; {text}" for text in failed[:3]),
-        )
-    )
-    return table
-
-
-if __name__ == "__main__":  # under another Triton than the installed one: PYTHONPATH=FOLDER python bench_static.py
-    for row in table_of(check_all(cases(every=False))):
-        print(row["name"], row["value"], row["unit"], row["note"])
-        if row["passed"] is False:
-            raise SystemExit(1)
+    yield {
+        "name": "compilations with a spill, a narrow access in a loop, or an unsafe order", "value": len(failed),
+        "unit": f"of {len(checked)}", "at_most": 0, "parity": True,
+        "note": f"Triton {triton.__version__}, {architectures}" + "".join(f"; {text}" for text in failed[:3]),
+    }  # fmt: skip

@@ -1,7 +1,7 @@
-"""A run's figures as pictures: bars with the limit drawn in, lines over an axis, loss curves over each other.
+"""Draws a run's figures: bars with their limit, lines over an axis, loss curves.
 
-A figure says which picture it belongs to (`measure.figure`); this file knows how pictures look, and nothing of what
-they show. Hatches, dashes and markers tell the competitors apart, so that a print in black and white can be read.
+A figure names the picture it belongs to (`measure.figure`). Hatches, dashes and markers tell competitors apart in black
+and white.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from report import Report, Row, quantity, rows_of
+from harness.report import Report, Row, quantity, rows_of
 
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo", "---")
 DASHES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)))

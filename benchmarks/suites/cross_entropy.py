@@ -1,4 +1,4 @@
-"""Cross-entropy on logits that exist, loss and gradient, against a copy of them: every logit read and written once.
+"""Times loss and gradient of logits that exist, against a copy of them: every logit read and written once.
 
 Every run gets fresh random logits, since ours overwrites them. Knows logits; knows no head.
 """
@@ -9,30 +9,30 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from contest import Limit, Outputs, Verdict, check, compete
-from measure import Figure, Settings, device, figure, training_dtype
-from peers import PLAIN_LOSS, Loss, Peer, losses
+from harness.contest import Limit, Outputs, check, compete
+from harness.measure import Figure, Settings, device, figure, training_dtype
+from harness.peers import PLAIN_LOSS, Loss, losses
 from torch import Tensor
 
 COPY = "copy of the logits"
 CHECKED_ROWS = 1024  # in float64 a benchmark's logits and their gradient would be tens of gigabytes
 
 
-def bench_cross_entropy(settings: Settings) -> Iterator[Figure]:
+def bench(settings: Settings) -> Iterator[Figure]:
     """8,192 rows of Llama 3's vocabulary on a GPU, 512 of SmolLM2's on a CPU; on a GPU also one of 50,257 columns."""
     on_gpu = device().type == "cuda"
-    shapes = [(8192, 128_256), (8192, 50_257)] if on_gpu else [(512, 49_152)]
     peers = losses()
     if settings.quick:
-        yield from (
-            figure(peer.name, note="not run with --quick: compiles") for peer in peers if "compile" in peer.name
-        )
+        yield figure(f"{PLAIN_LOSS}, torch.compile", note="not run with --quick: compiles")
         peers = [peer for peer in peers if "compile" not in peer.name]
-    for num_rows, vocab in shapes:
+    for num_rows, vocab in [(8192, 128_256), (8192, 50_257)] if on_gpu else [(512, 49_152)]:
         shape = f"[{num_rows:,}, {vocab:,}]"
+        logits = _logits(min(num_rows, CHECKED_ROWS), vocab)
+        targets = torch.randint(vocab, (len(logits),), device=device())
+        exact = outputs(F.cross_entropy, logits.double(), targets)
         yield from compete(
             peers,
-            *_checked(peers, min(num_rows, CHECKED_ROWS), vocab),
+            *check(peers, lambda loss, x=logits, y=targets: outputs(loss, x, y), exact, PLAIN_LOSS),  # type: ignore[misc]
             copy_limit(num_rows, vocab),
             lambda run, n=num_rows, v=vocab: timed(run, n, v),  # type: ignore[misc]
             repeats=2 if settings.quick else 10,
@@ -42,13 +42,19 @@ def bench_cross_entropy(settings: Settings) -> Iterator[Figure]:
         )
 
 
+def outputs(loss: Loss, logits: Tensor, targets: Tensor) -> Outputs:
+    leaf = logits.clone().requires_grad_()
+    value = loss(leaf.view_as(leaf), targets)
+    return {"loss": value.detach().clone(), "gradient": torch.autograd.grad(value, leaf)[0]}
+
+
 def copy_limit(num_rows: int, vocab: int) -> Limit:
     source, destination = _logits(num_rows, vocab), _logits(num_rows, vocab)
     return Limit(COPY, lambda: destination.copy_(source), 2 * source.numel() * source.element_size(), "B")
 
 
 def timed(loss: Loss, num_rows: int, vocab: int) -> Callable[[], None]:
-    """Forward and backward. The noise is laid over a buffer outside of the clock for the next run, not for this one."""
+    """Forward and backward on a buffer that `prepare` fills anew, outside of the clock."""
     fresh = _logits(num_rows, vocab)
     targets = torch.randint(vocab, (num_rows,), device=device())
     buffer = torch.empty_like(fresh)
@@ -67,14 +73,3 @@ def timed(loss: Loss, num_rows: int, vocab: int) -> Callable[[], None]:
 
 def _logits(num_rows: int, vocab: int) -> Tensor:
     return 3 * torch.randn(num_rows, vocab, device=device()).to(training_dtype())
-
-
-def _checked(peers: list[Peer], num_rows: int, vocab: int) -> tuple[dict[str, Verdict], dict[str, str]]:
-    logits, targets = _logits(num_rows, vocab), torch.randint(vocab, (num_rows,), device=device())
-
-    def outputs(loss: Loss, logits: Tensor = logits) -> Outputs:
-        leaf = logits.clone().requires_grad_()
-        value = loss(leaf.view_as(leaf), targets)
-        return {"loss": value.detach().clone(), "gradient": torch.autograd.grad(value, leaf)[0]}
-
-    return check(peers, outputs, outputs(F.cross_entropy, logits.double()), PLAIN_LOSS)

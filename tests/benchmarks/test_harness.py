@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from contest import Limit, check, compete
-from floors import attention_gemms
-from measure import Settings, device, extra_memory, interleave
-from peers import OURS, Peer
+from harness.contest import Limit, check, compete
+from harness.floors import attention_gemms
+from harness.measure import asserted, device, extra_memory, interleave
+from harness.peers import OURS, Peer
 
 LIMIT = Limit("limit", lambda: None, 2e9, "FLOP")
 TRUTH = {"value": torch.tensor([1.0, 2.0], dtype=torch.float64)}
@@ -107,25 +108,20 @@ def test_the_limit_of_attention_does_as_many_operations() -> None:
     assert flops == 7 * 2 * 2 * 64 * 8 * 32
 
 
-def test_the_memory_suite_needs_no_gpu_and_meets_its_targets() -> None:
-    from bench_memory import bench_memory
-
-    figures = bench_memory(Settings(quick=True))
-    judged = {figure["name"]: figure["passed"] for figure in figures if figure["passed"] is not None}
-    assert len(judged) == 4  # the head's budget and TRL's memory, for all tokens scored and for some
-    assert all(judged.values())
-    assert not [figure["name"] for figure in figures if figure["value"] is None and "packsft" in figure["name"]]
-    assert next(figure["note"] for figure in figures if "QuACK" in figure["name"]).startswith("cannot run: ")
-
-
-def test_every_kernel_holds_its_parity_in_every_dtype() -> None:
-    from bench_parity import components
-
-    figures = components()
-    assert len(figures) == 12
-    assert all(figure["passed"] for figure in figures)
-    # a bound that holds everything would be none: the yardstick is rounding, not a broken comparison
-    for row in figures:
-        dtype = getattr(torch, row["name"].rpartition(" ")[2])
-        assert row["value"] < 100 * torch.finfo(dtype).eps
-        assert row["ratio"] > 0 or row["value"] == 0
+def test_a_test_is_a_figure_of_what_it_recorded_or_of_its_failures(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import json, pytest\n"
+        "@pytest.mark.parametrize('n', [1, 2])\ndef test_some_pass(n): assert n == 1, 'two'\n"
+        "def test_recorded(record_property):\n"
+        "    record_property('figure', json.dumps({'name': 'reads', 'value': 0, 'at_most': 0}))\n"
+        "@pytest.mark.skip(reason='no card')\ndef test_left_out(): pass\n"
+    )
+    some, recorded, skipped = asserted(str(tmp_path))
+    assert (some["name"], some["value"], some["unit"]) == ("some pass", 1, "failures of 2")
+    assert some["parity"]
+    assert some["passed"] is False
+    assert some["note"].startswith("test_some_pass[2] failure: AssertionError: two")
+    assert (recorded["name"], recorded["passed"]) == ("reads", True)
+    assert "no card" in skipped["note"]
+    with pytest.raises(RuntimeError, match="ran no test"):
+        list(asserted(str(tmp_path), "-k", "nothing"))

@@ -18,7 +18,7 @@ Is packed training the same training on *your* model? This page is the answer fo
 transformers {transformers} that can be built without a download, from its registry
 (`MODEL_FOR_CAUSAL_LM_MAPPING_NAMES`, {registered} entries). Written by
 
-    python benchmarks/models.py --save     # {minutes} minutes on two cores
+    python tools/models.py --save     # {minutes} minutes on two cores
 
 on {date}, with packsft {packsft}, TRL {trl} and PyTorch {torch}; not by hand. `tests/parity/test_models.py` measures
 some families anew.
@@ -45,7 +45,7 @@ step. "Packed" is nothing that TRL promises without flash attention; it warns, a
 
 
 def results_file(version: str) -> Path:
-    return Path(__file__).parent / "results" / f"models-transformers-{version}.json"
+    return Path(__file__).parent / f"models-transformers-{version}.json"
 
 
 def is_right(result: Result) -> bool:

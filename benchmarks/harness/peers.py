@@ -1,4 +1,4 @@
-"""Every competitor of the kernels under one signature, so that a benchmark is a loop over names.
+"""Wraps every competitor of the kernels in one signature, so that a benchmark is a loop over names.
 
 - Heads: `(hidden_TM, weight_VM, labels_T) -> loss`, the mean over the scored tokens, differentiable in both tensors.
   `labels_T[t]` is what position t predicts, -100 where nothing is scored.
@@ -10,17 +10,16 @@ A competitor that cannot run is listed with the reason. Knows the peers' own int
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import device
+from harness.measure import device
 from torch import Tensor
 
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -82,7 +81,6 @@ def heads(rows_N: Tensor, softcap: float | None = None) -> list[Peer]:
             accum_dtype=torch.float32,
         ),
         *_cut_cross_entropy(softcap),
-        _quack_head(rows_N, softcap),
     ]
 
 
@@ -101,7 +99,6 @@ def losses() -> list[Peer]:
         Peer(PLAIN_LOSS, F.cross_entropy),
         Peer(f"{PLAIN_LOSS}, torch.compile", torch.compile(F.cross_entropy, dynamic=False)),
         _liger("Liger cross-entropy", "liger_cross_entropy"),
-        _quack("QuACK cross-entropy", "quack.cross_entropy", "cross_entropy", inplace_backward=True),
     ]
 
 
@@ -221,29 +218,6 @@ def _cut_cross_entropy(softcap: float | None) -> list[Peer]:
     if device().type != "cuda":
         return [peer("torch_compile", impl="torch_compile")]
     return [peer("cce", impl="cce"), peer("cce, filter_eps=None", impl="cce", filter_eps=None)]
-
-
-def _quack_head(rows_N: Tensor, softcap: float | None) -> Peer:
-    name = "QuACK linear cross-entropy"
-    if softcap is not None:
-        return Peer(name, None, "it has no softcap")
-    peer = _quack(name, "quack.linear_cross_entropy", "chunked_linear_cross_entropy")
-    if peer.run is None:
-        return peer
-    chunked = peer.run
-    return Peer(peer.name, lambda hidden, weight, labels: chunked(hidden[rows_N], weight, labels[rows_N]))
-
-
-def _quack(name: str, module: str, function: str, **options: Any) -> Peer:
-    if missing := _missing("quack-kernels"):
-        return Peer(name, None, missing)
-    if torch.cuda.get_device_capability() < (9, 0):
-        return Peer(name, None, "needs a Hopper GPU or newer")
-    try:
-        run = getattr(importlib.import_module(module), function)
-    except Exception as error:  # it imports a compiler, which fails in ways of its own
-        return Peer(name, None, f"{type(error).__name__}: {error}")
-    return Peer(f"{name} {_version('quack-kernels')}", partial(run, **options))
 
 
 def _block_mask(bounds: Tensor) -> Attention:

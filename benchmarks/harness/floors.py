@@ -1,6 +1,6 @@
-"""Limits no implementation can beat, measured in the same run: the bare matrix multiplications, and bytes.
+"""Makes the limits that no implementation can beat: the bare matrix products of a head, of attention, of a model.
 
-Knows shapes, GEMMs and what a training step has to multiply; knows nothing of losses or trainers.
+Knows shapes and what a training step has to multiply; knows nothing of losses or trainers.
 """
 
 from __future__ import annotations

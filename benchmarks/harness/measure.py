@@ -1,6 +1,5 @@
-"""How things are measured: interleaved timings, peak memory, and the one form in which a figure is reported.
+"""Measures time and memory in turns, and makes the flat dictionaries (`figure`) that a report consists of.
 
-A figure is a flat dictionary made by `figure`: what was measured, and a ratio to a limit or a peer of the same run.
 Knows clocks, allocators and the machine; knows nothing of what it measures.
 """
 
@@ -9,39 +8,43 @@ from __future__ import annotations
 import datetime
 import gc
 import importlib.metadata
+import itertools
+import json
 import os
 import platform
 import resource
 import statistics
 import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import torch
-from allocations import Recorded
+from harness.allocations import Recorded
 from packsft_kernels.version import __version__
 
 from packsft.config import has_bf16
 
+ROOT = Path(__file__).parents[2]
 Figure = dict[str, Any]
-PEER_PACKAGES = ("flash-attn", "liger-kernel", "cut-cross-entropy", "quack-kernels", "peft")
+PEER_PACKAGES = ("flash-attn", "liger-kernel", "cut-cross-entropy", "peft")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured, and on what.
+    """How much is measured.
 
     Args:
         quick: one repeat of the least that says something.
-        data: a JSONL file of real text, for the suites that train; None for the standard library's docstrings.
         dry_run: the work planned for a GPU on tiny shapes, wherever it runs, to see that it runs.
     """
 
     quick: bool = False
-    data: str | None = None
     dry_run: bool = False
 
 
@@ -59,7 +62,6 @@ def figure(
     spread: float | None = None,
     parity: bool = False,
     note: str = "",
-    headline: str = "",
     chart: str = "",
     series: str = "",
     x: float | None = None,
@@ -72,17 +74,14 @@ def figure(
     Args:
         name: what was measured.
         value: the median, in `unit`; None where it could not be measured, `note` saying why.
-        unit: "s", "tokens/s", "MiB", ...
         rate, rate_unit: what was achieved in that time, for instance 163 "GFLOP/s".
         ratio: what is compared with the target; without it `value` itself is.
         ratio_of: the two sides of `ratio`, for instance "time / bare GEMMs".
         at_most, at_least: the target, if there is one.
         spread: half the distance from the fastest to the slowest repeat, as a share of the median.
-        parity: an assertion about correctness, so that a miss is a failure of the whole run.
-        note: anything else, in words.
-        headline: the row of the README's table that this figure is, in words; empty for the others.
-        chart: the title of the picture it is drawn in (`plots.py`), beside all others of that title.
-        series: its name there, where `name` says more than that.
+        parity: an assertion about correctness; a miss fails the whole run.
+        chart: the title of the picture it is drawn in (`plots.py`), with all others of that title.
+        series: its name there, if not `name`.
         x, x_name: its place on a horizontal axis, and what that axis is; without x it is a bar.
         limit: drawn as the limit of the picture.
         curve: a line of its own, such as (tokens seen, loss).
@@ -95,18 +94,42 @@ def figure(
         row |= {"target": f"<= {at_most:.4g}", "passed": compared is not None and compared <= at_most}
     if at_least is not None:
         row |= {"target": f">= {at_least:.4g}", "passed": compared is not None and compared >= at_least}
-    drawn = {"chart": chart, "series": series, "x": x, "x_name": x_name, "limit": limit, "curve": curve}
-    seldom = {"rate": rate, "rate_unit": rate_unit, "headline": headline, **drawn}
-    return row | {
-        key: value for key, value in seldom.items() if value is not None and value is not False and value != ""
-    }
+    seldom = {"rate": rate, "rate_unit": rate_unit, "chart": chart, "series": series, "x": x, "x_name": x_name,
+              "limit": limit, "curve": curve}  # fmt: skip
+    return row | {key: value for key, value in seldom.items() if value not in (None, False, "")}
+
+
+def asserted(*arguments: str) -> Iterator[Figure]:
+    """Run pytest: the figures that tests recorded by `record_property("figure", ...)`, the arguments of `figure` as
+    JSON, and how many of each test's cases failed where none is recorded. A failure is one of parity."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "junit.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={results}", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        cases = list(ElementTree.parse(results).iter("testcase")) if results.exists() else []
+    if not cases:
+        raise RuntimeError(f"pytest {' '.join(arguments)} ran no test: {(done.stdout + done.stderr).strip()[-500:]}")
+    for test, group in itertools.groupby(cases, lambda case: case.get("name", "").split("[")[0]):
+        number = recorded = failed = 0
+        reasons: list[str] = []
+        for case in group:
+            number += 1
+            for each in case.iter("property"):
+                recorded += 1
+                yield figure(**json.loads(each.get("value", "")))
+            for found in (*case.iter("failure"), *case.iter("error"), *case.iter("skipped")):
+                failed += found.tag != "skipped"
+                reasons.append(
+                    f"{case.get('name')} {found.tag}: {(found.get('message') or '').strip().split(chr(10))[0]}"
+                )
+        if failed or not recorded:
+            name = test.removeprefix("test_").replace("_", " ")
+            yield figure(name, failed, f"failures of {number}", at_most=0, parity=True, note="; ".join(reasons))
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each repeat of one candidate."""
-
-    seconds: tuple[float, ...]
+    seconds: tuple[float, ...]  # of each repeat
 
     @property
     def median(self) -> float:
@@ -225,24 +248,22 @@ def device_name() -> str:
 
 
 def clocks() -> str:
-    """What the processors run at, in MHz, as far as the system says so."""
-    if torch.cuda.is_available():
-        query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm,clocks.mem,power.limit", "--format=csv,noheader"]
-        try:
-            answer = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.strip().splitlines()
-        except (OSError, subprocess.TimeoutExpired):
-            answer = []
-        return f"SM, its maximum, memory, power limit: {answer[0]}" if answer else "unknown"
+    """What the processors run at, as far as the system says so."""
     try:
+        if torch.cuda.is_available():
+            query = "--query-gpu=clocks.sm,clocks.max.sm,clocks.mem,power.limit"
+            asked = ["nvidia-smi", query, "--format=csv,noheader"]
+            answer = subprocess.run(asked, capture_output=True, text=True, timeout=30).stdout.splitlines()[0]
+            return f"SM, its maximum, memory, power limit: {answer}"
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "unknown"
-    found = [float(line.split(":", 1)[1]) for line in lines if line.startswith("cpu MHz")]
-    return f"{min(found):.0f} to {max(found):.0f} MHz" if found else "unknown"
+        found = [float(line.split(":", 1)[1]) for line in lines if line.startswith("cpu MHz")]
+        return f"{min(found):.0f} to {max(found):.0f} MHz"
+    except (OSError, subprocess.TimeoutExpired, IndexError, ValueError):
+        return "clocks unknown"
 
 
 def environment(command: str) -> dict[str, Any]:
-    """What a reader needs to judge the figures: machine, versions, date, command."""
+    """The machine, the versions, the date and the command of a run."""
     versions = {"python": platform.python_version()}
     for package in ("torch", "transformers", "trl", "triton", "datasets", *PEER_PACKAGES):
         try:

@@ -1,4 +1,4 @@
-"""Peak memory of the language-model head on a GPU, for models and lengths of any size: measured on fake tensors.
+"""Measures the peak memory of the language-model head on a GPU, for models and lengths of any size, on fake tensors.
 
 Every head runs forward and backward on tensors without memory, which say that they are on CUDA, and the storages that
 it allocates are counted (`allocations.py`). No GPU is needed and none is used.
@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from collections.abc import Iterator
+from itertools import product
 from typing import Any
 from unittest import mock
 
 import torch
-from allocations import FakeAllocations
-from measure import Figure, Settings, figure
+from harness.allocations import FakeAllocations
+from harness.measure import Figure, Settings, figure
+from harness.peers import OURS, Head, heads
 from packsft_kernels import launch
-from peers import OURS, Head, heads
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 MODELS: dict[str, tuple[int, int, float | None]] = {  # model width, vocabulary, softcap of the logits
@@ -30,30 +32,23 @@ GIB = 2**30
 NOTE = "bfloat16, forward and backward, both gradients included, weight and hidden states not"
 
 
-def bench_memory(settings: Settings) -> list[Figure]:
-    """Peak memory of every head for every model, length and share of scored tokens; --quick takes one model."""
+def bench(settings: Settings) -> Iterator[Figure]:
+    """Every head for every model, length and share of scored tokens; --quick takes one model and length."""
     models, lengths = (("Llama-3.2-1B",), LENGTHS[:1]) if settings.quick else (tuple(MODELS), LENGTHS)
     absent: dict[str, str] = {}
-    table = [
-        row
-        for model in models
-        for length in lengths
-        for scored in SHARES
-        for row in _heads(model, length, scored, absent)
-    ]
-    return table + [figure(name, note=f"cannot run: {reason}") for name, reason in absent.items()]
+    for model, length, scored in product(models, lengths, SHARES):
+        yield from _heads(model, length, scored, absent)
+    yield from (figure(name, note=f"cannot run: {reason}") for name, reason in absent.items())
 
 
-def _heads(model: str, length: int, scored: str, absent: dict[str, str]) -> list[Figure]:
+def _heads(model: str, length: int, scored: str, absent: dict[str, str]) -> Iterator[Figure]:
     """A row for every head that runs on fake tensors; the others, and the reason, go into `absent`."""
     width, vocab, softcap = MODELS[model]
     count = round(length * SHARES[scored])
     name = f"{model}, {length:,} tokens, {scored} scored"
-    table: list[Figure] = []
     peaks: dict[str, int] = {}
     with FakeTensorMode(), _kernels_that_only_launch():
-        rows = torch.empty(count, dtype=torch.int64)
-        for peer in heads(rows, softcap):
+        for peer in heads(torch.empty(count, dtype=torch.int64), softcap):
             if reason := peer.missing or ("compiled code is not traced on fake tensors" * ("compile" in peer.name)):
                 absent[f"{peer.name}, {model}" if "softcap" in reason else peer.name] = reason
                 continue
@@ -65,30 +60,24 @@ def _heads(model: str, length: int, scored: str, absent: dict[str, str]) -> list
                     raise
                 absent[peer.name] = f"{type(error).__name__}: {error}".splitlines()[0]
                 continue
-            drawn: dict[str, Any] = {"chart": f"Peak memory of the head of {model}, {scored} tokens scored"}
-            drawn |= {"series": peer.name, "x": float(length), "x_name": "tokens T"}
             compared: dict[str, Any] = {"note": NOTE}
             if peer.name != OURS:
                 compared = {"ratio": peaks[peer.name] / peaks[OURS], "ratio_of": "memory / packsft"}
                 compared["at_least"] = 1.0 if peer.name.startswith("TRL") else None
                 compared["note"] = "adds up dW in bfloat16" if peer.name.endswith("chunked") else ""
-            table.append(figure(f"{name}: {peer.name}", peaks[peer.name] / GIB, "GiB", **compared, **drawn))
+            yield figure(
+                f"{name}: {peer.name}", peaks[peer.name] / GIB, "GiB", **compared, series=peer.name,
+                chart=f"Peak memory of the head of {model}, {scored} tokens scored", x=float(length), x_name="tokens T",
+            )  # fmt: skip
             if peer.name == OURS:
                 # dX and dW as they are stored, in float32, until the upstream factor is known
                 limit = launch.CHUNK_BYTES + 4 * (count + vocab) * width
-                table.append(
-                    figure(
-                        f"{name}: {OURS}, temporary",
-                        temporary / GIB,
-                        "GiB",
-                        ratio=temporary / limit,
-                        ratio_of="memory / (chunk budget + dX + dW)",
-                        at_most=1.0,
-                        note=f"what is not handed back, against {launch.CHUNK_BYTES / GIB:g} GiB for a chunk of "
-                        "logits, dX of the scored rows and dW in float32",
-                    )
-                )
-    return table
+                yield figure(
+                    f"{name}: {OURS}, temporary", temporary / GIB, "GiB", ratio=temporary / limit,
+                    ratio_of="memory / (chunk budget + dX + dW)", at_most=1.0,
+                    note=f"what is not handed back, against {launch.CHUNK_BYTES / GIB:g} GiB for a chunk of logits, dX "
+                    "of the scored rows and dW in float32",
+                )  # fmt: skip
 
 
 def _peaks(run: Head, length: int, width: int, vocab: int) -> tuple[int, int]:

@@ -1,0 +1,190 @@
+"""Checks competitors on the same inputs against float64, then times them in turns beside their limit, a row for each.
+
+One that cannot run is a row with the reason; one with a wrong answer is shown as wrong, and has no time. Knows clocks
+and errors; knows nothing of what is computed.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from harness.measure import Figure, extra_memory, figure, interleave, synchronize
+from harness.peers import OURS, Peer
+from torch import Tensor
+
+Outputs = dict[str, Tensor]
+Timed = Callable[[Any], Callable[[], object]]  # from a competitor's `run`, what is timed
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What the times stand beside: `work` in floating-point operations ("FLOP") or bytes moved ("B")."""
+
+    name: str
+    run: Callable[[], object]
+    work: float
+    unit: str
+    note: str = "the limit"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The largest error of each output, relative to its largest value, beside the most that is allowed."""
+
+    errors: dict[str, float]
+    allowed: dict[str, float]
+
+    @property
+    def share(self) -> float:
+        """The largest error over what is allowed for it."""
+        return max(error / self.allowed[name] for name, error in self.errors.items())
+
+    @property
+    def right(self) -> bool:
+        return self.share <= 1.0
+
+    def __str__(self) -> str:
+        listed = ", ".join(f"{name} {error:.1e}" for name, error in self.errors.items())
+        if self.right:
+            return f"errors: {listed}"
+        return f"WRONG: errors {listed} (allowed: {', '.join(f'{value:.1e}' for value in self.allowed.values())})"
+
+    def as_figure(self, name: str, **more: Any) -> Figure:
+        shown = {"ratio": self.share, "ratio_of": "error / allowed", "at_most": 1.0, "parity": True, "note": str(self)}
+        return figure(name, **shown | more)
+
+
+def allowed_errors(plain: dict[str, float], found: Outputs) -> dict[str, float]:
+    """Twice the error of plain PyTorch in the same dtype, and half a unit in the last place of the result."""
+    assert all(math.isfinite(error) for error in plain.values()), f"plain PyTorch gave no numbers: {plain}"
+    # eps is the distance from 1 to the next number
+    return {name: 2 * error + torch.finfo(found[name].dtype).eps / 4 for name, error in plain.items()}
+
+
+def relative_errors(found: Outputs, truth: Outputs) -> dict[str, float]:
+    """Largest error over largest value, for each output; infinite where something is not a number."""
+    errors = {
+        name: float((found[name].double() - exact).abs().max() / exact.abs().max()) for name, exact in truth.items()
+    }
+    return {name: error if math.isfinite(error) else math.inf for name, error in errors.items()}
+
+
+def check(
+    peers: Sequence[Peer], outputs: Callable[[Any], Outputs], truth: Outputs, plain: str
+) -> tuple[dict[str, Verdict], dict[str, str]]:
+    """The verdict on each competitor that runs, and for each that does not the reason. Ours has to run.
+
+    Args:
+        outputs: what a competitor's `run` computes, by name.
+        truth: the same in float64.
+        plain: the competitor whose rounding is the yardstick.
+    """
+    absent = {peer.name: peer.missing for peer in peers if peer.run is None}
+    plain_run = next(peer.run for peer in peers if peer.name == plain)
+    own = relative_errors(outputs(plain_run), truth)
+
+    def verdict(run: Callable[..., Any]) -> Verdict:
+        results = outputs(run)
+        return Verdict(relative_errors(results, truth), allowed_errors(own, results))
+
+    found, failed = attempt({peer.name: partial(verdict, peer.run) for peer in peers if peer.run is not None})
+    return found, absent | failed
+
+
+def attempt(candidates: dict[str, Callable[[], Any]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What each returned, and for those that raised the reason. Ours must not raise."""
+    found, absent = {}, {}
+    for name, run in candidates.items():
+        try:
+            found[name] = run()
+            synchronize()
+        except Exception as error:
+            if name.startswith(OURS):
+                raise
+            absent[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            gc.collect()
+            torch.cuda.empty_cache()
+    return found, absent
+
+
+def runnable(candidates: dict[str, Callable[[], object]]) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """Run each once: those that did not raise, and for the others the reason."""
+    found, absent = attempt({name: _without_result(run) for name, run in candidates.items()})
+    return {name: candidates[name] for name in found}, absent
+
+
+def _without_result(run: Callable[[], object]) -> Callable[[], None]:
+    def ran() -> None:
+        getattr(run, "prepare", lambda: None)()
+        run()
+
+    return ran
+
+
+def compete(
+    peers: Sequence[Peer],
+    verdicts: dict[str, Verdict],
+    absent: dict[str, str],
+    limit: Limit,
+    timed: Timed,
+    *,
+    repeats: int,
+    chart: str,
+    prefix: str = "",
+    at_most: float | None = None,
+    at_least: dict[str, float] | None = None,
+) -> list[Figure]:
+    """Time the limit and every competitor that is right, in turns; a row for each, and the assertion that ours is.
+
+    Args:
+        absent: by competitor, why it cannot run.
+        prefix: of the names of all rows.
+        at_most: the most that ours may take, times the limit.
+        at_least: by competitor, the least that it takes, times ours.
+    """
+    right = {peer.name: timed(peer.run) for peer in peers if peer.name in verdicts and verdicts[peer.name].right}
+    limit.run()
+    able, failed = runnable(right)  # which also is the warm-up
+    times = interleave({limit.name: limit.run} | able, repeats, warmup=0)
+    absent, at_least = absent | failed, at_least or {}
+
+    def row(name: str, **more: Any) -> Figure:
+        time = times[name]
+        achieved = {"rate": limit.work / time.median / 1e9, "rate_unit": f"G{limit.unit}/s"}
+        return figure(
+            f"{prefix}{name}", time.median, "s", spread=time.spread, chart=chart, series=name, **achieved, **more
+        )
+
+    table = [row(limit.name, note=limit.note, limit=True)]
+    for peer in peers:
+        name = peer.name
+        if name in absent:
+            table.append(figure(f"{prefix}{name}", note=f"cannot run: {absent[name]}"))
+        elif name not in able:
+            table.append(figure(f"{prefix}{name}", note=str(verdicts[name])))
+        else:
+            beside = limit.name if name.startswith(OURS) or OURS not in times else OURS
+            target = {"at_most": at_most} if name == OURS else {"at_least": at_least.get(name)}
+            ratio = times[name].median / times[beside].median
+            table.append(row(name, note=str(verdicts[name]), ratio=ratio, ratio_of=f"time / {beside}", **target))
+    ours = {name: verdict for name, verdict in verdicts.items() if name.startswith(OURS)}
+    return table + [verdict.as_figure(f"{prefix}{name}, error against float64") for name, verdict in ours.items()]
+
+
+def memory(
+    peers: Sequence[Peer], verdicts: dict[str, Verdict], timed: Timed, chart: str, prefix: str = "", note: str = ""
+) -> Iterator[Figure]:
+    """Extra memory of one run of each competitor that is right."""
+    right = {peer.name: timed(peer.run) for peer in peers if peer.name in verdicts and verdicts[peer.name].right}
+    used = {name: extra_memory(run) for name, run in runnable(right)[0].items()}
+    for name, value in used.items():
+        yield figure(
+            f"{prefix}extra memory, {name}", value, "MiB", ratio=value / used[OURS], ratio_of="memory / packsft",
+            note=note * (name == OURS), chart=chart, series=name,
+        )  # fmt: skip
