@@ -31,18 +31,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
-def pytest_collection_finish() -> None:
-    """`train()` collects garbage twice: a quarter of a second each time, spent on all modules that are imported."""
-    gc.collect()
-    gc.freeze()
-
-
 def pytest_unconfigure() -> None:
     gc.unfreeze()  # what is frozen is never freed: libtriton would list it as leaked
 
 
 if device := os.environ.get("PACKSFT_TEST_DEVICE"):  # the tests of `ops` run on the default device
     torch.set_default_device(device)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_objects_to_collect() -> None:
+    """`train()` collects garbage twice, a quarter of a second each time if it has to go through all imported modules."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
