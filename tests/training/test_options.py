@@ -303,9 +303,8 @@ MANY_STEPS = ACCUMULATED | {"max_steps": 16, "optim": "sgd", "learning_rate": 0.
 
 
 def of_all_steps(ran):
-    found = {
-        name: torch.tensor(values) for name, *values in zip(("loss", "grad_norm"), *logged(ran, "loss", "grad_norm"))
-    }
+    losses, norms = zip(*logged(ran, "loss", "grad_norm"), strict=True)
+    found = {"loss": torch.tensor(losses), "grad_norm": torch.tensor(norms)}
     return found | {"weights": torch.cat([p.detach().flatten() for p in ran.model.parameters()])}
 
 
