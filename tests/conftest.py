@@ -41,7 +41,7 @@ if device := os.environ.get("PACKSFT_TEST_DEVICE"):  # the tests of `ops` run on
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_objects_to_collect() -> None:
-    """`train()` collects garbage twice, a quarter of a second each time if it has to go through all imported modules."""
+    """`train()` collects garbage twice: a quarter of a second each time, were all imported modules gone through."""
     gc.collect()
     gc.freeze()
 
