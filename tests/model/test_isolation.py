@@ -119,7 +119,7 @@ def test_a_window_that_only_the_mask_knows_limits_the_documents(layer):
     assert check(model, max_length=5).isolated
     for max_length, limit in ((6, "max_length=6"), (None, "there is no max_length")):
         assert check(model, max_length=max_length).reason == (
-            f"{layer} knows of its window of 5 tokens from its mask alone, and packing has no mask ({limit})"
+            f"{layer} knows of its window of 5 tokens from its mask alone, and packing has none ({limit})"
         )
 
 
