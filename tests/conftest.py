@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,7 +15,14 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--all"):
+        config.hook.pytest_deselected(items=[item for item in items if "slow" in item.keywords])
+        items[:] = [item for item in items if "slow" not in item.keywords]
     if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
         return
     skip = pytest.mark.skip(reason="needs an Ampere or newer CUDA device")
@@ -23,8 +31,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # what is frozen is never freed: libtriton would list it as leaked
+
+
 if device := os.environ.get("PACKSFT_TEST_DEVICE"):  # the tests of `ops` run on the default device
     torch.set_default_device(device)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_objects_to_collect() -> None:
+    """`train()` collects garbage twice: a quarter of a second each time, were all imported modules gone through."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

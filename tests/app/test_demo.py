@@ -61,6 +61,7 @@ def write_jsonl(path: Path, rows: list) -> Path:
 # ---- the whole demo ----
 
 
+@pytest.mark.slow
 def test_demo_trains_compares_and_writes_model_picture_and_report(tiny_model, tmp_path, capsys):
     # 80 sentences of 4 to 22 words, of which 8 are held out: some 15 packs of 64, enough for the loss to fall.
     draw = random.Random(0)

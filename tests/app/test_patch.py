@@ -41,14 +41,16 @@ def test_without_a_block_it_stays():
     assert trl.SFTTrainer is SFTTrainer
 
 
-def test_a_script_runs_as_it_would_by_itself(tmp_path):
+def test_a_script_runs_as_it_would_by_itself(tmp_path, monkeypatch):
     script, said = tmp_path / "script.py", tmp_path / "said"
     script.write_text(SCRIPT)
-    done = packsft("run", str(script), str(said), "--packing", "true")
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert main(["run", str(script), str(said), "--packing", "true"]) == 0
     assert said.read_text() == "PackedSFTTrainer __main__ ['--packing', 'true']"
 
 
+@pytest.mark.slow
 def test_a_test_file_of_somebody_elses_runs_against_it(tmp_path):
     tests = tmp_path / "test_theirs.py"
     tests.write_text(
@@ -75,6 +77,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_trl_sft_trains_with_packsft(folder):
     done = packsft(
         "trl", "sft", "--model_name_or_path", str(folder / "model"), "--dataset_name", str(folder / "data"),
@@ -86,6 +89,7 @@ def test_trl_sft_trains_with_packsft(folder):
     assert (folder / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_help_is_that_of_trl(folder):
     done = packsft("trl", "sft", "--help")
     assert done.returncode == 0, done.stderr

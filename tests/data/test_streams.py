@@ -52,8 +52,14 @@ STREAMS = {
 }
 
 
-@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped", "none"])
-@pytest.mark.parametrize("kind", list(STREAMS))
+KILLED = [
+    pytest.param(kind, strategy, marks=[] if kind == "one shard" or strategy == "bfd" else pytest.mark.slow)
+    for kind in STREAMS
+    for strategy in ("bfd", "bfd_split", "wrapped", "none")
+]
+
+
+@pytest.mark.parametrize(("kind", "strategy"), KILLED)
 def test_killed_at_any_position_it_goes_on_with_the_same_packs(kind, strategy):
     make = STREAMS[kind]
     options = {"strategy": strategy, "buffer_tokens": 16}
@@ -370,6 +376,7 @@ def test_a_resumed_run_trains_on_the_batches_that_follow(tmp_path, options):
         assert losses_resumed == losses_whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "shards", "workers"), [("bfd", 1, 0), ("bfd", 4, 2), ("step", 4, 2)])
 def test_two_ranks_share_a_stream_and_none_waits_for_the_other(tmp_path, strategy, shards, workers):
     import packsft_kernels

@@ -40,12 +40,13 @@ def run(*command: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_every_case_of_cross_entropy_holds_in_the_interpreted_kernel() -> None:
-    tests = [
-        "tests/ops/test_cross_entropy.py",
-        "-k",
-        "not registered and not named and not switched",
-    ]  # those run no kernel
+SOME = "test_contract and everything and inplace or over_several_blocks and plain or first_argmax"
+EVERY = "not registered and not named and not switched"  # those run no kernel
+
+
+@pytest.mark.parametrize("cases", [SOME, pytest.param(EVERY, marks=pytest.mark.slow)], ids=["some", "every"])
+def test_the_cases_of_cross_entropy_hold_in_the_interpreted_kernel(cases: str) -> None:
+    tests = ["tests/ops/test_cross_entropy.py", "-k", cases]
     plugins = ["-p", "no:cacheprovider", "-p", "card_exp"]
     output = run("-m", "pytest", *tests, "-q", "-rN", *plugins, TRITON_INTERPRET="1", PYTHONPATH=INTERPRETED_PATH)
     assert "passed" in output

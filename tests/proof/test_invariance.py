@@ -21,10 +21,16 @@ from packsft.proof.invariance import (
 )
 
 SOME = (Layout(None, 8, 1), Layout(512, 1, 1), Layout(1024, 8, 1), Layout(4096, 1, 1))
+FEW = (Layout(None, 8, 1), Layout(4096, 1, 1))
 
 
 @pytest.mark.parametrize(
-    ("name", "tolerance", "layouts"), [("GPT-2", EXACT, LAYOUTS), ("Llama", ROUNDING, SOME)], ids=str
+    ("name", "tolerance", "layouts"),
+    [
+        pytest.param("GPT-2", EXACT, FEW, id="GPT-2, one process"),
+        pytest.param("GPT-2", EXACT, LAYOUTS, id="GPT-2", marks=pytest.mark.slow),
+        pytest.param("Llama", ROUNDING, SOME, id="Llama", marks=pytest.mark.slow),
+    ],
 )
 def test_weights_after_ten_steps_agree(name, tolerance, layouts):
     # 200 rows of 8 to 512 tokens: 16 of them, a step, are about 3,600

@@ -44,8 +44,16 @@ def assert_same_losses(ours, unpacked, tolerance):
 STEPS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "lr_scheduler_type": "linear"}
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("family", "dtype", "tolerance"),
+    [
+        ("gpt2", torch.float64, 1e-10),
+        ("llama", torch.float32, 1e-5),
+        pytest.param("gpt2", torch.float32, 1e-5, marks=pytest.mark.slow),
+        pytest.param("llama", torch.float64, 1e-10, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_thirty_losses_are_those_of_the_unpacked_run(family, dtype, tolerance, tmp_path):
     # 50 examples, 6 a step, the ninth step of each epoch 2: 30 steps are three epochs and three steps of a fourth.
     # float32: the learning rate of a real run. At 1e-2 AdamW turns the rounding of a zero gradient into whole steps.
@@ -249,8 +257,16 @@ def failing_in_pass(number, monkeypatch, above=0):
     return seen
 
 
-@pytest.mark.parametrize("number", [0, 1, 2, 7])
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("number", "workers"),
+    [
+        (0, 0),
+        (2, 0),
+        (7, 0),
+        (1, 1),
+        *(pytest.param(*slow, marks=pytest.mark.slow) for slow in [(1, 0), (0, 1), (2, 1), (7, 1)]),
+    ],
+)
 def test_a_step_out_of_memory_is_taken_again_with_half_losing_nothing(number, workers, tmp_path, monkeypatch, caplog):
     settings = STEPS | {"max_steps": 6, "tokens_per_pass": 24, "dataloader_num_workers": workers}
     whole = run(tmp_path, **settings)

@@ -39,7 +39,13 @@ def packed(rows: list[dict]) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("family", "lora_on_head"), [("llama", False), ("gpt2", False), ("gemma2", False), ("llama", True)]
+    ("family", "lora_on_head"),
+    [
+        ("llama", False),
+        ("llama", True),
+        pytest.param("gpt2", False, marks=pytest.mark.slow),
+        pytest.param("gemma2", False, marks=pytest.mark.slow),
+    ],
 )
 def test_a_model_compiles_into_one_graph(family: str, lora_on_head: bool) -> None:
     """Loss and every gradient are what they are without torch.compile."""

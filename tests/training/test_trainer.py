@@ -206,36 +206,6 @@ def test_bf16_without_an_accelerator_trains_on_the_cpu(tmp_path, caplog):
     assert math.isfinite(losses(ours)[0])
 
 
-def test_the_configuration_of_the_readme_runs_as_written(tmp_path):
-    # on a machine without a GPU, bf16=True makes transformers ask for use_cpu=True, as the README says
-    args = SFTConfig(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=64,
-        num_train_epochs=1,
-        learning_rate=5e-5,
-        weight_decay=0.01,
-        max_grad_norm=1.0,
-        max_length=1024,
-        packing=True,
-        bf16=True,
-        logging_steps=10,
-        eval_steps=200,
-        save_steps=500,
-        use_cpu=not torch.cuda.is_available(),
-        report_to="none",
-        disable_tqdm=True,
-    )
-    rows = token_rows(40)
-    ours = PackedSFTTrainer(
-        model=tiny_model(max_position_embeddings=1024), args=args, train_dataset=rows, eval_dataset=rows,
-        processing_class=tiny_tokenizer(),
-    )  # fmt: skip
-    ours.train()
-    assert ours.state.global_step == 1
-    assert math.isfinite(ours.state.log_history[-1]["train_loss"])
-
-
 def test_pad_tail_has_no_gradient(tmp_path):
     # the head is not tied, so a token's row of the embeddings gets a gradient only through its own positions
     ours = trainer(tmp_path, model=tiny_model("gpt2", tie_word_embeddings=False), pad_to_multiple_of=8)
