@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python benchmarks/run.py", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="8 training examples, one repeat: under 3 minutes")
+    parser.add_argument("--quick", action="store_true", help="few examples, one repeat: some minutes")
     parser.add_argument(
         "--suite", nargs="+", action="extend", choices=[*SUITES, *GROUPS], metavar="NAME", help="default: all"
     )

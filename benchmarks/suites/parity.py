@@ -86,12 +86,10 @@ def claims(name: str, model: Any, tokenizer: Any, rows: Any, max_length: int) ->
         trainer = build_trainer(EXACT, model, tokenizer, rows, folder, bf16=False, max_length=max_length)
         found = trainer.check_packing()
     for claim in found.claims:
-        compared: dict[str, Any] = {
-            "ratio": claim.difference / (claim.allowed or 1),
-            "ratio_of": "difference / allowed",
-        }
-        if model.dtype == torch.float64 or not claim.allowed:
-            compared = {"at_most": EXACTLY * bool(claim.allowed)}
+        compared: dict[str, Any] = {"at_most": EXACTLY * bool(claim.allowed)}
+        if model.dtype != torch.float64 and claim.allowed:
+            ratio = claim.difference / claim.allowed
+            compared = {"at_most": 1.0, "ratio": ratio, "ratio_of": "difference / allowed"}
         what = f"{name}, {_name(model.dtype)}: {claim.claim}"
         yield figure(what, claim.difference, "relative", **compared, parity=True, note=claim.where)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from harness.measure import Settings
 from harness.peers import BLOCK_MASK, OURS
+from harness.shapes import random_documents, tiny_llama, tiny_tokenizer
 from suites import memory, parity, scaling
 
 
@@ -79,3 +80,13 @@ def test_every_kernel_holds_its_parity_in_every_dtype() -> None:
         dtype = getattr(torch, row["name"].rpartition(" ")[2])
         assert row["value"] < 100 * torch.finfo(dtype).eps
         assert row["ratio"] > 0 or row["value"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_every_claim_of_the_proof_has_a_target_and_fails_parity(dtype: torch.dtype) -> None:
+    rows = random_documents(8, 64, 64)
+    figures = list(parity.claims("tiny", tiny_llama(dtype), tiny_tokenizer(), rows, 64))
+    assert len(figures) == 6
+    assert all(figure["parity"] and figure["passed"] for figure in figures)
+    targets = [figure["target"] for figure in figures]
+    assert targets == ["<= 0", *["<= 1e-12" if dtype == torch.float64 else "<= 1"] * 5]
