@@ -105,7 +105,7 @@ def losses() -> list[Peer]:
 def attentions(bounds: Tensor, dtype: torch.dtype, head_dim: int) -> list[Peer]:
     """Every way to attend within documents, whose `bounds` are `[D + 1]` int32. A mask is built in the first call for
     all of them, as it is for all layers of a forward."""
-    from packsft_kernels.options import AttentionSpec
+    from packsft_kernels.attention_spec import AttentionSpec
     from packsft_kernels.varlen_attention import BACKENDS, choose_backend, varlen_attention, why_not
 
     edges, longest = bounds.tolist(), int(bounds.diff().max())

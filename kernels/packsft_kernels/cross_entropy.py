@@ -17,7 +17,7 @@ from torch import Tensor
 
 from packsft_kernels.cross_entropy_kernel import scale_
 from packsft_kernels.cross_entropy_rows import RowOutputs, loss_rows, loss_rows_fake
-from packsft_kernels.options import OPTIONS_SCHEMA, LossOptions, LossOutput
+from packsft_kernels.loss_options import OPTIONS_SCHEMA, LossOptions, LossOutput
 
 _DEFAULT_OPTIONS = LossOptions()
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from packsft_kernels import _triton, launch
 from packsft_kernels._triton import tl
-from packsft_kernels.options import LossOptions
+from packsft_kernels.loss_options import LossOptions
 
 # Per-row tensors may start anywhere in a chunk, and the number of rows changes in each step. Neither may trigger a
 # recompilation during training.

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from packsft_kernels import _triton, launch
 from packsft_kernels.cross_entropy_kernel import rows_in_triton
-from packsft_kernels.options import LossOptions
+from packsft_kernels.loss_options import LossOptions
 
 
 class RowOutputs(NamedTuple):

@@ -39,7 +39,7 @@ from packsft_kernels.cross_entropy_rows import (
     loss_rows_fake,
     row_dtype,
 )
-from packsft_kernels.options import OPTIONS_SCHEMA, LossOptions, LossOutput
+from packsft_kernels.loss_options import OPTIONS_SCHEMA, LossOptions, LossOutput
 
 _DEFAULT_OPTIONS = LossOptions()
 _NUM_FIELDS = len(dataclasses.fields(LossOptions))

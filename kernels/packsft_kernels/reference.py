@@ -8,7 +8,7 @@ Legend: T tokens, N scored rows, V vocabulary, M model width, R rank.
 import torch
 import torch.nn.functional as F
 
-from packsft_kernels.options import LossOptions, LossOutput
+from packsft_kernels.loss_options import LossOptions, LossOutput
 
 _DEFAULT_OPTIONS = LossOptions()
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packsft_kernels.options import HALF_DTYPES, AttentionSpec
+from packsft_kernels.attention_spec import HALF_DTYPES, AttentionSpec
 from packsft_kernels.varlen_sdpa import sdpa
 
 FLOAT_DTYPES = (*HALF_DTYPES, torch.float32, torch.float64)

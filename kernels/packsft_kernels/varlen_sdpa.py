@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from packsft_kernels.options import HALF_DTYPES, AttentionSpec
+from packsft_kernels.attention_spec import HALF_DTYPES, AttentionSpec
 
 # On the CPU, SDPA in float32 is faster than in bfloat16 on short documents, casts included: 2.3x at 100 tokens, 1.0x at
 # 700.

@@ -14,7 +14,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from packsft_kernels.options import AttentionSpec
+from packsft_kernels.attention_spec import AttentionSpec
 from packsft_kernels.varlen_attention import choose_backend, varlen_attention
 from packsft_kernels.varlen_sdpa import attention_with_scores
 from torch import Tensor, nn

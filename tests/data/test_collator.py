@@ -113,15 +113,6 @@ def test_rows_are_not_changed():
     assert row["labels"].tolist() == [7, 1]
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"input_ids": [3, 4], "labels": [3]}, "row 1 of the batch: 1 labels for 2 input_ids"),
-        ({"input_ids": [3, 24]}, "row 1 of the batch: input_ids holds 24, but the vocabulary has 24 entries"),
-        ({"input_ids": [3, 4], "labels": [-100, -7]}, "row 1 of the batch: labels holds -7"),
-        ({"input_ids": [3, 4], "seq_lengths": [1, 2]}, "row 1 of the batch: seq_lengths sum to 3"),
-    ],
-)
-def test_a_bad_row_is_named(row, message):
-    with pytest.raises(ValueError, match=message):
-        collate(ROWS[0], row)
+def test_a_bad_row_is_named_by_its_place_in_the_batch():
+    with pytest.raises(ValueError, match="row 1 of the batch: input_ids holds 24, but the vocabulary has 24 entries"):
+        collate(ROWS[0], {"input_ids": [3, 24]})

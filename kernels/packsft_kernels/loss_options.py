@@ -1,6 +1,8 @@
-"""Options of a loss (`LossOptions`), its result (`LossOutput`), and the properties of an attention call.
+"""Options of a loss (`LossOptions`) and its result (`LossOutput`).
 
 Shared by the public functions, their implementations, and their definitions in `reference`. Knows no kernel, no model.
+A new option is a field here, a term in `reference.py`, and its value and derivative in `cross_entropy_rows.py`
+(PyTorch) and `cross_entropy_kernel.py` (Triton).
 """
 
 import math
@@ -85,24 +87,3 @@ class LossOutput(NamedTuple):
     """[N] whether the target is the first argmax, if requested."""
     lse: torch.Tensor
     """[N] logsumexp of the transformed logits."""
-
-
-HALF_DTYPES = (torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class AttentionSpec:
-    """The properties of a call that decide whether a backend can run it. It holds no data.
-
-    `head_dim` is the larger of the head sizes of q and k and of v; `equal_head_dims` says whether they are equal.
-    """
-
-    device: str
-    dtype: torch.dtype
-    head_dim: int
-    equal_head_dims: bool = True
-    causal: bool = True
-    window: int | None = None
-    softcap: float | None = None
-    sinks: bool = False
-    dropout: float = 0.0
