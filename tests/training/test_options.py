@@ -234,7 +234,7 @@ def test_the_cost_of_whole_logits_is_said_once(tmp_path, caplog):
     ours.evaluate()
     tokens = sum(len(row["input_ids"]) for row in rows)
     notice = (
-        f"a second forward makes them, in the first batch {tokens} tokens x 24 entries, {tokens * 24 * 4 / 1e6:.3g} MB"
+        f"a second forward computes: for the first batch {tokens} tokens x 24 entries, {tokens * 24 * 4 / 1e6:.3g} MB"
     )
     assert caplog.text.count(notice) == 1
     quiet = trainer(tmp_path, compute_metrics=lambda prediction: {}, eval_dataset=rows, prediction_loss_only=True)
