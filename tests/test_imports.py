@@ -193,6 +193,17 @@ def test_packing_runs_on_numpy_alone():
     """) == [[0, 2], [4, 1, 3]]
 
 
+def test_a_stream_is_packed_without_trl():
+    assert python("""
+        without("trl", "transformers")
+        import json
+        from packsft.data.streams import PackedStream
+        rows = [{"input_ids": ids, "labels": ids} for ids in ([3, 4, 5], [6, 7], [8, 9, 1, 2])]
+        packs = PackedStream(rows, 5)
+        print(json.dumps([sum(len(document) for document in pack) for pack in packs]))
+    """) == [4, 5]
+
+
 def test_importing_packsft_is_lighter_than_importing_trl(tmp_path):
     program = """
         before = set(sys.modules)

@@ -119,25 +119,25 @@ def check_packing(
     return PackingCheck(claims, prepared.describe() | {"checked on": f"{len(documents)} documents of {tokens} tokens"})
 
 
-def _measure(ways: Comparison, isolation: IsolationVerdict) -> tuple[Claim, ...]:
-    devices = [ways.device] if ways.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), eval_mode(ways.model):
-        rounding = ways.rounding
-        logits = _compare("hidden states and logits are those of the documents alone", *ways.logits(), rounding)
-        alone, rounded = ways.alone(), ways.rounded()
+def _measure(step: Comparison, isolation: IsolationVerdict) -> tuple[Claim, ...]:
+    devices = [step.device] if step.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), eval_mode(step.model):
+        rounding = step.rounding
+        logits = _compare("hidden states and logits are those of the documents alone", *step.logits(), rounding)
+        alone, rounded = step.alone(), step.rounded()
         noise = {name: _norm(rounded[name] - alone[name]) for name in alone}
         del rounded  # as large as the trained parameters
-        trained = ways.trained([ways.documents])
+        trained = step.trained([step.documents])
         as_alone = _compare("loss and gradients are those of the documents alone", trained, alone, noise, rounding)
         del alone
         own = "the head gives the model's own loss and gradients"
-        head = _compare(own, trained, ways.packed(), noise, rounding)
-        halves = [half for half in (ways.documents[::2], ways.documents[1::2]) if half]
+        head = _compare(own, trained, step.packed(), noise, rounding)
+        halves = [half for half in (step.documents[::2], step.documents[1::2]) if half]
         two_passes = "two passes give the loss and gradients of one"
-        two = _compare(two_passes, ways.trained(halves), trained, noise, rounding)
+        two = _compare(two_passes, step.trained(halves), trained, noise, rounding)
         each_document = "a pass per document gives the loss and gradients of one"
-        singles = [[document] for document in ways.documents]
-        each = _compare(each_document, ways.trained(singles), trained, noise, rounding)
+        singles = [[document] for document in step.documents]
+        each = _compare(each_document, step.trained(singles), trained, noise, rounding)
     reason = isolation.reason or ""
     apart = Claim("documents in one row do not see each other", isolation.isolated, isolation.leak, 0.0, reason)
     return apart, logits, head, two, each, as_alone
