@@ -66,7 +66,9 @@ def check_model(
         from peft import PeftModel
 
         network = PeftModel.from_pretrained(network, adapter, is_trainable=True)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.device("cpu")
+    if torch.accelerator.is_available():  # a CUDA build names an accelerator even where there is none
+        device = torch.accelerator.current_accelerator() or device
     network = network.to(device)
     try:
         with torch.no_grad():

@@ -232,7 +232,9 @@ def test_the_command_proves_a_model_in_a_folder(options, code, folders, capsys):
     assert len(found["claims"]) == 6
 
 
-def test_the_command_takes_data_and_an_adapter(folders, tmp_path, capsys):
+def test_the_command_takes_data_and_an_adapter(folders, tmp_path, capsys, monkeypatch):
+    if not torch.accelerator.is_available():  # as in a CUDA build without a GPU
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(json.dumps({"text": "tell me a joke no"}) for _ in range(3)))
     llama, adapter = str(folders / "llama"), str(folders / "adapter")
