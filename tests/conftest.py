@@ -21,6 +21,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="also run the tests marked slow")
 
 
+def pytest_report_header(config: pytest.Config) -> str | None:
+    return None if config.getoption("--all") else "tests marked slow are left out: --all adds them"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--all"):
         config.hook.pytest_deselected(items=[item for item in items if "slow" in item.keywords])
