@@ -156,8 +156,11 @@ def varlen_attn_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_cau
 def varlen_attn_2_11(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
 ):
-    require(query.shape[1] == key.shape[1], "grouped heads, which this version does not document")
-    return varlen_attn_2_12(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+    """Takes grouped heads without a flag: seen on an H100 with torch 2.11.0."""
+    grouped = query.shape[1] != key.shape[1]
+    return varlen_attn_2_12(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=grouped
+    )
 
 
 def varlen_attn_2_12(

@@ -3,8 +3,10 @@
     err(ours) <= 2 * err(torch) + eps,    err(x) = max|x - truth| / max|truth|
 
 with the truth in float64, `torch` the plain definition in the dtype under test, and eps half a unit in the last place
-of the dtype in which the result is handed over (a result that is right but for its own rounding has to pass). In
-float64 itself both errors are rounding, and the contract becomes `EXACT`: fusing and chunking may not change anything.
+of the dtype in which the result is handed over: a result that is right but for its own rounding has to pass. In
+float32 it is a whole unit: the arithmetic is no wider than the result, and a few rows of PyTorch's may be rounded
+luckily. In float64 itself both errors are rounding, and the contract becomes `EXACT`: fusing and chunking may not
+change anything.
 """
 
 import math
@@ -58,5 +60,6 @@ def assert_accurate(ours: Tensor, plain: Tensor, truth: Tensor, what: str, *, by
     for measure in [error, worst_row_error] if by_row else [error]:
         got, own = measure(ours, truth), measure(plain, truth)
         assert math.isfinite(own), f"{what}: plain PyTorch is not finite, so that anything would pass"
-        bound = EXACT if ours.dtype == torch.float64 else 2 * own + torch.finfo(ours.dtype).eps / 2
+        rounding = torch.finfo(ours.dtype).eps / (1 if ours.dtype == torch.float32 else 2)
+        bound = EXACT if ours.dtype == torch.float64 else 2 * own + rounding
         assert got <= bound, f"{what}: {measure.__name__} {got:.3e}, allowed {bound:.3e} (plain PyTorch: {own:.3e})"

@@ -1,4 +1,4 @@
-"""Checks competitors on the same inputs against float64, then times them in turns beside their limit, a row for each.
+"""Checks competitors on the same inputs against float64, then times them beside their limit, a row for each.
 
 One that cannot run is a row with the reason; one with a wrong answer is shown as wrong, and has no time. Knows clocks
 and errors; knows nothing of what is computed.
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from harness.measure import Figure, extra_memory, figure, interleave, synchronize
+from harness.measure import Figure, Timing, extra_memory, figure, interleave, synchronize
 from harness.peers import OURS, Peer
 from torch import Tensor
 
@@ -76,18 +76,17 @@ def relative_errors(found: Outputs, truth: Outputs) -> dict[str, float]:
 
 
 def check(
-    peers: Sequence[Peer], outputs: Callable[[Any], Outputs], truth: Outputs, plain: str
+    peers: Sequence[Peer], outputs: Callable[[Any], Outputs], truth: Outputs, plain: Callable[..., Any]
 ) -> tuple[dict[str, Verdict], dict[str, str]]:
     """The verdict on each competitor that runs, and for each that does not the reason. Ours has to run.
 
     Args:
         outputs: what a competitor's `run` computes, by name.
         truth: the same in float64.
-        plain: the competitor whose rounding is the yardstick.
+        plain: the `run` whose rounding is the yardstick.
     """
     absent = {peer.name: peer.missing for peer in peers if peer.run is None}
-    plain_run = next(peer.run for peer in peers if peer.name == plain)
-    own = relative_errors(outputs(plain_run), truth)
+    own = relative_errors(outputs(plain), truth)
 
     def verdict(run: Callable[..., Any]) -> Verdict:
         results = outputs(run)
@@ -127,10 +126,11 @@ def _without_result(run: Callable[[], object]) -> Callable[[], None]:
     return ran
 
 
-def compete(
+def contest(
     peers: Sequence[Peer],
-    verdicts: dict[str, Verdict],
-    absent: dict[str, str],
+    outputs: Callable[[Any], Outputs],
+    truth: Outputs,
+    plain: str,
     limit: Limit,
     timed: Timed,
     *,
@@ -139,42 +139,57 @@ def compete(
     prefix: str = "",
     at_most: float | None = None,
     at_least: dict[str, float] | None = None,
-) -> list[Figure]:
-    """Time the limit and every competitor that is right, in turns; a row for each, and the assertion that ours is.
+) -> Generator[Figure, None, dict[str, Verdict]]:
+    """Check and time every competitor: a row for each, and the assertion that ours is right. Returns the verdicts.
+
+    Ours and the limit come first, so that a run that is cut short has them. Each group is timed in turns; ours also
+    beside the others.
 
     Args:
-        absent: by competitor, why it cannot run.
+        plain: the name of the competitor whose rounding is the yardstick.
         prefix: of the names of all rows.
         at_most: the most that ours may take, times the limit.
         at_least: by competitor, the least that it takes, times ours.
     """
-    right = {peer.name: timed(peer.run) for peer in peers if peer.name in verdicts and verdicts[peer.name].right}
-    limit.run()
-    able, failed = runnable(right)  # which also is the warm-up
-    times = interleave({limit.name: limit.run} | able, repeats, warmup=0)
-    absent, at_least = absent | failed, at_least or {}
+    first = [peer for peer in peers if peer.name.startswith(OURS) or peer.name == plain]
+    rest = [peer for peer in peers if peer not in first]
+    yardstick = next(peer.run for peer in first if peer.name == plain)
+    assert yardstick is not None
+    at_least = at_least or {}
+    verdicts: dict[str, Verdict] = {}
+    beside: dict[str, Callable[[], object]] = {limit.name: limit.run}
+    for group in (first, rest):
+        found, absent = check(group, outputs, truth, yardstick)
+        verdicts |= found
+        right = {peer.name: timed(peer.run) for peer in group if peer.name in found and found[peer.name].right}
+        able, failed = runnable(right)  # which also is the warm-up
+        times = interleave(beside | able, repeats, warmup=0)
 
-    def row(name: str, **more: Any) -> Figure:
-        time = times[name]
-        achieved = {"rate": limit.work / time.median / 1e9, "rate_unit": f"G{limit.unit}/s"}
-        return figure(
-            f"{prefix}{name}", time.median, "s", spread=time.spread, chart=chart, series=name, **achieved, **more
-        )
+        def row(name: str, times: dict[str, Timing] = times, **more: Any) -> Figure:
+            time = times[name]
+            achieved = {"rate": limit.work / time.median / 1e9, "rate_unit": f"G{limit.unit}/s"}
+            return figure(
+                f"{prefix}{name}", time.median, "s", spread=time.spread, chart=chart, series=name, **achieved, **more
+            )
 
-    table = [row(limit.name, note=limit.note, limit=True)]
-    for peer in peers:
-        name = peer.name
-        if name in absent:
-            table.append(figure(f"{prefix}{name}", note=f"cannot run: {absent[name]}"))
-        elif name not in able:
-            table.append(figure(f"{prefix}{name}", note=str(verdicts[name])))
-        else:
-            beside = limit.name if name.startswith(OURS) or OURS not in times else OURS
-            target = {"at_most": at_most} if name == OURS else {"at_least": at_least.get(name)}
-            ratio = times[name].median / times[beside].median
-            table.append(row(name, note=str(verdicts[name]), ratio=ratio, ratio_of=f"time / {beside}", **target))
-    ours = {name: verdict for name, verdict in verdicts.items() if name.startswith(OURS)}
-    return table + [verdict.as_figure(f"{prefix}{name}, error against float64") for name, verdict in ours.items()]
+        if group is first:
+            yield row(limit.name, note=limit.note, limit=True)
+        for peer in group:
+            name, reason = peer.name, (absent | failed).get(peer.name)
+            if reason is not None:
+                yield figure(f"{prefix}{name}", note=f"cannot run: {reason}")
+            elif name not in able:
+                yield figure(f"{prefix}{name}", note=str(found[name]))
+            else:
+                other = limit.name if name.startswith(OURS) or OURS not in times else OURS
+                target = {"at_most": at_most} if name == OURS else {"at_least": at_least.get(name)}
+                ratio = times[name].median / times[other].median
+                yield row(name, note=str(found[name]), ratio=ratio, ratio_of=f"time / {other}", **target)
+        for name, verdict in found.items():
+            if name.startswith(OURS):
+                yield verdict.as_figure(f"{prefix}{name}, error against float64")
+        beside = {name: run for name, run in able.items() if name == OURS} or beside
+    return verdicts
 
 
 def memory(

@@ -77,13 +77,13 @@ class Competitor:
 
 COMPETITORS = {
     OURS: Competitor(True),
+    TRL_PACKED: Competitor(False),
+    TRL_OUR_ATTENTION: Competitor(False, attention="packsft"),
+    TRL_PADDED: Competitor(False, strategy=""),
     # its steps are those of padded batches of 8
     EXACT: Competitor(True, "step", arguments={"per_device_train_batch_size": 8}),
     OURS_LIGER: Competitor(True, liger=True),
-    TRL_PACKED: Competitor(False),
-    TRL_OUR_ATTENTION: Competitor(False, attention="packsft"),
     TRL_LIGER: Competitor(False, liger=True),
-    TRL_PADDED: Competitor(False, strategy=""),
 }
 
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from harness.contest import Limit, Outputs, check, compete, memory
+from harness.contest import Limit, Outputs, contest, memory
 from harness.floors import attention_gemms
 from harness.measure import Figure, Settings, device, figure, interleave, training_dtype
 from harness.peers import OURS, PLAIN_ATTENTION, Attention, Peer, attentions, ours, sdpa
@@ -30,11 +30,13 @@ def bench(settings: Settings) -> Iterator[Figure]:
     doubled = tuple(tensor.detach().double().requires_grad_() for tensor in qkv)
     alone = next(peer.run for peer in peers_of(bounds, doubled) if peer.name == PLAIN_ATTENTION)
     assert alone is not None
-    verdicts, absent = check(peers, lambda run: _outputs(run, qkv), _outputs(alone, doubled), PLAIN_ATTENTION)
     timing = lambda run: timed(run, qkv)  # noqa: E731
     title = f"Attention over a pack of {len(lengths)} documents, {sum(lengths):,} tokens"
     repeats = 5 if settings.quick else 30
-    yield from compete(peers, verdicts, absent, limit_of(lengths, shape), timing, repeats=repeats, chart=title)
+    verdicts = yield from contest(
+        peers, lambda run: _outputs(run, qkv), _outputs(alone, doubled), PLAIN_ATTENTION, limit_of(lengths, shape),
+        timing, repeats=repeats, chart=title,
+    )  # fmt: skip
     # of competitors that build their masks anew
     yield from memory(peers_of(bounds, qkv), verdicts, timing, "Extra memory of attention")
     yield _equal_lengths(shape, settings.quick)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from harness.contest import Limit, Outputs, check, compete
+from harness.contest import Limit, Outputs, contest
 from harness.measure import Figure, Settings, device, figure, training_dtype
 from harness.peers import PLAIN_LOSS, Loss, losses
 from torch import Tensor
@@ -30,9 +30,11 @@ def bench(settings: Settings) -> Iterator[Figure]:
         logits = _logits(min(num_rows, CHECKED_ROWS), vocab)
         targets = torch.randint(vocab, (len(logits),), device=device())
         exact = outputs(F.cross_entropy, logits.double(), targets)
-        yield from compete(
+        yield from contest(
             peers,
-            *check(peers, lambda loss, x=logits, y=targets: outputs(loss, x, y), exact, PLAIN_LOSS),  # type: ignore[misc]
+            lambda loss, x=logits, y=targets: outputs(loss, x, y),  # type: ignore[misc]
+            exact,
+            PLAIN_LOSS,
             copy_limit(num_rows, vocab),
             lambda run, n=num_rows, v=vocab: timed(run, n, v),  # type: ignore[misc]
             repeats=2 if settings.quick else 10,

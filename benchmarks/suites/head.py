@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from harness.contest import Limit, Outputs, check, compete, memory
+from harness.contest import Limit, Outputs, contest, memory
 from harness.floors import head_gemms
 from harness.measure import Figure, Settings, device, extra_memory, figure, training_dtype
 from harness.peers import PLAIN_HEAD, Head, Peer, heads, ours
@@ -37,11 +37,10 @@ def bench(settings: Settings) -> Iterator[Figure]:
             else:
                 peers.append(peer)
         prefix = f"{model}: " if on_gpu else ""
-        verdicts, absent = check(peers, lambda run, g=given: _outputs(run, g), _exact(given), PLAIN_HEAD)  # type: ignore[misc]
         timing = lambda run, g=given: timed(run, g)  # type: ignore[misc]  # noqa: E731
         num_scored = int((given[2] != -100).sum())
-        yield from compete(
-            peers, verdicts, absent, limit_of(given), timing,
+        verdicts = yield from contest(
+            peers, lambda run, g=given: _outputs(run, g), _exact(given), PLAIN_HEAD, limit_of(given), timing,  # type: ignore[misc]
             repeats=1 if quick else 7,
             chart=f"Language-model head of {model}, {num_scored:,} scored of {len(given[2]):,} tokens",
             prefix=prefix,

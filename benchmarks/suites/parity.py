@@ -73,7 +73,7 @@ def kernels() -> Iterator[Figure]:
             peers = [peer for peer in peers if peer.name in (OURS, plain)]
             run = next(peer.run for peer in peers if peer.name == plain)
             truth = outputs(run, [tensor.double() for tensor in inputs])
-            ours = check(peers, outputs, truth, plain)[0][OURS]
+            ours = check(peers, outputs, truth, run)[0][OURS]
             if dtype == torch.float64:
                 ours = Verdict(ours.errors, dict.fromkeys(ours.errors, EXACTLY))
             yield ours.as_figure(f"{kernel}, {_name(dtype)}", value=max(ours.errors.values()), unit="relative")

@@ -50,7 +50,7 @@ from harness.trainers import (
 )
 
 MAIN = (OURS, EXACT, TRL_PACKED, TRL_PADDED)
-SHORT = (OURS, OURS_LIGER, TRL_PACKED, TRL_PADDED)  # of the models that are not looked at closely
+SHORT = (OURS, TRL_PACKED, TRL_PADDED, OURS_LIGER)  # of the models that are not looked at closely
 Targets = dict[tuple[str, str], float]  # how many times the speed of the second the first has, at least
 CPU_TARGETS: Targets = {(OURS, TRL_PACKED): 1.7, (OURS, TRL_PADDED): 3.5, (EXACT, TRL_PADDED): 3.5}
 
@@ -181,9 +181,11 @@ def on_gpu_model(
     targets = gpu_targets() if first and not settings.dry_run else {}
     limit = gemm_rate(work, 1 if small else 3)
     repeats = {OURS: 2, TRL_PACKED: 2, TRL_OUR_ATTENTION: 2} if first and not small else {}
-    # all of it as a warm-up: every shape of a batch has then been seen
-    found = train_all(work, competitors, repeats, None if settings.dry_run else work)
-    yield from speeds(work, found, limit, targets)
+    found: dict[str, Result] = {}
+    for competitor in competitors:  # one after the other, so that a run that is cut short has the first ones
+        # all of it as a warm-up: every shape of a batch has then been seen
+        found |= train_all(work, [competitor], repeats, None if settings.dry_run else work)
+        yield from speeds(work, found, limit, targets, shown=[competitor])
     yield from losses(work, found)
     if torch.cuda.is_available():
         peaks = {key: result.mib or f"cannot run: {result.why_not}" for key, result in found.items()}
@@ -331,9 +333,14 @@ def plain_steps(work: Workload, dtype: torch.dtype, arguments: dict[str, Any]) -
 
 
 def speeds(
-    work: Workload, found: dict[str, Result], limit: float, targets: Targets | None = None, what: str = ""
+    work: Workload,
+    found: dict[str, Result],
+    limit: float,
+    targets: Targets | None = None,
+    what: str = "",
+    shown: Sequence[str] = (),
 ) -> Iterator[Figure]:
-    """A row of tokens per second for each competitor, and the limit: all useful operations at the rate `limit`.
+    """A row of tokens per second for each competitor; before packsft's the limit: all useful operations at `limit`.
 
     A competitor's row has the ratio of the target it is in (as the faster one where that is not packsft, else as the
     slower one), or that of packsft's speed to its own.
@@ -341,18 +348,21 @@ def speeds(
     Args:
         limit: FLOP/s of the bare GEMMs.
         what: under which conditions, if not the main ones.
+        shown: the competitors that get a row, all without it.
     """
     num_tokens, ending = sum(work.lengths()), f", {what}" if what else ""
     title = f"Tokens per second, {work.name}{ending}"
     times = {name: Timing(tuple(result.seconds)) for name, result in found.items() if result.seconds}
     rates = {name: num_tokens / timing.median for name, timing in times.items()}
     by_row = {slow if fast == OURS else fast: (fast, slow, least) for (fast, slow), least in (targets or {}).items()}
-    yield figure(
-        f"{work.name}: bare GEMMs{ending}", num_tokens * limit / found[OURS].flops, "tokens/s", **rate(limit),
-        note=f"the limit; {num_tokens:,} tokens in {len(work.rows)} examples", chart=title, series="bare GEMMs",
-        limit=True,
-    )  # fmt: skip
-    for name, result in found.items():
+    for name in shown or found:
+        if name == OURS:
+            yield figure(
+                f"{work.name}: bare GEMMs{ending}", num_tokens * limit / found[OURS].flops, "tokens/s", **rate(limit),
+                note=f"the limit; {num_tokens:,} tokens in {len(work.rows)} examples", chart=title,
+                series="bare GEMMs", limit=True,
+            )  # fmt: skip
+        result = found[name]
         row = f"{work.name}: {name}{ending}"
         if result.why_not:
             yield figure(row, note=f"cannot run: {result.why_not}")

@@ -44,6 +44,7 @@ class MachineCode:
         occupancy: share of an SM's threads that can be resident at once.
         loads, stores: number of global accesses by width in bits.
         instructions: the machine code as (opcode, operands), in order.
+        loops: of each loop, the indices of its first and its last instruction.
         ttgir: Triton's last own form of the kernel, in which tensors still have layouts.
     """
 
@@ -55,6 +56,7 @@ class MachineCode:
     loads: Counter
     stores: Counter
     instructions: tuple[tuple[str, str], ...]
+    loops: tuple[tuple[int, int], ...]
     ttgir: str
 
 
@@ -81,9 +83,7 @@ def machine_code(
         usage = _tool("cuobjdump", "-res-usage", str(cubin))
         assembly = _tool("nvdisasm", "-c", str(cubin))
     registers, stack = (int(_found(rf"\b{name}:(\d+)", usage)) for name in ("REG", "STACK"))
-    instructions = tuple(
-        re.findall(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\d+\s+)?([A-Z][\w.]*)\s*(.*?);", assembly, re.M)
-    )
+    instructions, loops = _parsed(assembly)
     opcodes = [opcode for opcode, _ in instructions]
     threads = 32 * num_warps
     shared = compiled.metadata.shared
@@ -100,8 +100,28 @@ def machine_code(
         loads=Counter(access_width(opcode) for opcode in opcodes if opcode.split(".")[0] in ("LDG", "LDGSTS")),
         stores=Counter(access_width(opcode) for opcode in opcodes if opcode.split(".")[0] == "STG"),
         instructions=instructions,
+        loops=loops,
         ttgir=compiled.asm["ttgir"],
     )
+
+
+def _parsed(assembly: str) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[int, int], ...]]:
+    """(instructions, loops) of a disassembly. A loop is what lies between a label and a later branch to it."""
+    instructions: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
+    loops = []
+    instruction = re.compile(r"\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\d+\s+)?([A-Z][\w.]*)\s*(.*?);")
+    for line in assembly.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif found := instruction.match(line):
+            opcode, operands = found.groups()
+            goal = re.search(r"\.L_x_\d+", operands) if opcode.startswith("BRA") else None
+            # a branch to itself ends every kernel
+            if goal and labels.get(goal[0], len(instructions)) < len(instructions):
+                loops.append((labels[goal[0]], len(instructions)))
+            instructions.append((opcode, operands))
+    return tuple(instructions), tuple(loops)
 
 
 def _specialised(kernel: Any, arguments: Mapping[str, Any]) -> tuple[dict, dict, dict]:

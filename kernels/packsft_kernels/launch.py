@@ -3,6 +3,7 @@
 Pure Python on shapes, so every rank and every machine computes the same answer. Knows no tensor.
 """
 
+import math
 from typing import NamedTuple
 
 CHUNK_BYTES = 2**30
@@ -33,37 +34,49 @@ def rows_per_block(num_rows: int, vocab: int) -> int:
 
 
 class KernelShape(NamedTuple):
-    """Launch configuration of the cross-entropy kernel: blocks of `lines` x `width` columns, 8 per thread and line."""
+    """Launch configuration of the cross-entropy kernel for one vocabulary. A block has `lines` x `width` columns."""
 
     lines: int
     width: int
     num_warps: int
     registers: int
     """Limit per thread. Without it the compiler spills on some architectures."""
-    programs_per_sm: int
-    one_read: bool
-    """Whether a block holds a whole row: the row is then read once and kept in registers."""
+    streamed: int
+    """Blocks of a row that are read in both passes."""
+    held: int
+    """Blocks that stay in registers between the passes, after the streamed ones."""
+    stages: int
+    """Of the pipeline of streamed blocks: all but one are under way at once, in shared memory."""
+    hints: bool = False
+    """Whether L2 is told which reads come again: where the rows under way are more than it holds."""
+
+    @property
+    def most_lines(self) -> int:
+        """Lines of a row, rounded up to a power of 2."""
+        return 1 << ((self.streamed + self.held) * self.lines - 1).bit_length()
 
 
-ONE_READ_SHAPES = {
-    1024: KernelShape(1, 1024, 4, 128, 4, True),
-    2048: KernelShape(1, 2048, 8, 128, 2, True),
-    4096: KernelShape(2, 2048, 8, 128, 2, True),
-    8192: KernelShape(4, 2048, 8, 128, 2, True),
-    16384: KernelShape(4, 4096, 16, 128, 1, True),
+# Most bytes of a row: lines, width, warps, registers, KiB held, KiB under way, hints. An SM has 65,536 registers, and
+# every architecture 99 KiB of shared memory for a program.
+_SHAPES = {
+    2**13: (1, 1024, 4, 128, 8, 8, False),
+    2**16: (2, 2048, 8, 128, 32, 24, False),
+    2**17: (2, 2048, 8, 128, 32, 32, False),
+    math.inf: (2, 4096, 16, 128, 32, 80, True),
 }
-"""Key: the largest vocabulary that fits. The same for all architectures: from sm_80 to sm_120 an SM has 65,536
-registers, and threads * registers * programs fill them. 32,768 columns would spill."""
-
-TWO_READ_SHAPE = KernelShape(2, 4096, 16, 128, 1, False)
-"""One program per SM, so that the rows in flight stay in L2 for their second read. 16 warps with two 16-byte loads in
-flight each, not 8 warps with four: more warps can run while others wait."""
 
 
-def cross_entropy_shape(vocab: int, *, softcap: bool) -> KernelShape:
+def cross_entropy_shape(vocab: int, itemsize: int, *, softcap: bool) -> KernelShape:
     """The launch configuration of the cross-entropy kernel. It comes from a table: no autotuning in the first step.
 
-    With a softcap, tanh and its derivative do not fit into the registers together with a row, so the row is read twice.
+    Args:
+        itemsize: bytes of a logit.
+        softcap: with one, tanh and its derivative take the registers of all but two held blocks.
     """
-    fitting = [shape for most, shape in ONE_READ_SHAPES.items() if vocab <= most and not softcap]
-    return fitting[0] if fitting else TWO_READ_SHAPE
+    most = min(most for most in _SHAPES if vocab * itemsize <= most)
+    lines, width, num_warps, registers, kib_held, kib_ahead, hints = _SHAPES[most]
+    lines = 1 if softcap else max(1, lines * 2 // itemsize)
+    kib = lines * width * itemsize / 2**10
+    blocks = max(1, -(-vocab // (lines * width)))
+    held = min(blocks, 2 if softcap else max(2, int(kib_held / kib)))
+    return KernelShape(lines, width, num_warps, registers, blocks - held, held, 1 + int(kib_ahead / kib), hints)

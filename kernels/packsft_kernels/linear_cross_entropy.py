@@ -31,6 +31,7 @@ from packsft_kernels.cross_entropy import (
     scaled_sum,
     to_loss_output,
 )
+from packsft_kernels.cross_entropy_kernel import scale_
 from packsft_kernels.cross_entropy_rows import (
     RowOutputs,
     empty_outputs,
@@ -96,9 +97,9 @@ def _empty_gradients(
 def _stored_dtype(parameter: Tensor) -> torch.dtype:
     """The dtype in which a gradient is stored until its upstream factor is known.
 
-    float32 where a GEMM can write it from 16-bit inputs (CUDA), and where a small gradient would underflow (float16).
-    Otherwise the parameter's dtype: on the CPU a bf16 GEMM writes bf16."""
-    if parameter.dtype == torch.float16 or (parameter.dtype == torch.bfloat16 and parameter.is_cuda):
+    float32 where a small gradient would underflow (float16), else the parameter's dtype. The factor is 1 in most
+    training loops: what a GEMM writes in bfloat16 is then the gradient, and no pass over it follows."""
+    if parameter.dtype == torch.float16:
         return torch.float32
     return parameter.dtype
 
@@ -225,10 +226,10 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor, writes_float32: bool, *, accumula
     `X.t() @ G` takes 1.2 times as long, and a transposed copy of G first takes 1.3 times.
     """
     if writes_float32 and out.dtype == torch.float32:
-        if accumulate:
-            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-        else:
+        if not accumulate:
             torch.mm(a, b, out_dtype=torch.float32, out=out)
+        elif not isinstance(out, FakeTensor):  # of which torch 2.11 raises; nothing would be allocated
+            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     elif out.dtype == a.dtype:
         torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
     elif accumulate:
@@ -384,7 +385,7 @@ def _scaled_gradients(
             return gradient.to(dtype)
         # In place only if nothing is traced: a tracer would see an output of the operator change.
         if gradient.dtype == dtype and not keep and type(gradient) in (Tensor, FakeTensor):
-            return gradient.mul_(factor)
+            return scale_(gradient, factor) if type(gradient) is Tensor else gradient.mul_(factor)
         # Multiplied in float32 and rounded once.
         return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 

@@ -297,7 +297,7 @@ def _torch_varlen(
         q = q * (scale * q.shape[-1] ** 0.5)
     if _varlen_attn_takes("enable_gqa"):
         options["enable_gqa"] = q.shape[1] != k.shape[1]
-    elif q.shape[1] != k.shape[1]:
+    elif not _varlen_attn_takes("window_size") and q.shape[1] != k.shape[1]:  # torch 2.11 takes them without the flag
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     out = varlen_attn(q, k, v, cu, cu, longest, longest, **options)
     assert isinstance(out, Tensor)  # no auxiliary outputs were requested

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness.contest import Limit, check, compete
+from harness.contest import Limit, contest
 from harness.floors import attention_gemms
 from harness.measure import asserted, device, extra_memory, interleave
 from harness.peers import OURS, Peer
@@ -38,10 +38,14 @@ def test_extra_memory_is_the_peak_and_not_the_sum() -> None:
     assert extra_memory(side_by_side) == pytest.approx(8, abs=0.5)
 
 
-def contest(*peers: Peer, at_most: float | None = None) -> list[dict[str, Any]]:
-    verdicts, absent = check(peers, lambda run: {"value": run()}, TRUTH, "plain")
+def held(*peers: Peer, at_most: float | None = None) -> list[dict[str, Any]]:
     timed = lambda run: run  # noqa: E731
-    return compete(peers, verdicts, absent, LIMIT, timed, repeats=1, chart="", prefix="a shape: ", at_most=at_most)
+    return list(
+        contest(
+            peers, lambda run: {"value": run()}, TRUTH, "plain", LIMIT, timed, repeats=1, chart="", prefix="a shape: ",
+            at_most=at_most,
+        )
+    )  # fmt: skip
 
 
 def value(factor: float = 1.0) -> Any:
@@ -49,7 +53,7 @@ def value(factor: float = 1.0) -> Any:
 
 
 def test_a_wrong_answer_is_shown_as_wrong_and_not_as_fast() -> None:
-    table = contest(
+    table = held(
         Peer(OURS, value()), Peer("plain", value()), Peer("fast", value(1.01)), Peer("nan", value(float("nan")))
     )
     rows = {row["name"].removeprefix("a shape: "): row for row in table}
@@ -62,7 +66,7 @@ def test_a_wrong_answer_is_shown_as_wrong_and_not_as_fast() -> None:
 
 
 def test_our_own_wrong_answer_fails_parity() -> None:
-    row = contest(Peer(OURS, value(1.01)), Peer("plain", value()))[-1]
+    row = held(Peer(OURS, value(1.01)), Peer("plain", value()))[-1]
     assert row["name"] == "a shape: packsft, error against float64"
     assert row["parity"]
     assert row["passed"] is False
@@ -72,14 +76,14 @@ def test_what_cannot_run_is_listed_with_the_reason() -> None:
     def refuses() -> None:
         raise RuntimeError("no driver\nand a long story")
 
-    table = contest(
+    table = held(
         Peer(OURS, value()), Peer("plain", value()), Peer("absent", None, "not installed"), Peer("refuses", refuses)
     )
     rows = {row["name"].removeprefix("a shape: "): row for row in table}
     assert rows["absent"]["note"] == "cannot run: not installed"
     assert rows["refuses"]["note"] == "cannot run: RuntimeError: no driver"
     with pytest.raises(RuntimeError, match="no driver"):  # ours has to run
-        contest(Peer(OURS, refuses), Peer("plain", value()))
+        held(Peer(OURS, refuses), Peer("plain", value()))
 
 
 def test_what_runs_on_few_inputs_and_not_on_many_is_listed_too() -> None:
@@ -92,14 +96,14 @@ def test_what_runs_on_few_inputs_and_not_on_many_is_listed_too() -> None:
             raise MemoryError("8 GiB")
         return TRUTH["value"].float()
 
-    rows = {row["name"]: row for row in contest(Peer(OURS, value()), Peer("plain", value()), Peer("large", once))}
+    rows = {row["name"]: row for row in held(Peer(OURS, value()), Peer("plain", value()), Peer("large", once))}
     assert rows["a shape: large"]["note"] == "cannot run: MemoryError: 8 GiB"
     assert rows["a shape: plain"]["value"] is not None
 
 
 def test_a_yardstick_that_is_no_number_is_none() -> None:
     with pytest.raises(AssertionError, match="plain PyTorch gave no numbers"):
-        contest(Peer(OURS, value()), Peer("plain", value(float("nan"))))
+        held(Peer(OURS, value()), Peer("plain", value(float("nan"))))
 
 
 def test_the_limit_of_attention_does_as_many_operations() -> None:

@@ -12,22 +12,22 @@ import os
 import sys
 from pathlib import Path
 
+HELD, STREAMED = (1000, 4096, 32_768, 65_536), 70_000  # rows in bfloat16 that are read once, and twice
+
 
 def main(device: str) -> None:
     import torch
-    from packsft_kernels import LossOptions, cross_entropy, launch, linear_cross_entropy
+    from packsft_kernels import LossOptions, cross_entropy, linear_cross_entropy
 
     plain = LossOptions()
-    # a softcap takes the registers that would hold a row: without one, every option beside a row that is read once
-    capped = LossOptions(
+    every = LossOptions(
         softcap=5.0, logit_scale=0.7, label_smoothing=0.1, z_loss=1e-2, dft=True, entropy=True, correct=True
     )
-    uncapped = LossOptions(label_smoothing=0.1, z_loss=1e-2, dft=True, entropy=True, correct=True)
-    edges = (3, 20_001)  # rows that end, and begin, anywhere; 20,000 and longer are read twice
+    edges = (3, 20_001)  # rows that end, and begin, anywhere
     half, single = torch.bfloat16, torch.float32
-    cases = [(vocab, half, plain) for vocab in (*edges, *launch.ONE_READ_SHAPES, 20_000)]
-    cases += [(vocab, single, plain) for vocab in (max(launch.ONE_READ_SHAPES), 20_000, 20_001)]
-    cases += [(20_001, half, capped), (20_000, single, capped), (max(launch.ONE_READ_SHAPES), half, uncapped)]
+    cases = [(vocab, half, plain) for vocab in (*edges, *HELD, STREAMED)]
+    cases += [(vocab, single, plain) for vocab in (4096, 20_001, STREAMED + 1)]
+    cases += [(vocab, half, every) for vocab in (4096, 20_001, STREAMED + 1)]
     for vocab, dtype, options in cases:
         for inplace in (False, True):
             leaf = torch.randn(5, vocab, device=device, dtype=dtype, requires_grad=True)
@@ -35,7 +35,7 @@ def main(device: str) -> None:
             loss = cross_entropy(leaf.view_as(leaf), targets=targets, options=options, inplace=inplace).loss
             (loss / 2).backward()  # a factor that the kernel of `scale_` does not leave out
 
-    for vocab in (1024, 20_001):  # the head pads the rows of a chunk, and orders the scored ones
+    for vocab in (1000, 20_001):  # the head pads the rows of a chunk, and orders the scored ones
         hidden = torch.randn(9, 64, device=device, dtype=half, requires_grad=True)
         weight = torch.randn(vocab, 64, device=device, dtype=half, requires_grad=True)
         targets = torch.tensor([0, vocab - 1, -100, vocab // 2, 1], device=device)

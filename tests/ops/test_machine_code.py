@@ -31,21 +31,27 @@ def assert_right(cases: Iterable[Case], record_property: Callable[[str, str], No
 def test_long_rows_compile_without_spills_and_with_wide_accesses_on_hopper(record_property) -> None:
     every = machine_code.cases(every=False)
     long_rows = [case for case in every if case.vocab == LLAMA_ON_HOPPER.vocab and case.capability == 90]
-    assert len(assert_right(long_rows, record_property)) == 14
+    assert len(assert_right(long_rows, record_property)) == 12
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("every", [False, True], ids=["main", "complete"])
 def test_every_launch_does_so_on_six_architectures(every: bool, record_property) -> None:
-    cases = assert_right(machine_code.cases(every=every), record_property)
-    assert {case.shape for case in cases} == {*launch.ONE_READ_SHAPES.values(), launch.TWO_READ_SHAPE}
+    assert_right(machine_code.cases(every=every), record_property)
 
 
 def test_a_block_that_spills_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """32,768 columns at once do not fit into 65,536 registers beside the sums."""
-    monkeypatch.setattr(launch, "TWO_READ_SHAPE", launch.KernelShape(8, 4096, 16, 128, 1, one_read=True))
-    (spilled,) = machine_code.faults(LLAMA_ON_HOPPER, machine_code.compiled(LLAMA_ON_HOPPER))
-    assert "spilled" in spilled
+    """131,072 columns do not fit into 65,536 registers beside the sums."""
+    monkeypatch.setattr(launch, "cross_entropy_shape", lambda *_, **__: launch.KernelShape(2, 4096, 16, 128, 0, 16, 1))
+    assert any(
+        "spilled" in fault for fault in machine_code.faults(LLAMA_ON_HOPPER, machine_code.compiled(LLAMA_ON_HOPPER))
+    )
+
+
+def test_a_loop_that_waits_for_its_loads_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "cross_entropy_shape", lambda *_, **__: launch.KernelShape(2, 4096, 16, 128, 14, 2, 1))
+    (fault,) = machine_code.faults(LLAMA_ON_HOPPER, machine_code.compiled(LLAMA_ON_HOPPER))
+    assert fault.startswith("[] instructions a column")
 
 
 def test_narrow_accesses_and_a_missing_barrier_are_found() -> None:
@@ -53,7 +59,7 @@ def test_narrow_accesses_and_a_missing_barrier_are_found() -> None:
     narrow = machine_code.faults(LLAMA_ON_HOPPER, code)  # held to what a row without edges may do
     assert any("loads narrower" in fault for fault in narrow)
     assert any("stores narrower" in fault for fault in narrow)
-    assert machine_code.overwrites_safely(LLAMA_ON_HOPPER, code)
+    assert machine_code.overwrites_safely(replace(LLAMA_ON_HOPPER, columns_less=1), code)
     without = "\n".join(line for line in code.ttgir.splitlines() if "barrier" not in line)
     assert not machine_code.overwrites_safely(LLAMA_ON_HOPPER, replace(code, ttgir=without))
     without = tuple(x for x in code.instructions if not x[0].startswith("BAR"))
