@@ -77,13 +77,20 @@ def _empty_gradients(
     up: Tensor | None,
     num_rows: int,
     wanted: Wanted,
+    *,
+    summed: bool = False,
 ) -> Gradients:
+    """`summed`: over several chunks, for which bfloat16 is too narrow."""
+
     def empty(shape: tuple[int, ...], is_wanted: bool, dtype: torch.dtype) -> Tensor:
         return hidden.new_empty(shape if is_wanted else (0,) * len(shape), dtype=dtype)
 
     def like(matrix: Tensor | None, is_wanted: bool, rows: int | None = None) -> Tensor:
         matrix = hidden if matrix is None else matrix
-        return empty((matrix.shape[0] if rows is None else rows, matrix.shape[1]), is_wanted, _stored_dtype(matrix))
+        dtype = _stored_dtype(matrix)
+        if summed and rows is None and dtype == torch.bfloat16:
+            dtype = torch.float32
+        return empty((matrix.shape[0] if rows is None else rows, matrix.shape[1]), is_wanted, dtype)
 
     return Gradients(
         like(hidden, wanted.hidden, num_rows),
@@ -105,6 +112,20 @@ def _stored_dtype(parameter: Tensor) -> torch.dtype:
 
 
 def _chunk_loop(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None, *others: Any,
+    row_pass: Callable[..., RowOutputs] = loss_rows,
+) -> tuple[RowOutputs, Gradients]:  # fmt: skip
+    """Per-row outputs and the gradients of `(scale * loss).sum()`. Arguments: see `_summed_over_chunks`.
+
+    The fakes of the operators run the same loop with `row_pass=loss_rows_fake`, so they allocate and free the same.
+    """
+    outputs, gradients = _summed_over_chunks(hidden, weight, bias, down, up, *others, row_pass=row_pass)
+    # Sums are rounded here, where the chunk of logits has been freed.
+    gradients = gradients._replace(weight=gradients.weight.to(_stored_dtype(weight)))
+    return outputs, gradients if up is None else gradients._replace(up=gradients.up.to(_stored_dtype(up)))
+
+
+def _summed_over_chunks(
     hidden_TM: Tensor,
     weight_VM: Tensor,
     bias_V: Tensor | None,
@@ -118,18 +139,11 @@ def _chunk_loop(
     dtype: torch.dtype,
     wanted: Wanted,
     *,
-    row_pass: Callable[..., RowOutputs] = loss_rows,
+    row_pass: Callable[..., RowOutputs],
 ) -> tuple[RowOutputs, Gradients]:
-    """Per-row outputs and the gradients of `(scale * loss).sum()`. GEMMs run in `dtype`; `scale` is 0-d or [N].
-
-    The fakes of the operators run the same loop with `row_pass=loss_rows_fake`, so they allocate and free the same.
-    """
+    """Per-row outputs and gradients. GEMMs run in `dtype`; `scale` is 0-d or [N]."""
     num_rows, vocab = targets_N.shape[0], weight_VM.shape[0]
     device = hidden_TM.device
-    gradients = _empty_gradients(hidden_TM, weight_VM, bias_V, down_TR, up_VR, num_rows, wanted)
-    weight_VM = weight_VM.to(dtype)
-    bias_V = None if bias_V is None else bias_V.to(dtype)
-    up_VR = None if up_VR is None else up_VR.to(dtype)
     # GEMMs on CUDA can write float32 from 16-bit inputs; on the CPU they cannot.
     writes_float32 = hidden_TM.is_cuda and dtype in (torch.bfloat16, torch.float16)
 
@@ -138,12 +152,16 @@ def _chunk_loop(
     chunk = launch.rows_per_chunk(num_rows, stride, dtype.itemsize, weight_grad=wanted.weight)
     buffer_CV = torch.empty(chunk, stride, dtype=dtype, device=device)[:, :vocab]
     outputs = empty_outputs(hidden_TM.new_empty(num_rows, 0, dtype=dtype), options)
-    several = chunk < num_rows
-    weight_sum, up_sum = _accumulator(gradients.weight, several), _accumulator(gradients.up, several)
+    gradients = _empty_gradients(
+        hidden_TM, weight_VM, bias_V, down_TR, up_VR, num_rows, wanted, summed=chunk < num_rows
+    )
     if num_rows == 0:
-        weight_sum.zero_()
-        up_sum.zero_()
+        gradients.weight.zero_()
+        gradients.up.zero_()
     gradients.bias.zero_()
+    weight_VM = weight_VM.to(dtype)
+    bias_V = None if bias_V is None else bias_V.to(dtype)
+    up_VR = None if up_VR is None else up_VR.to(dtype)
 
     for start in range(0, num_rows, max(1, chunk)):
         chunk_rows = slice(start, min(start + chunk, num_rows))
@@ -172,9 +190,9 @@ def _chunk_loop(
 
         grad_CV = logits_CV  # overwritten by `row_pass`
         if wanted.weight:
-            _matmul(grad_CV.t(), hidden_CM, weight_sum, writes_float32, accumulate=start > 0)
+            _matmul(grad_CV.t(), hidden_CM, gradients.weight, writes_float32, accumulate=start > 0)
         if wanted.up:
-            _matmul(grad_CV.t(), down_CR, up_sum, writes_float32, accumulate=start > 0)
+            _matmul(grad_CV.t(), down_CR, gradients.up, writes_float32, accumulate=start > 0)
         if wanted.hidden:  # last: it overwrites hidden_CM
             _matmul(grad_CV, weight_VM, gradients.hidden[chunk_rows], writes_float32)
         if wanted.down and up_VR is not None:  # overwrites down_CR
@@ -182,17 +200,7 @@ def _chunk_loop(
         if wanted.bias:
             for rows_RV in grad_CV.split(_cast_rows(grad_CV)):
                 gradients.bias.add_(rows_RV.sum(0, dtype=row_dtype(dtype)))
-    for gradient, total in ((gradients.weight, weight_sum), (gradients.up, up_sum)):
-        if total is not gradient:
-            gradient.copy_(total)
     return outputs, gradients
-
-
-def _accumulator(gradient: Tensor, several_chunks: bool) -> Tensor:
-    """Where the chunks accumulate: the stored gradient, or float32 if that is bfloat16 and there are several chunks."""
-    if several_chunks and gradient.dtype == torch.bfloat16:
-        return torch.empty_like(gradient, dtype=torch.float32)
-    return gradient
 
 
 def _chunk_of(
