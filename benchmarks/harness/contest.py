@@ -142,8 +142,8 @@ def contest(
 ) -> Generator[Figure, None, dict[str, Verdict]]:
     """Check and time every competitor: a row for each, and the assertion that ours is right. Returns the verdicts.
 
-    Ours and the limit come first, so that a run that is cut short has them. Each group is timed in turns; ours also
-    beside the others.
+    Ours and the limit come first and what compiles comes last, so that a run that is cut short has the others. Each
+    group is timed in turns; ours also beside the others.
 
     Args:
         plain: the name of the competitor whose rounding is the yardstick.
@@ -152,18 +152,18 @@ def contest(
         at_least: by competitor, the least that it takes, times ours.
     """
     first = [peer for peer in peers if peer.name.startswith(OURS) or peer.name == plain]
-    rest = [peer for peer in peers if peer not in first]
+    others = [[peer for peer in peers if peer not in first and peer.compiles == late] for late in (False, True)]
     yardstick = next(peer.run for peer in first if peer.name == plain)
     assert yardstick is not None
     at_least = at_least or {}
     verdicts: dict[str, Verdict] = {}
     beside: dict[str, Callable[[], object]] = {limit.name: limit.run}
-    for group in (first, rest):
+    for group in (first, *others):
         found, absent = check(group, outputs, truth, yardstick)
         verdicts |= found
         right = {peer.name: timed(peer.run) for peer in group if peer.name in found and found[peer.name].right}
         able, failed = runnable(right)  # which also is the warm-up
-        times = interleave(beside | able, repeats, warmup=0)
+        times = interleave(beside | able, repeats, warmup=0) if able else {}
 
         def row(name: str, times: dict[str, Timing] = times, **more: Any) -> Figure:
             time = times[name]
@@ -188,7 +188,7 @@ def contest(
         for name, verdict in found.items():
             if name.startswith(OURS):
                 yield verdict.as_figure(f"{prefix}{name}, error against float64")
-        beside = {name: run for name, run in able.items() if name == OURS} or beside
+        beside = {name: run for name, run in (beside | able).items() if name == OURS}
     return verdicts
 
 

@@ -35,11 +35,12 @@ BLOCK_MASK = "SDPA, [T, T] block mask"
 
 @dataclass(frozen=True)
 class Peer:
-    """A competitor: how to run it, or why it cannot be run here."""
+    """A competitor: how to run it, or why it cannot be run here. `compiles`: for many seconds, at its first run."""
 
     name: str
     run: Callable[..., Any] | None
     missing: str = ""
+    compiles: bool = False
 
 
 def ours(peers: Sequence[Peer]) -> Callable[..., Any]:
@@ -70,7 +71,7 @@ def heads(rows_N: Tensor, softcap: float | None = None) -> list[Peer]:
         Peer(OURS, ours),
         Peer("full logits", full),
         Peer(PLAIN_HEAD, plain),
-        Peer(f"{PLAIN_HEAD}, torch.compile", compiled),
+        Peer(f"{PLAIN_HEAD}, torch.compile", compiled, compiles=True),
         *_torch_heads(softcap),
         _trl_head(rows_N, softcap),
         # its default adds up dW in the weight's dtype, chunk by chunk
@@ -97,7 +98,7 @@ def losses() -> list[Peer]:
         Peer(f"{OURS}, entropy and accuracy", ours(inplace=True, metrics=True)),
         Peer(f"{OURS}, inplace=False", ours(inplace=False, metrics=False)),
         Peer(PLAIN_LOSS, F.cross_entropy),
-        Peer(f"{PLAIN_LOSS}, torch.compile", torch.compile(F.cross_entropy, dynamic=False)),
+        Peer(f"{PLAIN_LOSS}, torch.compile", torch.compile(F.cross_entropy, dynamic=False), compiles=True),
         _liger("Liger cross-entropy", "liger_cross_entropy"),
     ]
 
@@ -213,7 +214,7 @@ def _cut_cross_entropy(softcap: float | None) -> list[Peer]:
 
             return linear_cross_entropy(hidden_TM, weight_VM, labels_T, softcap=softcap, **options)
 
-        return Peer(f"{name} {version}, {what}", run)
+        return Peer(f"{name} {version}, {what}", run, compiles=options["impl"] == "torch_compile")
 
     if device().type != "cuda":
         return [peer("torch_compile", impl="torch_compile")]
@@ -257,7 +258,7 @@ def _flex_attention(bounds: Tensor) -> Peer:
         q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
         return _compiled_flex_attention()(q, k, v, block_mask=mask(), enable_gqa=True)[0].transpose(0, 1)
 
-    return Peer(name, run)
+    return Peer(name, run, compiles=True)
 
 
 @cache

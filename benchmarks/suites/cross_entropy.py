@@ -24,7 +24,7 @@ def bench(settings: Settings) -> Iterator[Figure]:
     peers = losses()
     if settings.quick:
         yield figure(f"{PLAIN_LOSS}, torch.compile", note="not run with --quick: compiles")
-        peers = [peer for peer in peers if "compile" not in peer.name]
+        peers = [peer for peer in peers if not peer.compiles]
     for num_rows, vocab in [(8192, 128_256), (8192, 50_257)] if on_gpu else [(512, 49_152)]:
         shape = f"[{num_rows:,}, {vocab:,}]"
         logits = _logits(min(num_rows, CHECKED_ROWS), vocab)

@@ -32,7 +32,7 @@ def bench(settings: Settings) -> Iterator[Figure]:
         for peer in peers_of(given):
             if peer.name.endswith("chunked") and peer.run is not None and not on_gpu:
                 yield figure(peer.name, note="not run on the CPU: it takes tens of seconds")
-            elif "compile" in peer.name and quick:
+            elif peer.compiles and quick:
                 yield figure(peer.name, note="not run with --quick: compiles")
             else:
                 peers.append(peer)

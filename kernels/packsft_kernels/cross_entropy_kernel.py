@@ -123,7 +123,7 @@ def _cross_entropy_kernel(
                 raw = tl.load(body_ptr + column)
             else:
                 raw = tl.load(body_ptr + column, mask=column < body, other=0.0)
-            held = held + (raw,)  # noqa: RUF005  (the compiler has no unpacking)  # type: ignore[assignment]
+            held = held + (raw,)  # type: ignore[assignment]  # noqa: RUF005  (no unpacking in kernels)
 
         # A target outside the vocabulary reads nothing and gives a NaN loss.
         in_range = (target >= 0) & (target < vocab)
