@@ -84,7 +84,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--list", action="store_true", help="list the suites and stop")
     parser.add_argument(
-        "--minutes", type=float, metavar="N", help="stop after N; the most telling suites first. Saves as --save does"
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="stop after N; the most telling suites first, and without competitors that compile. Saves as --save does",
     )
     parser.add_argument("--device", choices=["auto", "cpu"], default="auto", help="cpu: leave a GPU alone")
     parser.add_argument("--dry-run", action="store_true", help="a GPU's work on tiny shapes, to see that it runs")
@@ -118,7 +121,8 @@ def run(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     quiet()
     from harness.measure import Settings, device, environment
 
-    settings = Settings(arguments.quick or arguments.dry_run, arguments.dry_run)
+    quick = arguments.quick or arguments.dry_run
+    settings = Settings(quick, arguments.dry_run, quick or arguments.minutes is not None)
     found: dict[str, Any] = {"environment": environment(command), "quick": arguments.quick, "suites": {}}
     screen = console()
     report.print_environment(screen, found["environment"])

@@ -42,10 +42,12 @@ class Settings:
     Args:
         quick: one repeat of the least that says something.
         dry_run: the work planned for a GPU on tiny shapes, wherever it runs, to see that it runs.
+        short: no competitor that is compiled, which takes many seconds before its first figure.
     """
 
     quick: bool = False
     dry_run: bool = False
+    short: bool = False
 
 
 def figure(

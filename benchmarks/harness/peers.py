@@ -30,6 +30,7 @@ OURS = "packsft"
 PLAIN_HEAD = "full logits, scored rows only"
 PLAIN_LOSS = "F.cross_entropy"
 PLAIN_ATTENTION = "SDPA, one document at a time"
+LEFT_OUT = "not run with --quick or --minutes: compiles"
 BLOCK_MASK = "SDPA, [T, T] block mask"
 
 

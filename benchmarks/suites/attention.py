@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from harness.contest import Limit, Outputs, contest, memory
 from harness.floors import attention_gemms
 from harness.measure import Figure, Settings, device, figure, interleave, training_dtype
-from harness.peers import OURS, PLAIN_ATTENTION, Attention, Peer, attentions, ours, sdpa
+from harness.peers import LEFT_OUT, OURS, PLAIN_ATTENTION, Attention, Peer, attentions, ours, sdpa
 from harness.shapes import LLAMA_1B_ATTENTION, PACK_LENGTHS, SMOLLM2_ATTENTION, AttentionShape
 from torch import Tensor
 from torch.nn.attention import SDPBackend
@@ -28,6 +28,9 @@ def bench(settings: Settings) -> Iterator[Figure]:
     shape = LLAMA_1B_ATTENTION if on_gpu else SMOLLM2_ATTENTION
     bounds, qkv = boundaries(lengths), inputs(shape, sum(lengths))
     peers = peers_of(bounds, qkv)
+    if settings.short:
+        yield from (figure(peer.name, note=LEFT_OUT) for peer in peers if peer.compiles)
+        peers = [peer for peer in peers if not peer.compiles]
     doubled = tuple(tensor.detach().double().requires_grad_() for tensor in qkv)
     alone = next(peer.run for peer in peers_of(bounds, doubled) if peer.name == PLAIN_ATTENTION)
     assert alone is not None

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from harness.contest import Limit, Outputs, contest
 from harness.measure import Figure, Settings, device, figure, training_dtype
-from harness.peers import PLAIN_LOSS, Loss, losses
+from harness.peers import LEFT_OUT, PLAIN_LOSS, Loss, losses
 from torch import Tensor
 
 COPY = "copy of the logits"
@@ -22,8 +22,8 @@ def bench(settings: Settings) -> Iterator[Figure]:
     """8,192 rows of Llama 3's vocabulary on a GPU, 512 of SmolLM2's on a CPU; on a GPU also one of 50,257 columns."""
     on_gpu = device().type == "cuda"
     peers = losses()
-    if settings.quick:
-        yield figure(f"{PLAIN_LOSS}, torch.compile", note="not run with --quick: compiles")
+    if settings.short:
+        yield from (figure(peer.name, note=LEFT_OUT) for peer in peers if peer.compiles)
         peers = [peer for peer in peers if not peer.compiles]
     for num_rows, vocab in [(8192, 128_256), (8192, 50_257)] if on_gpu else [(512, 49_152)]:
         shape = f"[{num_rows:,}, {vocab:,}]"

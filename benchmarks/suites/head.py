@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from harness.contest import Limit, Outputs, contest, memory
 from harness.floors import head_gemms
 from harness.measure import Figure, Settings, device, extra_memory, figure, training_dtype
-from harness.peers import PLAIN_HEAD, Head, Peer, heads, ours
+from harness.peers import LEFT_OUT, PLAIN_HEAD, Head, Peer, heads, ours
 from harness.shapes import SMOLLM2_HEAD, HeadShape, gpu_heads
 from torch import Tensor
 
@@ -32,8 +32,8 @@ def bench(settings: Settings) -> Iterator[Figure]:
         for peer in peers_of(given):
             if peer.name.endswith("chunked") and peer.run is not None and not on_gpu:
                 yield figure(peer.name, note="not run on the CPU: it takes tens of seconds")
-            elif peer.compiles and quick:
-                yield figure(peer.name, note="not run with --quick: compiles")
+            elif peer.compiles and settings.short:
+                yield figure(peer.name, note=LEFT_OUT)
             else:
                 peers.append(peer)
         prefix = f"{model}: " if on_gpu else ""
