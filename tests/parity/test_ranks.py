@@ -54,6 +54,7 @@ ONE = {
 TWO = {
     "unpacked": sizes(4, 2),
     "step": sizes(4, 2, **STEP),
+    "step, compiled layers": sizes(4, 2, **STEP, compile_layers=True),
     "thirty, float64": sizes(1, 5, **THIRTY, **STEP),
     "thirty, float32": sizes(1, 5, dtype="float32", **THIRTY, **STEP),
     "unpacked, by example": sizes(4, 2, **EXAMPLES),
@@ -82,7 +83,7 @@ def off(ours, theirs):
     return ((ours["step_losses"] - theirs["step_losses"]) / theirs["step_losses"]).abs().max()
 
 
-@pytest.mark.parametrize("how", ["unpacked", "step"])
+@pytest.mark.parametrize("how", ["unpacked", "step", "step, compiled layers"])
 def test_two_processes_give_the_weights_of_one(how, one, two):
     assert two[how]["steps"] == one["unpacked"]["steps"] == 8
     assert_same_weights(two[how], one["unpacked"])
