@@ -48,9 +48,10 @@ def compile_layers(model: PreTrainedModel) -> None:
                 f"compile_layers=True: attention dropout of {spec.dropout} cannot be compiled with the attention "
                 "backend sdpa: set it to 0 in the configuration of the model, or set compile_layers=False"
             )
-    kinds = {kind: _compiled(kind) for kind in {type(layer) for layer in layers}}
     for layer in layers:
-        layer.__class__ = kinds[type(layer)]
+        parameters = ((name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters())
+        kind: Any = type(layer)
+        layer.__class__ = _compiled(kind, tuple(parameters))
 
 
 def restore_layers(model: nn.Module) -> None:
@@ -59,17 +60,18 @@ def restore_layers(model: nn.Module) -> None:
         layer.__class__ = getattr(type(layer), "uncompiled", type(layer))
 
 
-def _compiled(kind: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of a layer's class whose forward is compiled.
+@functools.cache
+def _compiled(kind: type[nn.Module], parameters: tuple[Any, ...]) -> type[nn.Module]:
+    """A subclass of a layer's class whose forward is compiled: one for all layers with the same parameters.
 
     A class, not a function on each layer: transformers wraps the forward of a class for checkpointing, and FSDP2
-    derives a class of its own from it.
+    derives a class of its own from it. A later model in the process with such layers finds them compiled.
     """
 
     def packed(layer: nn.Module, longest: Tensor, *args: Any, **kwargs: Any) -> Any:
         return kind.forward(layer, *args, **dict.fromkeys(LONGEST, longest.shape[0]), **kwargs)
 
-    # Recompilations are limited for each code object: without its own, one process could train only a few models.
+    # Recompilations are limited for each code object: without its own, a process could train only a few models.
     own_code = packed.__code__.replace()
     compiled = torch.compile(
         types.FunctionType(own_code, packed.__globals__, closure=packed.__closure__), fullgraph=True

@@ -146,10 +146,9 @@ def test_checkpoints_copies_and_later_trainers_know_nothing_of_it(tmp_path):
     assert all(parameter.grad is not None for parameter in twin.parameters())
 
     assert trained.check_packing().holds
-    graphs = len(get_compilation_metrics())
-    again = run(tmp_path, model, True)
-    assert again.graphs == 2 * graphs == 2  # one for each trainer
-    assert run(tmp_path, model, False).graphs == 2
+    again = run(tmp_path, tiny_model("llama", torch.float64), True)
+    assert again.graphs == trained.graphs == 1
+    run(tmp_path, model, False)
     assert type(layer) is LlamaDecoderLayer
 
 
