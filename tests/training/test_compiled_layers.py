@@ -19,6 +19,8 @@ from torch._dynamo.utils import clear_compilation_metrics, counters, get_compila
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
+from packsft.model import compilation
+
 ROWS, EVAL_ROWS = token_rows(61), token_rows(20, seed=1)
 EPOCH = {
     "optim": "sgd", "num_train_epochs": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
@@ -30,6 +32,7 @@ CHECKPOINTED = {"gradient_checkpointing": True}
 @pytest.fixture(autouse=True)
 def _nothing_compiled(request, monkeypatch):
     torch._dynamo.reset()
+    compilation._compiled.cache_clear()
     counters.clear()
     clear_compilation_metrics()
     if "inductor" not in request.node.name:
