@@ -47,6 +47,11 @@ def lora():
     return LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
 
 
+def graphs() -> int:
+    """Of layers; the first run of inductor in a process may compile something of its own."""
+    return sum(metrics.co_name == "packed" for metrics in get_compilation_metrics())
+
+
 def run(tmp_path, model, compiled, **options):
     """The trainer, after training; with the losses of its micro-batches and the number of graphs."""
     if options.pop("lora", False):
@@ -56,7 +61,7 @@ def run(tmp_path, model, compiled, **options):
     step, losses = trained.training_step, []
     trained.training_step = lambda *args: losses.append(step(*args)) or losses[-1]
     trained.train()
-    trained.losses, trained.graphs = torch.stack(losses), len(get_compilation_metrics())
+    trained.losses, trained.graphs = torch.stack(losses), graphs()
     return trained
 
 
@@ -82,12 +87,12 @@ CASES = {
     [pytest.param(case, marks=[] if case in ("step", "checkpointed", "LoRA") else pytest.mark.slow) for case in CASES],
 )
 def test_an_epoch_of_uneven_packs_trains_alike_with_as_many_graphs_as_kinds_of_layers(case, tmp_path):
-    options, graphs = CASES[case]
+    options, expected = CASES[case]
     options = dict(options)
     family = options.pop("family", "llama")
     model = tiny_model(family, torch.float64, num_hidden_layers=3)
     plain, compiled = (run(tmp_path, copy.deepcopy(model), on, **options) for on in (False, True))
-    assert compiled.graphs == graphs
+    assert compiled.graphs == expected
     assert not counters["graph_break"]
     torch.testing.assert_close(compiled.losses, plain.losses, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(compiled.model.parameters(), plain.model.parameters(), strict=True):
@@ -126,7 +131,7 @@ def test_inductor_in_bfloat16_is_as_close_to_float64_as_the_model_itself(autocas
 
     dtype = torch.float32 if autocast else torch.bfloat16
     truth, plain, ours = results(torch.float64, False), results(dtype, False), results(dtype, True)
-    assert len(get_compilation_metrics()) == 1
+    assert graphs() == 1
     for what, *values in zip(("logits", "gradients"), ours, plain, truth, strict=True):
         assert_accurate(*values, what)
 
