@@ -10,7 +10,7 @@ import importlib.util
 import logging
 from typing import Any
 
-from accelerate.utils import is_peft_model
+from accelerate.utils import DynamoBackend, is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import is_kernels_available
@@ -62,6 +62,8 @@ def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
             f"packing_strategy={args.packing_strategy!r} it would see packs, which all have about the same length: "
             "leave it unset, or set packing_strategy='step' or packing=False"
         )
+    if getattr(args, "compile_layers", False):
+        _check_compiled_layers(args)
     if args.activation_offloading and args.device.type == "cpu":
         raise ValueError(
             "activation_offloading=True moves activations from an accelerator to the CPU, but this model trains on the "
@@ -170,6 +172,17 @@ def _check_exact_steps(args: SFTConfig) -> None:
         )
 
 
+def _check_compiled_layers(args: SFTConfig) -> None:
+    if args.torch_compile:
+        raise ValueError("compile_layers=True compiles each layer, torch_compile=True the whole model: choose one")
+    if args.use_liger_kernel:
+        raise ValueError(
+            "compile_layers=True and use_liger_kernel=True both replace the same operations of a layer: choose one"
+        )
+    if args.deepspeed_plugin is not None:
+        raise ValueError("compile_layers=True does not work under DeepSpeed, whose hooks run within the layers")
+
+
 def _check_dataset(name: str, dataset: Dataset | IterableDataset) -> None:
     first = next(iter(dataset), None)
     if first is None:
@@ -192,7 +205,10 @@ def _check_adapter(config: Any) -> None:
         )
 
 
-def check_parallelism(accelerator: Any) -> None:
+def check_accelerator(accelerator: Any, args: SFTConfig) -> None:
+    """Raises ValueError for what `accelerate launch` or its configuration file asks for and cannot have."""
+    if getattr(args, "compile_layers", False) and accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise ValueError("compile_layers=True compiles each layer, accelerate's dynamo_backend the model: choose one")
     parallelism = getattr(accelerator, "parallelism_config", None)
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError(

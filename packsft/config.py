@@ -64,6 +64,10 @@ class PackedSFTConfig(SFTConfig):
         on_unpackable (`str`, *optional*, defaults to `"pad"`):
             What happens to a model that fails this check: `"pad"` trains the same examples as right-padded rows,
             `"error"` stops.
+        compile_layers (`bool`, *optional*, defaults to `False`):
+            Whether to train with compiled decoder layers: `torch.compile` on the first layer of each kind serves all of
+            them, and packs of any size. It takes seconds at the first step, and needs a C++ compiler on the CPU, Triton
+            on a GPU. Evaluation and padded rows are not compiled.
     """
 
     packing: bool = field(default=True, metadata={"help": "Whether to pack several examples into one row."})
@@ -112,6 +116,9 @@ class PackedSFTConfig(SFTConfig):
             "help": "What to do with a model that cannot keep packed documents apart: 'pad' or 'error'.",
             "choices": ["pad", "error"],
         },
+    )
+    compile_layers: bool = field(
+        default=False, metadata={"help": "Whether to train with compiled decoder layers (regional compilation)."}
     )
 
     def __post_init__(self) -> None:

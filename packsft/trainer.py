@@ -28,7 +28,7 @@ from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig, SFTTrainer
 
 from packsft import compat
-from packsft.arguments import check_arguments, check_parallelism, check_tokenizer, own_arguments, skips_preparation
+from packsft.arguments import check_accelerator, check_arguments, check_tokenizer, own_arguments, skips_preparation
 from packsft.config import has_bf16
 from packsft.data.batch import document_lengths
 from packsft.data.collator import PackingCollator, mark_sizes
@@ -84,7 +84,7 @@ class PackedSFTTrainer(PackedLoaders, ExactSteps, DeviceMetrics, SFTTrainer):
         with compat.own_head_during_init():
             super().__init__(*call.args[1:], **call.kwargs)
 
-        check_parallelism(self.accelerator)
+        check_accelerator(self.accelerator, self.args)
         self._check: PackingCheck | None = None
         self._sums = {"train": MetricSums(), "eval": MetricSums(self._filter_nonfinite)}
         self._restart_losses()
@@ -105,6 +105,7 @@ class PackedSFTTrainer(PackedLoaders, ExactSteps, DeviceMetrics, SFTTrainer):
             autocast=self.accelerator.autocast,
             any_rank=any_rank_of(self.accelerator),
             needs_aux_loss=self.aux_loss_enabled,
+            compiles_layers=getattr(self.args, "compile_layers", False),
         )
         packs_evaluation = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
         if self._prepared.padded and self.compute_metrics is not None and packs_evaluation:

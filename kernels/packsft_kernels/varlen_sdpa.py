@@ -10,6 +10,7 @@ Shapes: T tokens, D documents, H query heads, G key heads, K head size.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,10 +29,11 @@ def sdpa(
     q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, sinks: Tensor | None, spec: AttentionSpec
 ) -> Tensor:
     # Tracers and fake tensors have no boundaries to read: for them all of it is one operator. Its backward recomputes
-    # the forward, so it supports no dropout: with dropout, a compiled graph breaks here.
+    # what is not flash, so it supports no dropout: with dropout, a compiled graph breaks here.
     compiling = torch.compiler.is_compiling()
     if (compiling or isinstance(cu, FakeTensor)) and not spec.dropout:
-        return torch.ops.packsft.varlen_sdpa(q, k, v, cu, sinks, longest, scale, spec.causal, spec.window, spec.softcap)
+        options = longest, scale, spec.causal, spec.window, spec.softcap
+        return torch.ops.packsft.varlen_sdpa(q, k, v, cu, sinks, *options)[0]
     run = _outside_of_graphs if compiling else _per_document
     return run(q, k, v, cu, longest, scale, sinks, spec)
 
@@ -48,10 +50,14 @@ def _sdpa_op(
     causal: bool,
     window: int | None,
     softcap: float | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """The attention, and the logarithms of its sums of exponentials, `[T * H]`: none where the backward recomputes."""
     spec = _sdpa_spec(q, v, causal, window, softcap, sinks)
+    if _is_flash_on_cpu(spec):
+        return _flash_on_cpu(q, k, v, cu_seqlens, max_seqlen, scale, spec)
     out = _per_document(q, k, v, cu_seqlens, max_seqlen, scale, sinks, spec)
-    return out.clone() if out is q else out.contiguous()  # q if T = 0: an operator may not return its input
+    # q if T = 0: an operator may not return its input
+    return out.clone() if out is q else out.contiguous(), q.new_empty(0)
 
 
 def _sdpa_spec(
@@ -62,9 +68,23 @@ def _sdpa_spec(
 
 
 @_sdpa_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    sinks: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
     """Allocates only the output: what else SDPA keeps depends on the boundaries, and a fake tensor has none."""
-    return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    if _is_flash_on_cpu(_sdpa_spec(q, v, causal, window, softcap, sinks)):
+        return out, q.new_empty(q.shape[0] * q.shape[1], dtype=torch.promote_types(q.dtype, torch.float32))
+    return out, q.new_empty(0)
 
 
 @torch.library.custom_op("packsft::varlen_sdpa_backward", mutates_args=())
@@ -80,14 +100,18 @@ def _sdpa_backward_op(
     causal: bool,
     window: int | None,
     softcap: float | None,
+    out: Tensor,
+    logsumexp: Tensor,
 ) -> list[Tensor]:
     """Gradients of q, k, v and, if given, the sinks."""
+    spec = _sdpa_spec(q, v, causal, window, softcap, sinks)
+    if _is_flash_on_cpu(spec):
+        return _flash_on_cpu_backward(grad, q, k, v, out, logsumexp, cu_seqlens, max_seqlen, scale, spec)
     exclude, key = torch._C._SetExcludeDispatchKeyGuard, torch._C.DispatchKey
     # Autograd does not record inside an operator unless its dispatch keys are enabled again.
     with exclude(key.AutogradFunctionality, False), exclude(key.ADInplaceOrView, False), torch.enable_grad():
         q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
         sinks = None if sinks is None else sinks.detach().requires_grad_()
-        spec = _sdpa_spec(q, v, causal, window, softcap, sinks)
         out = _per_document(q, k, v, cu_seqlens, max_seqlen, scale, sinks, spec)
         grads = torch.autograd.grad(out, (q, k, v) if sinks is None else (q, k, v, sinks), grad)
     return [grad.contiguous() for grad in grads]
@@ -98,17 +122,76 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sinks: 
     return [x.new_empty(x.shape) for x in (q, k, v, sinks) if x is not None]
 
 
-def _sdpa_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
+def _sdpa_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5], *output)
     ctx.options = inputs[5:]
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _sdpa_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dk, dv, *dsinks = torch.ops.packsft.varlen_sdpa_backward(grad, *ctx.saved_tensors, *ctx.options)
+def _sdpa_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    *inputs, out, logsumexp = ctx.saved_tensors
+    dq, dk, dv, *dsinks = torch.ops.packsft.varlen_sdpa_backward(grad, *inputs, *ctx.options, out, logsumexp)
     return dq, dk, dv, None, dsinks[0] if dsinks else None, *[None] * len(ctx.options)
 
 
 _sdpa_op.register_autograd(_sdpa_backward, setup_context=_sdpa_setup_context)
+
+
+# ---- PyTorch's flash attention for the CPU, which SDPA takes there: forward and backward as two calls ----
+
+
+def _is_flash_on_cpu(spec: AttentionSpec) -> bool:
+    plain = spec.window is None and spec.softcap is None and not spec.sinks and not spec.dropout
+    return spec.device == "cpu" and spec.equal_head_dims and plain
+
+
+def _flash_on_cpu(
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, spec: AttentionSpec
+) -> tuple[Tensor, Tensor]:
+    runs = _equal_length_runs(cu.tolist(), q.shape[0], longest)
+    out, sums = torch.empty_like(q, memory_format=torch.contiguous_format), []
+    for run, q_run, k_run, v_run, out_run in _split(runs, q, k, v, out):
+        inputs = (_to_documents(x, run, spec) for x in (q_run, k_run, v_run))
+        result, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *inputs, 0.0, spec.causal, scale=scale
+        )
+        _to_documents(out_run, run).copy_(result)
+        sums.append(logsumexp.flatten())
+    return out, torch.cat(sums) if sums else q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _flash_on_cpu_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, cu: Tensor, longest: int,
+    scale: float, spec: AttentionSpec,
+) -> list[Tensor]:  # fmt: skip
+    runs = _equal_length_runs(cu.tolist(), q.shape[0], longest)
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    sums = logsumexp.split([count * q.shape[1] * length for count, length in runs])
+    for sums_run, (run, *given, dq, dk, dv) in zip(sums, _split(runs, grad, q, k, v, out, *grads), strict=True):
+        inputs = (_to_documents(x, run, spec) for x in given)
+        results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *inputs, sums_run.view(run[0], q.shape[1], run[1]), 0.0, spec.causal, scale=scale
+        )
+        for kept, result in zip((dq, dk, dv), results, strict=True):
+            _to_documents(kept, run).copy_(result)
+    return grads
+
+
+def _split(runs: list[tuple[int, int]], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    """(count, length) of each run, and its part of every tensor `[T, ...]`."""
+    sizes = [count * length for count, length in runs]
+    return zip(runs, *(tensor.split(sizes) for tensor in tensors), strict=True)
+
+
+def _to_documents(x: Tensor, run: tuple[int, int], spec: AttentionSpec | None = None) -> Tensor:
+    """`[count * length, heads, K]` as `[count, heads, length, K]`; with a spec, in the dtype that SDPA is given."""
+    if spec is not None and spec.dtype in HALF_DTYPES and run[1] <= CPU_FLOAT32_LENGTH:
+        x = x.float()
+    return x.unflatten(0, run).transpose(1, 2)
+
+
+# ---- one call per document ----
 
 
 def _per_document(

@@ -119,8 +119,9 @@ def backend_of(model: PreTrainedModel) -> tuple[str, AttentionSpec]:
     config, device = model.config.get_text_config(), model.device.type
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    dropout = getattr(config, "attention_dropout", None) or getattr(config, "attn_pdrop", None) or 0.0  # GPT-2's name
     spec = AttentionSpec(
-        device, dtype, head_dim, dropout=getattr(config, "attention_dropout", 0.0) or 0.0,
+        device, dtype, head_dim, dropout=dropout,
         softcap=getattr(config, "attn_logit_softcapping", None), window=getattr(config, "sliding_window", None),
     )  # fmt: skip
     return choose_backend(spec, _backend_of(model)), spec

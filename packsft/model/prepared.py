@@ -1,4 +1,4 @@
-"""A model prepared for packed training: per-document attention, the isolation check, the language-model head.
+"""A model prepared for packed training: per-document attention, the isolation check, the head, compiled layers.
 
 Needs a model and a loss, but no trainer. `PreparedModel.describe` says what it found and decided.
 """
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from packsft.data.batch import loss_inputs, model_inputs
 from packsft.model import attention
+from packsft.model.compilation import compile_layers, restore_layers
 from packsft.model.head import HeadOutput, install_head
 from packsft.model.isolation import NOT_CHECKED, IsolationVerdict, check_isolation
 
@@ -37,6 +38,7 @@ class PreparedModel:
         autocast: returns the context in which training runs its forward.
         any_rank: returns whether its argument is true on any rank; every rank calls it once.
         needs_aux_loss: whether the router loss of a mixture of experts is needed.
+        compiles_layers: whether to compile the decoder layers for training; not on padded rows.
 
     Attributes:
         base_model: the model without its PEFT wrapper.
@@ -45,8 +47,8 @@ class PreparedModel:
         why_compact: None if the head is fused, otherwise the reason for compact logits.
 
     Raises:
-        ValueError: the model has no language-model head, the attention back end was chosen by name and cannot run, or
-            documents see each other and `on_unpackable="error"`.
+        ValueError: the model has no language-model head or no layers to compile, the attention back end was chosen by
+            name and cannot run, or documents see each other and `on_unpackable="error"`.
     """
 
     def __init__(
@@ -61,16 +63,23 @@ class PreparedModel:
         autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext,
         any_rank: Callable[[bool], bool] = bool,
         needs_aux_loss: bool = False,
+        compiles_layers: bool = False,
     ) -> None:
         self.base_model: Any = base_model_of(model)
         self.options, self.autocast = options, autocast
         self._max_length, self._needs_aux_loss = max_length, needs_aux_loss
+        restore_layers(self.base_model)
         self._prepare_attention(attention_backend, check, on_unpackable, any_rank)
         self.why_compact = install_head(self.base_model, options, needs_aux_loss=needs_aux_loss)
         if self.why_compact is not None:
             logger.warning(
                 "the language-model head is not fused: %s; it computes the scored logits instead", self.why_compact
             )
+        if compiles_layers and self.padded:
+            logger.warning("compile_layers=True: no effect on a model that is trained on padded rows")
+        elif compiles_layers:
+            with autocast():
+                compile_layers(self.base_model)
 
     def _prepare_attention(
         self, backend: str, check: bool, on_unpackable: str, any_rank: Callable[[bool], bool]

@@ -44,6 +44,25 @@ def test_it_compiles_into_one_graph_and_gives_what_eager_gives(name: str) -> Non
         assert error(compiled.detach(), eager.detach()) < 1e-14
 
 
+@pytest.mark.parametrize("name", ["causal", "not causal"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_pytorchs_flash_attention_computes_is_not_computed_again(dtype: torch.dtype, name: str) -> None:
+    given, options = tensors(dtype), OPTIONS[name]
+    eager = varlen_attention(*given, CU_SEQLENS, 6, **options)
+    out, sums = torch.ops.packsft.varlen_sdpa(
+        *given, CU_SEQLENS, None, 6, 8**-0.5, options.get("causal", True), None, None
+    )
+    assert torch.equal(out, eager)
+    assert sums.shape == (12 * 4,)
+    with torch.profiler.profile() as profiler:
+        gradients = torch.autograd.grad(out.sum(), given)
+    names = {event.key for event in profiler.key_averages()}
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu_backward" in names
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" not in names
+    for ours, theirs in zip(gradients, torch.autograd.grad(eager.sum(), given), strict=True):
+        assert error(ours, theirs) < 2 * torch.finfo(dtype).eps
+
+
 def test_with_dropout_a_graph_breaks_and_no_boundary_is_compiled_into_it() -> None:
     torch._dynamo.reset()
     counter = CompileCounter()
@@ -69,4 +88,4 @@ def test_it_is_registered_rightly(
     torch.library.opcheck(torch.ops.packsft.varlen_sdpa.default, args)
     args = tuple(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args)
     backward = torch.ops.packsft.varlen_sdpa_backward.default
-    torch.library.opcheck(backward, (torch.randn(12, 4, 8), *args))
+    torch.library.opcheck(backward, (torch.randn(12, 4, 8), *args, *torch.ops.packsft.varlen_sdpa(*args)))

@@ -1,4 +1,6 @@
-"""Two gloo processes under `accelerate launch` give the weights and the losses of one process."""
+"""Two gloo processes under `accelerate launch` give the weights and the losses of one process.
+
+And under FSDP2, compiled layers give the losses of those that are not."""
 
 import json
 import os
@@ -14,7 +16,7 @@ pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("train_tiny.py")
 
 
-def run(output, processes, runs):
+def run(output, processes, *arguments, script=SCRIPT):
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1", f"--num_processes={processes}",
               "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]  # fmt: skip
     import packsft_kernels
@@ -25,7 +27,7 @@ def run(output, processes, runs):
     path = os.pathsep.join([*map(str, roots), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(
-        [sys.executable, *(launch if processes > 1 else []), str(SCRIPT), str(output), json.dumps(runs)],
+        [sys.executable, *(launch if processes > 1 else []), str(script), str(output), *arguments],
         env=environment, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert output.exists(), done.stderr[-3000:]  # written at the end; gloo may abort while it is taken down
@@ -54,6 +56,7 @@ ONE = {
 TWO = {
     "unpacked": sizes(4, 2),
     "step": sizes(4, 2, **STEP),
+    "step, compiled layers": sizes(4, 2, **STEP, compile_layers=True),
     "thirty, float64": sizes(1, 5, **THIRTY, **STEP),
     "thirty, float32": sizes(1, 5, dtype="float32", **THIRTY, **STEP),
     "unpacked, by example": sizes(4, 2, **EXAMPLES),
@@ -64,12 +67,12 @@ TWO = {
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("one") / "runs.pt", 1, ONE)
+    return run(tmp_path_factory.mktemp("one") / "runs.pt", 1, json.dumps(ONE))
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("two") / "runs.pt", 2, TWO)
+    return run(tmp_path_factory.mktemp("two") / "runs.pt", 2, json.dumps(TWO))
 
 
 def assert_same_weights(ours, theirs):
@@ -82,7 +85,7 @@ def off(ours, theirs):
     return ((ours["step_losses"] - theirs["step_losses"]) / theirs["step_losses"]).abs().max()
 
 
-@pytest.mark.parametrize("how", ["unpacked", "step"])
+@pytest.mark.parametrize("how", ["unpacked", "step", "step, compiled layers"])
 def test_two_processes_give_the_weights_of_one(how, one, two):
     assert two[how]["steps"] == one["unpacked"]["steps"] == 8
     assert_same_weights(two[how], one["unpacked"])
@@ -113,3 +116,12 @@ def test_thirty_losses_on_two_processes_are_those_of_the_unpacked_run(dtype, tol
 def test_examples_count_the_same_on_two_processes(how, one, two):
     assert off(two[f"{how}, by example"], one["by example"]) < 1e-10
     assert off(one["by example"], one["unpacked"]) > 1e-6
+
+
+def test_layers_that_fsdp_shards_are_compiled_once_and_train_alike(tmp_path):
+    found = run(tmp_path / "runs.pt", 2, script=SCRIPT.with_name("shard_tiny.py"))
+    for checkpointing in (False, True):
+        plain, compiled = (found[checkpointing][how] for how in ("plain", "compiled"))
+        assert error(compiled["losses"], plain["losses"]) < 1e-12
+        assert compiled["names"] == plain["names"]
+        assert found[checkpointing]["graphs and breaks"] == (1, 0)
