@@ -14,7 +14,7 @@ from harness.measure import training_dtype
 
 OURS = "packsft"
 EXACT = "packsft, exact steps"
-COMPILED = "packsft, exact steps, compiled layers"
+OURS_COMPILED = "packsft, compiled layers"
 OURS_LIGER = "packsft + Liger layer kernels"
 TRL_PACKED = "TRL, packing=True"
 TRL_OUR_ATTENTION = "TRL, packing=True, packsft's attention"
@@ -80,12 +80,12 @@ COMPETITORS = {
     OURS: Competitor(True),
     TRL_PACKED: Competitor(False),
     TRL_OUR_ATTENTION: Competitor(False, attention="packsft"),
+    OURS_LIGER: Competitor(True, liger=True),
+    OURS_COMPILED: Competitor(True, arguments={"compile_layers": True}),
+    TRL_LIGER: Competitor(False, liger=True),
     TRL_PADDED: Competitor(False, strategy=""),
     # its steps are those of padded batches of 8
     EXACT: Competitor(True, "step", arguments={"per_device_train_batch_size": 8}),
-    COMPILED: Competitor(True, "step", arguments={"per_device_train_batch_size": 8, "compile_layers": True}),
-    OURS_LIGER: Competitor(True, liger=True),
-    TRL_LIGER: Competitor(False, liger=True),
 }
 
 
