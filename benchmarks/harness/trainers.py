@@ -132,8 +132,9 @@ def build_trainer(
         model.set_attn_implementation(competitor.attention)
     elif not competitor.ours and model.dtype.itemsize == 2 and flash_attention():
         model.set_attn_implementation(flash_attention())
-    exact = competitor.strategy == "step"
-    config = PackedSFTConfig(**settings, tokens_per_pass=settings["max_length"]) if exact else SFTConfig(**settings)
+    if competitor.strategy == "step":
+        settings["tokens_per_pass"] = settings["max_length"]
+    config = (PackedSFTConfig if competitor.ours and competitor.arguments else SFTConfig)(**settings)
     trainer = (PackedSFTTrainer if competitor.ours else SFTTrainer)(
         model=model, args=config, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config
     )
