@@ -128,6 +128,16 @@ def _cross_entropy_kernel(
         # A target outside the vocabulary reads nothing and gives a NaN loss.
         in_range = (target >= 0) & (target < vocab)
         x_target = tl.load(row_ptr + target, mask=in_range, other=float("nan")).to(tl.float32)
+        # These too are under way while blocks are summed.
+        weight = 1.0
+        if HAS_WEIGHTS:
+            weight = tl.load(weights_ptr + row).to(tl.float32)
+        scale = 1.0
+        if HAS_SCALE:
+            scale = tl.load(scale_ptr + row * scale_stride).to(tl.float32)
+        if HAS_EDGE:
+            x_edge = tl.load(row_ptr + edge, mask=inside_edge, other=0.0).to(tl.float32)
+
         # Of a logit x the kernel sums exp(z - maximum) = 2^((y - maximum) * log2_scale), with z = y * z_scale.
         z_scale = logit_scale
         if HAS_SOFTCAP:
@@ -179,7 +189,6 @@ def _cross_entropy_kernel(
         lane_rest = tl.where(of_target, 0.0, lane_rest)
         y_max = tl.maximum(tl.max(lane_max, 0), tl.max(y_beside, 0))
         if HAS_EDGE:
-            x_edge = tl.load(row_ptr + edge, mask=inside_edge, other=0.0).to(tl.float32)
             y_edge = _bounded(x_edge, logit_scale, softcap, HAS_SOFTCAP)
             y_edge_rest = tl.where(inside_edge & (edge != target), y_edge, float("-inf"))
             y_max = tl.maximum(y_max, tl.max(y_edge_rest, 0))
@@ -235,9 +244,6 @@ def _cross_entropy_kernel(
             loss *= tl.div_rn(e_target, total)  # not exp(-nll): it turns the rounding of nll into a relative error
         if HAS_Z_LOSS:
             loss += z_loss * lse * lse
-        weight = 1.0
-        if HAS_WEIGHTS:
-            weight = tl.load(weights_ptr + row).to(tl.float32)
         tl.store(loss_ptr + row, weight * loss)
         tl.store(log_prob_ptr + row, -nll)
         tl.store(lse_ptr + row, lse)
@@ -257,9 +263,7 @@ def _cross_entropy_kernel(
             tl.store(correct_ptr + row, ((better == 0) & in_range).to(tl.int8))
 
         if HAS_GRAD:
-            nll_factor = weight * logit_scale
-            if HAS_SCALE:
-                nll_factor *= tl.load(scale_ptr + row * scale_stride).to(tl.float32)
+            nll_factor = weight * scale * logit_scale
             z_factor = 0.0
             if HAS_Z_LOSS:
                 z_factor = 2.0 * z_loss * lse * nll_factor

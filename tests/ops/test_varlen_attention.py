@@ -295,9 +295,11 @@ def test_gpu_back_ends_match_the_definition(name, head_dim, key_heads, options):
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"window": 16}], ids=str)
 def test_float32_on_a_gpu_is_as_exact_as_sdpa_in_float32(options):
-    """As SDPA of each document alone: under a mask over the row another kernel answers, which rounds otherwise."""
+    """As SDPA of each document alone with repeated heads: for a mask over the row, and for grouped heads, PyTorch takes
+    another kernel, which rounds otherwise."""
 
     def alone(q, k, v, cu, longest, window=None):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         documents = [[x[a:b].transpose(0, 1)[None] for x in (q, k, v)] for a, b in pairwise(cu.tolist()) if a < b]
         masks = [
             None
@@ -306,7 +308,7 @@ def test_float32_on_a_gpu_is_as_exact_as_sdpa_in_float32(options):
             for x, *_ in documents
         ]
         outputs = [
-            F.scaled_dot_product_attention(*document, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+            F.scaled_dot_product_attention(*document, attn_mask=mask, is_causal=mask is None)
             for document, mask in zip(documents, masks, strict=True)
         ]
         return torch.cat([output[0].transpose(0, 1) for output in outputs])
