@@ -48,9 +48,11 @@ from harness.trainers import (
     build_trainer,
     flash_attention,
 )
+from transformers import TrainerCallback
 
 MAIN = (OURS, EXACT, TRL_PACKED, TRL_PADDED)
 SHORT = (OURS, TRL_PACKED, TRL_PADDED, OURS_LIGER)  # of the models that are not looked at closely
+SETTLING = 5  # steps
 Targets = dict[tuple[str, str], float]  # how many times the speed of the second the first has, at least
 CPU_TARGETS: Targets = {(OURS, TRL_PACKED): 1.7, (OURS, TRL_PADDED): 3.5, (EXACT, TRL_PADDED): 3.5}
 
@@ -104,6 +106,7 @@ class Result:
     Args:
         seconds: of each timed `train()`.
         flops: useful floating-point operations of one, see `floors.training_flops`.
+        steady: tokens per second of the last run after its first `SETTLING` steps; 0 where it has no more.
         mib: most memory that PyTorch had allocated on the GPU from the model to the end of the last run; 0 on the CPU.
         steps: what the trainer logged of each step of the last run.
     """
@@ -111,6 +114,7 @@ class Result:
     why_not: str = ""
     seconds: list[float] = field(default_factory=list)
     flops: float = 0.0
+    steady: float = 0.0
     mib: float = 0.0
     steps: list[dict[str, float]] = field(default_factory=list)
     note: str = ""
@@ -240,20 +244,35 @@ def train_once(work: Workload, name: str, result: Result, arguments: dict[str, A
     arguments = {"max_length": work.max_length, **arguments}
     with tempfile.TemporaryDirectory() as folder, COMPETITORS[name].contained(model):
         trainer = build_trainer(name, model, work.tokenizer, work.rows, folder, peft_config=peft_config, **arguments)
+        trainer.add_callback(settled := Settled())
         synchronize()
         start = time.perf_counter()
         output = trainer.train()
         synchronize()
-        result.seconds.append(time.perf_counter() - start)
+        end = time.perf_counter()
+    result.seconds.append(end - start)
     result.steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     attention = trainer.model.config._attn_implementation
     result.note = f"{output.global_step} steps, mean loss {output.training_loss:.3f}, attention {attention}"
     num_tokens, lengths = result.steps[-1]["num_tokens"], work.lengths()
     if num_tokens != sum(lengths):
         result.note += f"; WRONG: it trained on {num_tokens:.0f} tokens of {sum(lengths)}"
+    if len(result.steps) > SETTLING:
+        result.steady = (num_tokens - result.steps[SETTLING - 1]["num_tokens"]) / (end - settled.time)
     result.flops = training_flops(trainer.model, lengths, work.num_scored())
     if torch.cuda.is_available():
         result.mib = torch.cuda.max_memory_allocated() / 2**20
+
+
+class Settled(TrainerCallback):
+    """The time at which the first steps have ended: they set up what lasts for the run."""
+
+    time = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == SETTLING:
+            synchronize()
+            self.time = time.perf_counter()
 
 
 def gemm_rate(work: Workload, repeats: int, num_tokens: int | None = None) -> float:
@@ -378,6 +397,12 @@ def speeds(
             of = f"speed of {fast} / {'this' if slow == name else slow}"
             judged = {"ratio": rates[fast] / rates[slow], "ratio_of": of, "at_least": least}
         spread = times[name].spread if len(result.seconds) > 1 else None
+        if result.steady:
+            yield figure(
+                f"{row}, after {SETTLING} steps", result.steady, "tokens/s",
+                **rate(result.flops * result.steady / num_tokens),
+                ratio=None if name == OURS else found[OURS].steady / result.steady, ratio_of="speed of packsft / this",
+            )  # fmt: skip
         yield figure(
             row, rates[name], "tokens/s", **rate(achieved), spread=spread, note=note, chart=title, series=name, **judged
         )
