@@ -16,7 +16,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "results"
 DOCUMENTS = tuple(Path(__file__).parents[2] / name for name in ("README.md", "docs/benchmarks.md"))
-BLOCK = re.compile(r"(<!-- (\w+) of ([\w-]+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (\w+) of ([\w-]+) -->\n)(?:.*?\n)??(<!-- end -->)", re.DOTALL)
 COLUMNS = ("measured", "value", "spread", "achieved", "ratio", "target", "", "note")
 
 PICKED = ("TRL padded", "TRL packed", "packsft", "limit")
@@ -35,6 +35,7 @@ HEADLINES: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
      (None, "TRL ChunkedLogProbFunction", "packsft", "three bare GEMMs")),
     ("its extra memory", "head",
      (None, "extra memory, TRL ChunkedLogProbFunction", "extra memory, packsft", None)),
+    ("loss and gradient of logits, against a copy", "cross_entropy", (None, None, "packsft", "copy of the logits")),
     ("a training step (forward and backward)", "step",
      (None, None, "packsft, forward and backward of one pack", "bare GEMMs, * tokens, * scored")),
     ("planning 200,000 examples", "packing",
@@ -228,7 +229,7 @@ def documented(text: str) -> str:
         path = RESULTS / run / "results.json"
         if part not in SHOWN or not path.exists():
             raise ValueError(f"{begin.strip()}: has to be one of {', '.join(SHOWN)}, of a run in {RESULTS}")
-        return f"{begin}{SHOWN[part](read(path)).strip()}{end}"
+        return f"{begin}{SHOWN[part](read(path)).strip()}\n{end}"
 
     return BLOCK.sub(block, text)
 

@@ -217,3 +217,11 @@ def test_a_block_of_a_run_that_is_not_there_is_named() -> None:
         report.documented("<!-- headline of never -->\n\n<!-- end -->")
     with pytest.raises(ValueError, match="footline of"):
         report.documented("<!-- footline of 2026-11-23-amd-epyc -->\n\n<!-- end -->")
+
+
+def test_an_empty_block_is_filled_and_what_follows_stays() -> None:
+    empty = f"<!-- headline of {min(report.RESULTS.iterdir()).name} -->\n<!-- end -->\n"
+    written = report.documented(f"{empty}after\n{empty}")
+    assert written.count("Measured: ") == 2
+    assert "\n<!-- end -->\nafter\n<!-- headline" in written
+    assert report.documented(written) == written
