@@ -26,6 +26,9 @@ from packsft_kernels.cross_entropy_rows import empty_outputs
 OUTPUTS = {
     "loss": LossOptions(),
     "loss, entropy, correct": LossOptions(entropy=True, correct=True),
+    "every option but softcap": LossOptions(
+        logit_scale=0.5, label_smoothing=0.1, z_loss=1e-4, dft=True, entropy=True, correct=True
+    ),
     "every option": LossOptions(
         softcap=30.0, logit_scale=0.5, label_smoothing=0.1, z_loss=1e-4, dft=True, entropy=True, correct=True
     ),
@@ -58,8 +61,12 @@ class Case:
 
     @property
     def shape(self) -> launch.KernelShape:
+        options = OUTPUTS[self.outputs]
         return launch.cross_entropy_shape(
-            self.vocab - self.columns_less, self.dtype.itemsize, softcap=OUTPUTS[self.outputs].softcap is not None
+            self.vocab - self.columns_less,
+            self.dtype.itemsize,
+            softcap=options.softcap is not None,
+            smoothing=options.label_smoothing > 0,
         )
 
 

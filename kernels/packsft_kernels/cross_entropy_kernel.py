@@ -11,9 +11,9 @@ in registers from the first pass to the second, as they are stored. The blocks b
 each pass, several blocks ahead of their use, the second time backwards, so that what was read last is read first, from
 L2. Short rows are held as a whole.
 
-Accesses are 16 bytes wide for every V, stride and alignment. The *edge* of a row is the columns before its first and
-after its last multiple of 16 bytes: at most 7 columns (3 in float32) at each end. It is handled separately. The *body*
-is the columns between.
+Accesses are 16 bytes wide for every V, stride and alignment, if the rows of the gradient are aligned as those of the
+logits. The *edge* of a row is the columns before its first and after its last multiple of 16 bytes: at most 7 columns
+(3 in float32) at each end. It is handled separately. The *body* is the columns between.
 
 No column is compared with the target while a block is summed. Each lane has its own sums, so the lane of the target is
 dropped, and its other columns are summed apart. The target's gradient is written last, over that of its block.
@@ -216,7 +216,7 @@ def _cross_entropy_kernel(
             if HAS_EDGE:
                 sum_z += tl.sum(tl.where(inside_edge, y_edge, 0.0), 0)
             sum_z *= z_scale
-        rest_max = y_max * z_scale
+        rest_max = tl.maximum(y_max * z_scale, LEAST)  # a row of -inf stays one; and no product that a difference fuses
 
         maximum = tl.maximum(rest_max, z_target)
         # Not `below == 0`: a fused multiply-subtract of a scaled logit would leave a rounding error there.
@@ -239,7 +239,7 @@ def _cross_entropy_kernel(
         lse = maximum + log_total
         loss = nll
         if HAS_SMOOTHING:
-            loss = (1.0 - smoothing) * nll + smoothing * (lse - tl.div_rn(sum_z, vocab.to(tl.float32)))
+            loss = (1.0 - smoothing) * nll + smoothing * (lse - sum_z / vocab)
         if HAS_DFT:
             loss *= tl.div_rn(e_target, total)  # not exp(-nll): it turns the rounding of nll into a relative error
         if HAS_Z_LOSS:
@@ -414,7 +414,7 @@ def _log1p(x):
 
 
 @_triton.jit
-def _scale_kernel(values_ptr, factor_ptr, num_values, BLOCK: tl.constexpr):
+def _scale_kernel(values_ptr, factor_ptr, num_values, BLOCK: tl.constexpr, ROUND_BF16: tl.constexpr):
     """values *= factor. Reads and writes no values if the factor is 1, as in most training loops."""
     factor = tl.load(factor_ptr).to(tl.float32)
     start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -423,7 +423,7 @@ def _scale_kernel(values_ptr, factor_ptr, num_values, BLOCK: tl.constexpr):
     while start < num_values:
         index = start + tl.arange(0, BLOCK)
         values = tl.load(values_ptr + index, mask=index < num_values).to(tl.float32) * factor
-        tl.store(values_ptr + index, values.to(values_ptr.dtype.element_ty), mask=index < num_values)
+        _store(values_ptr + index, values, index < num_values, ROUND_BF16)
         start += tl.num_programs(0) * BLOCK
 
 
@@ -453,7 +453,12 @@ def kernel_call(
     An option that is off is None or its neutral value, and is compiled away.
     """
     vocab = logits_NV.shape[1]
-    shape = launch.cross_entropy_shape(vocab, logits_NV.element_size(), softcap=options.softcap is not None)
+    shape = launch.cross_entropy_shape(
+        vocab,
+        logits_NV.element_size(),
+        softcap=options.softcap is not None,
+        smoothing=options.label_smoothing > 0,
+    )
     per_access, has_edge = _alignment(logits_NV, logits_NV if grad_NV is None else grad_NV)
     loss, log_prob, entropy, correct, lse = outputs
     arguments = {
@@ -488,7 +493,7 @@ def kernel_call(
         "HAS_CORRECT": options.correct,
         "HAS_EDGE": has_edge,
         "PER_ACCESS": per_access,
-        "ROUND_BF16": _triton.INTERPRET and grad_NV is not None and grad_NV.dtype == torch.bfloat16,
+        "ROUND_BF16": grad_NV is not None and _rounds_bf16(grad_NV),
         "R": shape.lines,
         "W": shape.width,
         "HAS_STREAMED": shape.streamed > 0,
@@ -501,6 +506,11 @@ def kernel_call(
     # Set explicitly: the default for fusion differs between releases of Triton.
     compilation = {"num_warps": shape.num_warps, "maxnreg": shape.registers, "enable_fp_fusion": True}
     return arguments, compilation
+
+
+def _rounds_bf16(tensor: Tensor) -> bool:
+    """Whether the kernel rounds before it stores: the interpreter truncates."""
+    return _triton.INTERPRET and tensor.dtype == torch.bfloat16
 
 
 def _alignment(logits_NV: Tensor, grad_NV: Tensor) -> tuple[int, bool]:
@@ -531,6 +541,7 @@ def scale_(values: Tensor, factor: Tensor) -> Tensor:
             most = 4 * torch.cuda.get_device_properties(values.device).multi_processor_count
         programs = min(-(-values.numel() // block), most)
         _scale_kernel[(programs,)](
-            values, factor, values.numel(), BLOCK=block, num_warps=8, maxnreg=64, enable_fp_fusion=True
-        )
+            values, factor, values.numel(), BLOCK=block, ROUND_BF16=_rounds_bf16(values), num_warps=8, maxnreg=64,
+            enable_fp_fusion=True,
+        )  # fmt: skip
     return values

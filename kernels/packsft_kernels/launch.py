@@ -67,17 +67,17 @@ _SHAPES = {
 }
 
 
-def cross_entropy_shape(vocab: int, itemsize: int, *, softcap: bool) -> KernelShape:
+def cross_entropy_shape(vocab: int, itemsize: int, *, softcap: bool, smoothing: bool) -> KernelShape:
     """The launch configuration of the cross-entropy kernel. It comes from a table: no autotuning in the first step.
 
     Args:
         itemsize: bytes of a logit.
-        softcap: with one, tanh and its derivative take the registers of all but two held blocks.
+        softcap, smoothing: what they need takes the registers of all but two held blocks.
     """
     most = min(most for most in _SHAPES if vocab * itemsize <= most)
     lines, width, num_warps, registers, kib_held, kib_ahead, hints = _SHAPES[most]
     lines = 1 if softcap else max(1, lines * 2 // itemsize)
     kib = lines * width * itemsize / 2**10
     blocks = max(1, -(-vocab // (lines * width)))
-    held = min(blocks, 2 if softcap else max(2, int(kib_held / kib)))
+    held = min(blocks, 2 if softcap or smoothing else max(2, int(kib_held / kib)))
     return KernelShape(lines, width, num_warps, registers, blocks - held, held, 1 + int(kib_ahead / kib), hints)

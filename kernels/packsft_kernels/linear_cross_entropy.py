@@ -7,8 +7,9 @@ Knows hidden states and matrices; knows nothing of the model around them.
 
 Legend: T tokens, N scored rows, V vocabulary, M model width, R rank of the addition, C rows of one chunk.
 
-Memory besides the inputs: one chunk of logits (`launch.CHUNK_BYTES`), the stored gradients dX [N, M] and dW [V, M], a
-few numbers per row, and the weight in the autocast dtype if that differs. The hidden states of a chunk are stored where
+Memory besides the inputs: one chunk of logits (`launch.CHUNK_BYTES`), the stored gradients dX [N, M] and dW [V, M] (the
+latter in float32 while several chunks add to it), a few numbers per row, and the weight in the autocast dtype if that
+differs. The hidden states of a chunk are stored where
 their gradient will be. They take memory of their own only if no gradient is wanted, or while they are cast.
 """
 
@@ -394,7 +395,7 @@ def _scaled_gradients(
         # In place only if nothing is traced: a tracer would see an output of the operator change.
         if gradient.dtype == dtype and not keep and type(gradient) in (Tensor, FakeTensor):
             return scale_(gradient, factor) if type(gradient) is Tensor else gradient.mul_(factor)
-        # Multiplied in float32 and rounded once.
+        # Multiplied in float32.
         return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
     def to_tokens(gradient: Tensor | None) -> Tensor | None:

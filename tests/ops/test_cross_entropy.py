@@ -3,8 +3,8 @@
 Run by itself this file tests the PyTorch path; `test_cross_entropy_triton.py` runs it again with TRITON_INTERPRET=1,
 and then every test here goes through the Triton kernel (but for float64, which has none).
 
-V = 2,500 is 9.8 blocks of the PyTorch path and one block of a kernel that reads a row once; `small_blocks` makes it 4.9
-blocks of one that reads it twice. 12 rows are two rows of six. Without a device named in PACKSFT_TEST_DEVICE, the CPU.
+V = 2,500 is 9.8 blocks of the PyTorch path, and two blocks that the kernel holds; `small_blocks` makes it 4.9 blocks of
+which it reads three twice. 12 rows are two rows of six. Without a device named in PACKSFT_TEST_DEVICE, the CPU.
 """
 
 import importlib
@@ -25,6 +25,7 @@ OPTIONS = {
     "softcap": LossOptions(softcap=5.0),
     "scale": LossOptions(logit_scale=0.3),
     "smoothing": LossOptions(label_smoothing=0.1),
+    "smoothing and all outputs": LossOptions(label_smoothing=0.1, entropy=True, correct=True),
     "z-loss": LossOptions(z_loss=1e-2),
     "dft": LossOptions(dft=True),
     "everything": LossOptions(
@@ -34,11 +35,16 @@ OPTIONS = {
 V = 2500
 
 
-def streamed(vocab: int, itemsize: int, *, softcap: bool) -> launch.KernelShape:
+def streamed(vocab: int, *_: Any, **__: Any) -> launch.KernelShape:
     """Small blocks, most of which are read twice."""
     blocks = max(1, -(-vocab // 512))
     held = min(blocks, 2)
     return launch.KernelShape(2, 256, 1, 255, blocks - held, held, 3)
+
+
+def held(vocab: int, *_: Any, **__: Any) -> launch.KernelShape:
+    """Small blocks, all of which stay in registers."""
+    return launch.KernelShape(1, 256, 1, 255, 0, max(1, -(-vocab // 256)), 1)
 
 
 def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -92,25 +98,27 @@ def test_contract_over_several_blocks(dtype: torch.dtype, name: str) -> None:
     assert_contract(**inputs(dtype), options=OPTIONS[name], inplace=True)
 
 
-@pytest.mark.parametrize("vocab", [4096, 32_768, 65_536, 65_537, 300_000])
+@pytest.mark.parametrize("vocab", [2048, 16_384, 32_768, 32_769, 300_000])
 def test_the_largest_row_of_every_launch(vocab: int) -> None:
+    """In float32: of each entry of the launch table, and rows beyond them all."""
     logits = torch.randn(4, vocab, generator=seeded(0))
     targets = torch.tensor([0, vocab - 1, -100, vocab // 2])
     for options in (OPTIONS["all outputs"], OPTIONS["everything"]):
         assert_contract(logits, targets=targets, options=options, inplace=True)
 
 
-@pytest.mark.parametrize("shape", [streamed, launch.cross_entropy_shape], ids=["streamed", "held"])
+@pytest.mark.parametrize("shape", [streamed, held, launch.cross_entropy_shape], ids=["streamed", "held", "own"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("vocab", [3, 15, 701, 704])
+@pytest.mark.parametrize("vocab", [3, 15, 513, 701, 704])
 def test_rows_may_begin_and_end_anywhere(vocab: int, dtype: torch.dtype, shape: Any, monkeypatch: Any) -> None:
     """Rows at every distance from a multiple of 16 bytes, each target once in the body and at either edge. A row's
     first and last columns must not be lost, and the columns beside the row must stay what they are."""
     monkeypatch.setattr(launch, "cross_entropy_shape", shape)
     targets = torch.tensor([0, vocab - 1, vocab // 2, min(5, vocab - 1)])
     logits = (3 * torch.randn(4, vocab, generator=seeded(0))).to(dtype)
-    truth = differentiate(reference.cross_entropy, logits.double(), targets=targets, options=OPTIONS["all outputs"])
-    plain = differentiate(reference.cross_entropy, logits, targets=targets, options=OPTIONS["all outputs"])
+    options = OPTIONS["all outputs" if dtype == torch.bfloat16 else "smoothing and all outputs"]
+    truth = differentiate(reference.cross_entropy, logits.double(), targets=targets, options=options)
+    plain = differentiate(reference.cross_entropy, logits, targets=targets, options=options)
     for offset in (0, 1, 16 // dtype.itemsize - 1):
         for stride in (vocab, vocab + 1):
             storage = torch.full((offset + 4 * stride + 8,), 7.0, dtype=dtype)
@@ -121,7 +129,7 @@ def test_rows_may_begin_and_end_anywhere(vocab: int, dtype: torch.dtype, shape: 
                 view.copy_(logits)
                 leaf = view.detach().requires_grad_()
                 alias = leaf.view_as(leaf)
-                out = cross_entropy(alias, targets=targets, options=OPTIONS["all outputs"], inplace=inplace)
+                out = cross_entropy(alias, targets=targets, options=options, inplace=inplace)
                 out.loss.backward()
                 assert leaf.grad is not None
                 ours = [out.loss, leaf.grad, *(value for value in out[1:] if value is not None)]
@@ -223,7 +231,7 @@ def test_a_target_far_below_the_maximum_has_a_finite_loss() -> None:
     assert_contract(logits, targets=torch.tensor([1, 1, 1]), options=OPTIONS["all outputs"])
 
 
-@pytest.mark.parametrize("shape", [streamed, launch.cross_entropy_shape], ids=["streamed", "held"])
+@pytest.mark.parametrize("shape", [streamed, held, launch.cross_entropy_shape], ids=["streamed", "held", "own"])
 def test_the_largest_and_smallest_numbers(shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks of finite numbers: transformers writes the least one of a dtype over what must not be said."""
     monkeypatch.setattr(launch, "cross_entropy_shape", shape)
@@ -287,10 +295,21 @@ def test_logits_of_minus_infinity() -> None:
     given["labels"] = (given["labels"] // 2 * 2).clamp(min=-100)
     for dtype in (torch.float64, torch.float32):
         given["logits"] = given["logits"].to(dtype)
-        assert_contract(**given, options=OPTIONS["all outputs"])
+        for logit_scale in (1.0, 1e-3):
+            assert_contract(**given, options=LossOptions(logit_scale=logit_scale, entropy=True, correct=True))
 
 
-@pytest.mark.parametrize("shape", [streamed, launch.cross_entropy_shape], ids=["streamed", "held"])
+@pytest.mark.parametrize("options", [LossOptions(), LossOptions(logit_scale=2.0, label_smoothing=0.1)], ids=str)
+def test_a_row_of_minus_infinity_has_no_loss(options: LossOptions) -> None:
+    logits = torch.full((2, 9), -math.inf)
+    logits[1] = 0.0
+    call = {"targets": torch.tensor([3, 3]), "reduction": "none", "options": options, "upstream": torch.ones(2)}
+    loss, grad, *_ = differentiate(cross_entropy, logits, **call)
+    assert loss.isnan().tolist() == [True, False]
+    assert grad[0].isnan().all()
+
+
+@pytest.mark.parametrize("shape", [streamed, held, launch.cross_entropy_shape], ids=["streamed", "held", "own"])
 def test_correct_is_the_first_argmax(shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ties in different blocks, within the one block of a target, and with the columns at either edge of a row."""
     monkeypatch.setattr(launch, "cross_entropy_shape", shape)

@@ -40,6 +40,11 @@ def test_every_launch_does_so_on_six_architectures(every: bool, record_property)
     assert_right(machine_code.cases(every=every), record_property)
 
 
+def test_a_vocabulary_of_one_column_compiles() -> None:
+    """Triton makes a constant of the 1."""
+    assert machine_code.compiled(Case(1, 90, torch.bfloat16, "every option")).occupancy
+
+
 def test_a_block_that_spills_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """131,072 columns do not fit into 65,536 registers beside the sums."""
     monkeypatch.setattr(launch, "cross_entropy_shape", lambda *_, **__: launch.KernelShape(2, 4096, 16, 128, 0, 16, 1))
