@@ -7,6 +7,7 @@ import sys
 import tempfile
 
 import torch
+from accelerate import PartialState
 from runs import losses, trainer
 from streams import batch_documents, stream_of
 
@@ -23,3 +24,4 @@ ours.evaluate()
 torch.save(
     {"train": found, "eval": evaluated, "losses": losses(ours)}, f"{output}/rank{ours.accelerator.process_index}.pt"
 )
+PartialState().destroy_process_group()  # gloo's threads, still running at the end, now and then abort the process
