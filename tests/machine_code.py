@@ -204,14 +204,15 @@ def figures(checked: list[tuple[Case, aot.MachineCode, list[str]]]) -> Iterator[
     for vocab, dtype in dict.fromkeys((case.vocab, case.dtype) for case, _, _ in checked):
         group = [(case, code) for case, code, _ in checked if (case.vocab, case.dtype) == (vocab, dtype)]
         shape, occupancy = group[0][0].shape, [code.occupancy for _, code in group]
-        counts = [count for case, code in group if case.outputs == "loss" for count in streaming(case, code)]
+        counts = [streaming(case, code) for case, code in group if case.outputs == "loss" and case.gradient]
+        most_of_passes = [max(passes) for passes in zip(*filter(None, counts), strict=True)]
         note = (
             f"[{shape.lines}, {shape.width}] at {shape.num_warps} warps; {shape.held} blocks held, {shape.streamed} "
             f"read twice; occupancy {min(occupancy):.0%} to {max(occupancy):.0%}, "
             f"{max(code.shared for _, code in group):,} bytes shared"
         )
-        if counts:
-            note += f"; at most {max(counts[::2])} + {max(counts[1::2])} instructions a column for the loss"
+        if most_of_passes:
+            note += f"; at most {' + '.join(map(str, most_of_passes))} instructions a column for the loss"
         name = f"{vocab:,} columns, {str(dtype).removeprefix('torch.')}"
         most = max(code.registers for _, code in group)
         yield {"name": name, "value": most, "unit": "registers", "at_most": shape.registers, "note": note}

@@ -76,21 +76,20 @@ def relative_errors(found: Outputs, truth: Outputs) -> dict[str, float]:
 
 
 def check(
-    peers: Sequence[Peer], outputs: Callable[[Any], Outputs], truth: Outputs, plain: Callable[..., Any]
+    peers: Sequence[Peer], outputs: Callable[[Any], Outputs], truth: Outputs, plain: dict[str, float]
 ) -> tuple[dict[str, Verdict], dict[str, str]]:
     """The verdict on each competitor that runs, and for each that does not the reason. Ours has to run.
 
     Args:
         outputs: what a competitor's `run` computes, by name.
         truth: the same in float64.
-        plain: the `run` whose rounding is the yardstick.
+        plain: the `relative_errors` of plain PyTorch, the yardstick.
     """
     absent = {peer.name: peer.missing for peer in peers if peer.run is None}
-    own = relative_errors(outputs(plain), truth)
 
     def verdict(run: Callable[..., Any]) -> Verdict:
         results = outputs(run)
-        return Verdict(relative_errors(results, truth), allowed_errors(own, results))
+        return Verdict(relative_errors(results, truth), allowed_errors(plain, results))
 
     found, failed = attempt({peer.name: partial(verdict, peer.run) for peer in peers if peer.run is not None})
     return found, absent | failed
@@ -153,12 +152,11 @@ def contest(
     """
     first = [peer for peer in peers if peer.name.startswith(OURS) or peer.name == plain]
     others = [[peer for peer in peers if peer not in first and peer.compiles == late] for late in (False, True)]
-    yardstick = next(peer.run for peer in first if peer.name == plain)
-    assert yardstick is not None
+    yardstick = relative_errors(outputs(next(peer.run for peer in first if peer.name == plain)), truth)
     at_least = at_least or {}
     verdicts: dict[str, Verdict] = {}
     beside: dict[str, Callable[[], object]] = {limit.name: limit.run}
-    for group in (first, *others):
+    for group in filter(None, (first, *others)):
         found, absent = check(group, outputs, truth, yardstick)
         verdicts |= found
         right = {peer.name: timed(peer.run) for peer in group if peer.name in found and found[peer.name].right}

@@ -106,18 +106,8 @@ def asserted(*arguments: str) -> Iterator[Figure]:
     JSON, and how many of each test's cases failed where none is recorded. A failure is one of parity."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "junit.xml"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-n",
-            "0",
-            "-p",
-            "no:cacheprovider",
-            f"--junitxml={results}",
-            *arguments,
-        ]
+        options = ["-q", "-n", "0", "-p", "no:cacheprovider", f"--junitxml={results}"]
+        command = [sys.executable, "-m", "pytest", *options, *arguments]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         cases = list(ElementTree.parse(results).iter("testcase")) if results.exists() else []
     if not cases:

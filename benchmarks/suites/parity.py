@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from harness.contest import Verdict, check
+from harness.contest import Verdict, check, relative_errors
 from harness.measure import Figure, Settings, asserted, device, figure
 from harness.peers import OURS, PLAIN_ATTENTION, PLAIN_HEAD, PLAIN_LOSS, attentions, heads, losses
 from harness.shapes import docstrings, random_documents, smollm2, tiny_llama, tiny_tokenizer, tokenised
@@ -73,7 +73,7 @@ def kernels() -> Iterator[Figure]:
             peers = [peer for peer in peers if peer.name in (OURS, plain)]
             run = next(peer.run for peer in peers if peer.name == plain)
             truth = outputs(run, [tensor.double() for tensor in inputs])
-            ours = check(peers, outputs, truth, run)[0][OURS]
+            ours = check(peers, outputs, truth, relative_errors(outputs(run), truth))[0][OURS]
             if dtype == torch.float64:
                 ours = Verdict(ours.errors, dict.fromkeys(ours.errors, EXACTLY))
             yield ours.as_figure(f"{kernel}, {_name(dtype)}", value=max(ours.errors.values()), unit="relative")

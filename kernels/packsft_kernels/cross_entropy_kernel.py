@@ -84,7 +84,7 @@ def _cross_entropy_kernel(
     ACCESS_BYTES: tl.constexpr = PER_ACCESS * logits_ptr.dtype.element_ty.primitive_bitwidth // 8
     LEAST: tl.constexpr = -3.4028234663852886e38  # of float32
     block = tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
-    lane = tl.arange(0, 16)
+    slot = tl.arange(0, 16)
     row = tl.program_id(0).to(tl.int64)  # row * stride exceeds 2^31 at 16,384 rows of 131,072
     row_ptr = logits_ptr + row * logits_stride
     row_grad_ptr = grad_ptr + row * grad_stride
@@ -97,9 +97,9 @@ def _cross_entropy_kernel(
     body = (vocab - head) // PER_ACCESS * PER_ACCESS
     body_ptr = tl.multiple_of(row_ptr + head, ACCESS_BYTES)
     body_grad_ptr = tl.multiple_of(row_grad_ptr + head, ACCESS_BYTES)
-    if HAS_EDGE:  # lanes 0 to 7 before the body, 8 to 15 after it
-        edge = tl.where(lane < 8, lane, head + body + lane - 8)
-        inside_edge = edge < tl.where(lane < 8, head, vocab)
+    if HAS_EDGE:  # slots 0 to 7 before the body, 8 to 15 after it
+        edge = tl.where(slot < 8, slot, head + body + slot - 8)
+        inside_edge = edge < tl.where(slot < 8, head, vocab)
     target = tl.load(targets_ptr + row)
 
     if target == ignore_index:
@@ -172,13 +172,10 @@ def _cross_entropy_kernel(
                 )
         for k in tl.static_range(HELD):
             y = _bounded(held[k].to(tl.float32), logit_scale, softcap, HAS_SOFTCAP)
+            if HAS_SMOOTHING:
+                lane_y += tl.sum(y, 0)  # what lies beyond the body was read as 0
             if k >= HELD - 2:
-                inside = (streamed + k) * (R * W) + block < body
-                if HAS_SMOOTHING:
-                    lane_y += tl.sum(tl.where(inside, y, 0.0), 0)
-                y = tl.where(inside, y, float("-inf"))
-            elif HAS_SMOOTHING:
-                lane_y += tl.sum(y, 0)
+                y = tl.where((streamed + k) * (R * W) + block < body, y, float("-inf"))
             lane_max, lane_rest, lane_dot = _summed(
                 y, lane_max, lane_rest, lane_dot, log2_scale, least_below, HAS_ENTROPY
             )
@@ -198,23 +195,21 @@ def _cross_entropy_kernel(
         if HAS_ENTROPY:
             lane_dot = tl.where(of_target, 0.0, lane_dot)
             dot = tl.sum(kept * (lane_dot + lane_rest * moved), 0)
-        below_beside = _below(y_beside, y_max, least_below, HAS_ENTROPY)
-        e_beside = tl.exp2(below_beside * log2_scale)
-        rest += tl.sum(e_beside, 0)
+        rest_beside, dot_beside = _sums(y_beside, y_max, log2_scale, least_below, HAS_ENTROPY)
+        rest += rest_beside
         if HAS_ENTROPY:
-            dot += tl.sum(e_beside * below_beside, 0)
+            dot += dot_beside
         if HAS_EDGE:
-            below_edge = _below(y_edge_rest, y_max, least_below, HAS_ENTROPY)
-            e_edge = tl.exp2(below_edge * log2_scale)
-            rest += tl.sum(e_edge, 0)
+            rest_edge, dot_edge = _sums(y_edge_rest, y_max, log2_scale, least_below, HAS_ENTROPY)
+            rest += rest_edge
             if HAS_ENTROPY:
-                dot += tl.sum(e_edge * below_edge, 0)
+                dot += dot_edge
         if HAS_ENTROPY:
             dot *= z_scale
         if HAS_SMOOTHING:
             sum_z = tl.sum(lane_y, 0)
             if HAS_EDGE:
-                sum_z += tl.sum(tl.where(inside_edge, y_edge, 0.0), 0)
+                sum_z += tl.sum(y_edge, 0)
             sum_z *= z_scale
         rest_max = tl.maximum(y_max * z_scale, LEAST)  # a row of -inf stays one; and no product that a difference fuses
 
@@ -338,6 +333,14 @@ def _summed(y, lane_max, lane_rest, lane_dot, log2_scale, least_below, HAS_ENTRO
     if HAS_ENTROPY:
         lane_dot = kept * (lane_dot + lane_rest * moved) + tl.sum(e * below, 0)
     return new_max, kept * lane_rest + tl.sum(e, 0), lane_dot
+
+
+@_triton.jit
+def _sums(y, maximum, log2_scale, least_below, HAS_ENTROPY: tl.constexpr):
+    """Of a few columns: the sum of e = exp(z - maximum), and that of e * (y - maximum)."""
+    below = _below(y, maximum, least_below, HAS_ENTROPY)
+    e = tl.exp2(below * log2_scale)
+    return tl.sum(e, 0), tl.sum(e * below, 0)
 
 
 @_triton.jit
@@ -532,7 +535,8 @@ def _on_device(tensor: Tensor) -> Any:
 
 def scale_(values: Tensor, factor: Tensor) -> Tensor:
     """`values *= factor` for a 0-d `factor`; almost free on CUDA if the factor is 1."""
-    flat = values.is_contiguous() and values.numel() > 0  # the kernel walks through storage
+    # the kernel walks through the storage, which a fake tensor has not
+    flat = type(values) is Tensor and values.is_contiguous() and values.numel() > 0
     if not _triton.usable(values.device) or values.dtype == torch.float64 or not flat:
         return values.mul_(factor)
     with _on_device(values):

@@ -56,15 +56,16 @@ class KernelShape(NamedTuple):
         return 1 << ((self.streamed + self.held) * self.lines - 1).bit_length()
 
 
-# Most bytes of a row: lines of 16 bits, width, warps, registers, KiB held, KiB under way, hints. An SM has 65,536
-# registers, and every architecture 99 KiB of shared memory for a program. Chosen on an H100 for rows of 4,096, 32,000,
-# 50,304 and 128,256 in bfloat16, among shapes that spill on no architecture under Triton 3.6, 3.8 and 3.9.
+# Most bytes of a row: lines of 16 bits, width, warps, KiB held, KiB under way, hints. An SM has 65,536 registers, and
+# every architecture 99 KiB of shared memory for a program. Chosen on an H100 for rows of 4,096, 32,000, 50,304 and
+# 128,256 in bfloat16, among shapes that spill on no architecture under Triton 3.6, 3.8 and 3.9.
 _SHAPES = {
-    2**13: (2, 1024, 4, 128, 8, 0, False),
-    2**16: (2, 2048, 8, 128, 24, 32, False),
-    2**17: (2, 2048, 8, 128, 16, 40, True),
-    math.inf: (2, 4096, 16, 128, 32, 80, True),
+    2**13: (2, 1024, 4, 8, 0, False),
+    2**16: (2, 2048, 8, 24, 32, False),
+    2**17: (2, 2048, 8, 16, 40, True),
+    math.inf: (2, 4096, 16, 32, 80, True),
 }
+_REGISTERS = 128
 
 
 def cross_entropy_shape(vocab: int, itemsize: int, *, softcap: bool, smoothing: bool) -> KernelShape:
@@ -72,12 +73,12 @@ def cross_entropy_shape(vocab: int, itemsize: int, *, softcap: bool, smoothing: 
 
     Args:
         itemsize: bytes of a logit.
-        softcap, smoothing: what they need takes the registers of all but two held blocks.
+        softcap, smoothing: what they need takes the registers of all but two held blocks, of one line with a softcap.
     """
     most = min(most for most in _SHAPES if vocab * itemsize <= most)
-    lines, width, num_warps, registers, kib_held, kib_ahead, hints = _SHAPES[most]
+    lines, width, num_warps, kib_held, kib_ahead, hints = _SHAPES[most]
     lines = 1 if softcap else max(1, lines * 2 // itemsize)
     kib = lines * width * itemsize / 2**10
     blocks = max(1, -(-vocab // (lines * width)))
     held = min(blocks, 2 if softcap or smoothing else max(2, int(kib_held / kib)))
-    return KernelShape(lines, width, num_warps, registers, blocks - held, held, 1 + int(kib_ahead / kib), hints)
+    return KernelShape(lines, width, num_warps, _REGISTERS, blocks - held, held, 1 + int(kib_ahead / kib), hints)

@@ -9,8 +9,8 @@ Legend: T tokens, N scored rows, V vocabulary, M model width, R rank of the addi
 
 Memory besides the inputs: one chunk of logits (`launch.CHUNK_BYTES`), the stored gradients dX [N, M] and dW [V, M] (the
 latter in float32 while several chunks add to it), a few numbers per row, and the weight in the autocast dtype if that
-differs. The hidden states of a chunk are stored where
-their gradient will be. They take memory of their own only if no gradient is wanted, or while they are cast.
+differs. The hidden states of a chunk are stored where their gradient will be. They take memory of their own only if no
+gradient is wanted, or while they are cast.
 """
 
 import dataclasses
@@ -142,7 +142,7 @@ def _summed_over_chunks(
     *,
     row_pass: Callable[..., RowOutputs],
 ) -> tuple[RowOutputs, Gradients]:
-    """Per-row outputs and gradients. GEMMs run in `dtype`; `scale` is 0-d or [N]."""
+    """Per-row outputs, and the gradients as the chunks leave them. GEMMs run in `dtype`; `scale` is 0-d or [N]."""
     num_rows, vocab = targets_N.shape[0], weight_VM.shape[0]
     device = hidden_TM.device
     # GEMMs on CUDA can write float32 from 16-bit inputs; on the CPU they cannot.
@@ -394,7 +394,7 @@ def _scaled_gradients(
             return gradient.to(dtype)
         # In place only if nothing is traced: a tracer would see an output of the operator change.
         if gradient.dtype == dtype and not keep and type(gradient) in (Tensor, FakeTensor):
-            return scale_(gradient, factor) if type(gradient) is Tensor else gradient.mul_(factor)
+            return scale_(gradient, factor)
         # Multiplied in float32.
         return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 

@@ -52,7 +52,7 @@ def _sdpa_op(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """The attention, and the logarithms of its sums of exponentials, `[T * H]`: none where the backward recomputes."""
-    spec = _sdpa_spec(q, v, causal, window, softcap, sinks)
+    spec = _sdpa_spec(q, v, causal, window, softcap, sinks=sinks)
     if _is_flash_on_cpu(spec):
         return _flash_on_cpu(q, k, v, cu_seqlens, max_seqlen, scale, spec)
     out = _per_document(q, k, v, cu_seqlens, max_seqlen, scale, sinks, spec)
@@ -61,7 +61,7 @@ def _sdpa_op(
 
 
 def _sdpa_spec(
-    q: Tensor, v: Tensor, causal: bool, window: int | None, softcap: float | None, sinks: Tensor | None
+    q: Tensor, v: Tensor, causal: bool, window: int | None, softcap: float | None, *, sinks: Tensor | None
 ) -> AttentionSpec:
     same = q.shape[-1] == v.shape[-1]
     return AttentionSpec(q.device.type, q.dtype, q.shape[-1], same, causal, window, softcap, sinks is not None)
@@ -69,20 +69,11 @@ def _sdpa_spec(
 
 @_sdpa_op.register_fake
 def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    sinks: Tensor | None,
-    max_seqlen: int,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, sinks: Tensor | None, longest: int, scale: float, *masking: Any
 ) -> tuple[Tensor, Tensor]:
     """Allocates only the output: what else SDPA keeps depends on the boundaries, and a fake tensor has none."""
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-    if _is_flash_on_cpu(_sdpa_spec(q, v, causal, window, softcap, sinks)):
+    if _is_flash_on_cpu(_sdpa_spec(q, v, *masking, sinks=sinks)):
         return out, q.new_empty(q.shape[0] * q.shape[1], dtype=torch.promote_types(q.dtype, torch.float32))
     return out, q.new_empty(0)
 
@@ -104,7 +95,7 @@ def _sdpa_backward_op(
     logsumexp: Tensor,
 ) -> list[Tensor]:
     """Gradients of q, k, v and, if given, the sinks."""
-    spec = _sdpa_spec(q, v, causal, window, softcap, sinks)
+    spec = _sdpa_spec(q, v, causal, window, softcap, sinks=sinks)
     if _is_flash_on_cpu(spec):
         return _flash_on_cpu_backward(grad, q, k, v, out, logsumexp, cu_seqlens, max_seqlen, scale, spec)
     exclude, key = torch._C._SetExcludeDispatchKeyGuard, torch._C.DispatchKey
