@@ -64,6 +64,10 @@ def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
         )
     if getattr(args, "compile_layers", False):
         _check_compiled_layers(args)
+    if args.deepspeed_plugin is not None:
+        for name, value in (("on_nonfinite", "skip"), ("resume_only_model", True)):
+            if getattr(args, name, None) == value:
+                raise ValueError(f"{name}={value!r} does not work under DeepSpeed, which keeps the optimizer to itself")
     if args.activation_offloading and args.device.type == "cpu":
         raise ValueError(
             "activation_offloading=True moves activations from an accelerator to the CPU, but this model trains on the "

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib import metadata, resources
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -30,13 +31,22 @@ TRL_RANGE = (Version("1.16"), Version("2"))
 TRANSFORMERS_MIN = Version("5.17")
 PEFT_MIN = Version("0.16")  # the first that keeps LoRA variants in a dictionary of their own
 
-# Private names of the parents that `trainer.py` and its mixins (`data/loaders.py`, `step/exact.py`, `step/metrics.py`)
-# override or use: what for, and what would free us (no release up to TRL 1.16 and transformers 5.24 has it).
+# Private names of the parents that `trainer.py` and its mixins (`data/loaders.py`, `step/exact.py`, `step/metrics.py`,
+# `checkpoints/resuming.py`) override or use: what for, and what would free us (no release up to TRL 1.16 and
+# transformers 5.24 has it).
 PRIVATE = {
     "_prepare_dataset": "packs what the parent tokenises; a public function that tokenises and labels",
     "_set_signature_columns_if_needed": "keeps the column `loss_weights`; an argument that names columns to keep",
     "_signature_columns": "the same",
     "_inner_training_loop": "one batch per optimizer step, NEFTune by document; a hook after the search's setup",
+    "_init_training_state": "intervals, a place in a stream, a finished run; a hook after a state is read",
+    "_load_optimizer_and_scheduler": "`resume_only_model`; an argument of `train`",
+    "_load_scaler": "the same",
+    "_load_rng_state": "the same",
+    "_issue_warnings_after_load": "weights that a checkpoint lacks; an error instead of a warning",
+    "_save_checkpoint": "whole checkpoints; a method that saves into a given folder",
+    "_get_output_dir": "the same",
+    "_push_from_checkpoint": "pushes what is whole; the same",
     "_prepare_inputs": "moves a batch to the device; a public method",
     "_track_num_input_tokens": "counts tokens of passes, without padding; a public method",
     "_train_batch_size": "the batch size per device that `auto_find_batch_size` may change; a public attribute",
@@ -228,3 +238,24 @@ def trl_command(arguments: Sequence[str], *, through: tuple[str, str]) -> int:
 
     with mock.patch.object(accelerate_launcher, "launch_training_script", launch):
         return main(list(arguments))
+
+
+@contextmanager
+def saving_under(trainer: Any, folder: Path) -> Iterator[None]:
+    """`_save_checkpoint` writes below this folder, and pushes nothing.
+
+    transformers (5.24) writes a checkpoint straight into its place, and pushes it before it is whole.
+    """
+    with (
+        mock.patch.object(trainer, "_get_output_dir", return_value=str(folder)),
+        mock.patch.object(trainer, "_push_from_checkpoint"),
+    ):
+        yield
+
+
+def no_comparison_of_arguments() -> AbstractContextManager:
+    """transformers (5.24) warns of other batch sizes and intervals than in a checkpoint, which change no training.
+
+    It has no switch for this.
+    """
+    return mock.patch.object(transformers.trainer, "compare_trainer_and_checkpoint_args")

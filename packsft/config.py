@@ -14,6 +14,9 @@ from packsft.packing import OVERLONG, PACKING_STRATEGIES, check_max_lost_fractio
 
 logger = logging.getLogger("packsft")
 
+ON_CHANGED = ("error", "warn")
+ON_NONFINITE = ("error", "skip", "ignore")
+
 
 def has_bf16() -> bool:
     """Whether the training device multiplies bfloat16 in hardware. Emulated bfloat16 is far slower than float32."""
@@ -68,6 +71,20 @@ class PackedSFTConfig(SFTConfig):
             Whether to train with compiled decoder layers: `torch.compile` on the first layer of each kind serves all of
             them, and packs of any size. It takes seconds at the first step, and needs a C++ compiler on the CPU, Triton
             on a GPU. Evaluation and padded rows are not compiled.
+        on_changed (`str`, *optional*, defaults to `"error"`):
+            What happens if a run resumes from a checkpoint with other rows or settings than it was saved with, where
+            these change the training: `"error"` stops before a step and lists them, `"warn"` lists them and goes on.
+        on_nonfinite (`str`, *optional*, defaults to `"error"`):
+            What happens if a loss is not a number: `"error"` stops after two such steps in a row, or before weights
+            that are not finite are saved; `"skip"` leaves out every step whose loss or gradient is not finite, and
+            counts it; `"ignore"` goes on.
+        resume_only_model (`bool`, *optional*, defaults to `False`):
+            Whether to resume only the weights and the step: the place in the data and in the learning-rate schedule go
+            on, the optimizer and the random generators begin anew.
+        enable_jit_checkpoint (`bool`, *optional*, defaults to `True`):
+            Whether SIGTERM during training, which ends a preempted job, saves a checkpoint after the current step (on
+            several GPUs, two steps later), unless `save_strategy="no"`. The process then ends by the signal; a second
+            one ends it at once.
     """
 
     packing: bool = field(default=True, metadata={"help": "Whether to pack several examples into one row."})
@@ -120,6 +137,26 @@ class PackedSFTConfig(SFTConfig):
     compile_layers: bool = field(
         default=False, metadata={"help": "Whether to train with compiled decoder layers (regional compilation)."}
     )
+    on_changed: str = field(
+        default="error",
+        metadata={
+            "help": "What to do if a run resumes with other data or settings: 'error' or 'warn'.",
+            "choices": list(ON_CHANGED),
+        },
+    )
+    on_nonfinite: str = field(
+        default="error",
+        metadata={
+            "help": "What to do if a loss is not a number: 'error', 'skip' the step, or 'ignore'.",
+            "choices": list(ON_NONFINITE),
+        },
+    )
+    resume_only_model: bool = field(
+        default=False, metadata={"help": "Whether to resume only the weights and the step, not the optimizer."}
+    )
+    enable_jit_checkpoint: bool = field(
+        default=True, metadata={"help": "Whether SIGTERM saves a checkpoint after the current step."}
+    )
 
     def __post_init__(self) -> None:
         self.use_cpu: bool
@@ -147,5 +184,8 @@ class PackedSFTConfig(SFTConfig):
             raise ValueError(f"check_packing={self.check_packing!r} is unknown, expected 'on' or 'off'")
         if self.on_unpackable not in ("pad", "error"):
             raise ValueError(f"on_unpackable={self.on_unpackable!r} is unknown, expected 'pad' or 'error'")
+        for name, allowed in (("on_changed", ON_CHANGED), ("on_nonfinite", ON_NONFINITE)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown, expected one of {list(allowed)}")
         resolve_overlong(self.packing_strategy if self.packing else "none", self.overlong)  # raises
         check_max_lost_fraction(self.max_lost_fraction)

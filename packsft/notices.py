@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +11,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from packsft.packing import PackingReport
 
 logger = logging.getLogger("packsft")
-
-CHECKPOINT_FILE = "packsft.json"
 
 
 def never_fires(args: TrainingArguments, max_steps: int, *, has_eval_dataset: bool) -> list[str]:
@@ -55,12 +51,11 @@ def cost_of_logits(logits: Any) -> str:
 
 
 class PackingNotice(TrainerCallback):
-    """Logs a notice when training begins, and writes the plan and the checks into every checkpoint.
+    """Logs a notice when training begins.
 
     Args:
         report: returns the packing report, or None if there is no plan (streams, packs made by the user).
         model: returns how the model is trained, as texts by name.
-        record: returns the content of `packsft.json` in each checkpoint.
         has_eval_dataset: whether an evaluation set was given.
     """
 
@@ -68,12 +63,10 @@ class PackingNotice(TrainerCallback):
         self,
         report: Callable[[], PackingReport | None],
         model: Callable[[], dict[str, str]],
-        record: Callable[[], dict[str, Any]],
         has_eval_dataset: bool,
     ) -> None:
         self._report = report
         self._model = model
-        self._record = record
         self._has_eval_dataset = has_eval_dataset
 
     def on_train_begin(
@@ -92,9 +85,3 @@ class PackingNotice(TrainerCallback):
         lines += [steps, *(f"{name}: {text}" for name, text in self._model().items())]
         lines += never_fires(args, state.max_steps, has_eval_dataset=self._has_eval_dataset)
         logger.warning("packsft\n  " + "\n  ".join(lines))
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        folder = os.path.join(args.output_dir or ".", f"checkpoint-{state.global_step}")
-        if state.is_world_process_zero and os.path.isdir(folder):
-            with open(os.path.join(folder, CHECKPOINT_FILE), "w", encoding="utf-8") as file:
-                json.dump(self._record(), file, indent=2)

@@ -29,6 +29,7 @@ from trl import SFTConfig, SFTTrainer
 
 from packsft import compat
 from packsft.arguments import check_accelerator, check_arguments, check_tokenizer, own_arguments, skips_preparation
+from packsft.checkpoints.resuming import CountsEpochs, WholeCheckpoints
 from packsft.config import has_bf16
 from packsft.data.batch import document_lengths
 from packsft.data.collator import PackingCollator, mark_sizes
@@ -42,6 +43,7 @@ from packsft.model.prepared import PreparedModel, any_rank_of, base_model_of
 from packsft.notices import PackingNotice, cost_of_logits
 from packsft.packing import STRATEGIES, PackingReport, packing_report
 from packsft.proof.claims import PackingCheck, check_packing, first_documents
+from packsft.step.boundary import StepBoundary, StepCallback
 from packsft.step.exact import ExactSteps
 from packsft.step.metrics import DeviceMetrics, MetricSums
 from packsft.step.normalization import items_in_step
@@ -49,7 +51,7 @@ from packsft.step.normalization import items_in_step
 logger = logging.getLogger("packsft")
 
 
-class PackedSFTTrainer(PackedLoaders, ExactSteps, DeviceMetrics, SFTTrainer):
+class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps, DeviceMetrics, SFTTrainer):
     """`trl.SFTTrainer` that trains on packed sequences: no padding, no T x T mask, no T x V logits.
 
     The constructor is the parent's, argument for argument. `args` may be an `SFTConfig` or a [`PackedSFTConfig`], whose
@@ -77,8 +79,10 @@ class PackedSFTTrainer(PackedLoaders, ExactSteps, DeviceMetrics, SFTTrainer):
         check_arguments(args, call.arguments)
         if args.bf16 and not has_bf16():
             logger.warning("bf16=True, but this device only emulates bfloat16, which is far slower than float32")
-        self._filter_nonfinite = args.logging_nan_inf_filter
-        args.logging_nan_inf_filter = False  # reads the device per micro-batch; see training_step
+        filters_log = args.logging_nan_inf_filter
+        args.logging_nan_inf_filter = False  # reads the device per micro-batch; see `StepBoundary`
+        self._saves_on_sigterm = args.enable_jit_checkpoint
+        args.enable_jit_checkpoint = False  # handles the signal from construction on, and saves within a step
         self._per_example = getattr(args, "loss_normalization", "token") == "example"
         self._vocab_size: int | None = None
         with compat.own_head_during_init():
@@ -86,8 +90,11 @@ class PackedSFTTrainer(PackedLoaders, ExactSteps, DeviceMetrics, SFTTrainer):
 
         check_accelerator(self.accelerator, self.args)
         self._check: PackingCheck | None = None
-        self._sums = {"train": MetricSums(), "eval": MetricSums(self._filter_nonfinite)}
-        self._restart_losses()
+        self._sums = {"train": MetricSums(), "eval": MetricSums(filters_log)}
+        self._start_watching(getattr(self.args, "on_nonfinite", "error"), filters_log)
+        self._order: dict[str, Any] = {}
+        self._on_changed = getattr(self.args, "on_changed", "error")
+        self._resumes_only_model = getattr(self.args, "resume_only_model", False)
         self._document_lengths: Tensor | None = None  # of the micro-batch, for NEFTune's noise
         self._said_logits = False
         self._vocab_size = count_embeddings(base_model_of(self.model))
@@ -126,10 +133,10 @@ class PackedSFTTrainer(PackedLoaders, ExactSteps, DeviceMetrics, SFTTrainer):
         max_length = self.args.max_length or sys.maxsize
         self._passes = self._make_walker(getattr(self.args, "tokens_per_pass", None) or max_length, max_length)
         self.add_callback(
-            PackingNotice(
-                lambda: self.packing_report, self._prepared.describe, self._record, self.eval_dataset is not None
-            )
+            PackingNotice(lambda: self.packing_report, self._prepared.describe, self.eval_dataset is not None)
         )
+        self.add_callback(StepCallback(self))
+        self.add_callback(CountsEpochs(self))
 
     @property
     def isolation(self) -> IsolationVerdict:
@@ -228,25 +235,28 @@ class PackedSFTTrainer(PackedLoaders, ExactSteps, DeviceMetrics, SFTTrainer):
     # ---- a step: batches to loss ----
 
     def _inner_training_loop(self, *positional: Any, **named: Any) -> TrainOutput:
-        """Adds to the parent: NEFTune's noise by document."""
+        """Adds to the parent: NEFTune's noise by document; watches the steps, and the weights that they leave."""
         if self.neftune_noise_alpha is not None:
             compat.noise_by_document(self, lambda: self._document_lengths)
-        self._restart_losses()
-        return super()._inner_training_loop(*positional, **named)
+        self._restart_metrics()
+        self._start_watching(self._on_nonfinite, self._filters_log)
+        output = super()._inner_training_loop(*positional, **named)
+        self._check_finite(self.model)
+        return output._replace(training_loss=output.metrics["train_loss"])
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, float | Tensor]:
-        """Adds to the parent: the denominator is a count that the host already has."""
+        """Adds to the parent: a denominator that the host already has; whether a resumed stream is the same."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
+        self._note_given(batches)
         across_ranks = self.args.average_tokens_across_devices
         return batches, items_in_step(batches, self.accelerator, across_ranks=across_ranks)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Adds to the parent: the clock, and `logging_nan_inf_filter` on the device."""
+        """Adds to the parent: the clock."""
         self._sums["train"].start()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        return self._finite(loss) if self._filter_nonfinite else loss
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self,

@@ -45,7 +45,7 @@ def packed_step(model, rows, tmp_path, dtype=None, **options):
 def one_step(trainer):
     """Loss and gradients of all of the trainer's rows, ours or TRL's, outside of `train()`."""
     trainer.model.train()
-    trainer._filter_nonfinite = False  # nothing has been logged whose mean could take the place of a loss
+    trainer._filters_log = False  # which would give the loss of a step at its last micro-batch
     batches = list(trainer.get_train_dataloader())
     batches, num_items = trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)
     trainer.current_gradient_accumulation_steps = len(batches)

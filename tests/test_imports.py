@@ -25,6 +25,7 @@ FLOORS = (
     "app",
     "trainer",
     "arguments notices",
+    "checkpoints",
     "proof step",
     "model",
     "data",

@@ -17,6 +17,8 @@ The collator computes everything once, on the host. Nothing here reads from the 
 | `num_scored`                   | int             | N                                                                 |
 | `num_tokens`                   | int             | tokens of the documents, without padding                          |
 | `num_documents`                | int             | D                                                                 |
+| `rows`                         | `[D]` int64     | each document's row in the data set; -1 if unknown                |
+| `given`                        | tuple           | of a stream: see `streams.given_by`                               |
 
 For `torch.compile` the collator pads T, D and N (`round_sizes`). Counts exclude padding.
 
@@ -52,7 +54,7 @@ from packsft.data.document import Pack
 
 LOSS_KEYS = ("loss_rows", "loss_targets", "loss_weights")  # read by the head, unknown to the models
 # for the trainer: with labels, a model would compute its own loss
-HOST_KEYS = ("labels", "num_items", "num_scored", "num_tokens", "num_documents")
+HOST_KEYS = ("labels", "num_items", "num_scored", "num_tokens", "num_documents", "rows", "given")
 
 
 @dataclass
@@ -63,6 +65,7 @@ class StepRows:
     examples: np.ndarray | list[Pack]
     num_items: int | float
     tokens_per_pass: int
+    given: tuple[int, str, str] | None = None
 
 
 def document_lengths(batch: Mapping[str, Any]) -> Any:

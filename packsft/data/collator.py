@@ -12,6 +12,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from packsft.data.batch import StepRows
 from packsft.data.document import IGNORE_INDEX, Document, Pack, documents_of
+from packsft.data.streams import given_by
 
 
 @dataclass
@@ -47,7 +48,8 @@ class PackingCollator(DataCollatorForLanguageModeling):
 
     def torch_call(self, examples: Sequence[Any]) -> dict[str, Any]:
         if not isinstance(examples[0], StepRows):
-            return self._batch([document for row, item in enumerate(examples) for document in self._pack(row, item)])
+            documents = [document for row, item in enumerate(examples) for document in self._pack(row, item)]
+            return self._batch(documents) | _given(given_by(list(examples)))
         (step,) = examples
         passes = [self._batch(documents) for documents in step.passes]
         return {
@@ -56,7 +58,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
             "examples": step.examples,
             "num_items": step.num_items,
             "tokens_per_pass": step.tokens_per_pass,
-        }
+        } | _given(step.given)
 
     def _pack(self, row: int, item: Any) -> Pack:
         return item if isinstance(item, list) else documents_of(item, f"row {row} of the batch", self.vocab_size)
@@ -70,6 +72,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
             "num_scored": num_scored,
             "num_tokens": sum(map(len, documents)),
             "num_documents": len(documents),
+            "rows": np.array([document.row for document in documents], np.int64),
         }
 
     def _padding(self, length: int) -> Document:
@@ -140,6 +143,10 @@ class PackingCollator(DataCollatorForLanguageModeling):
             unscored = {"loss_targets": IGNORE_INDEX}
             positions = {k: np.pad(v, pad, constant_values=unscored.get(k, 0)) for k, v in positions.items()}
         return {key: torch.from_numpy(values) for key, values in positions.items()}
+
+
+def _given(given: tuple[int, str, str] | None) -> dict[str, Any]:
+    return {} if given is None else {"given": given}
 
 
 def rounded_size(size: int) -> int:

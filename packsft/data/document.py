@@ -23,12 +23,14 @@ class Document:
     - `labels` `[L]` int64, -100 = not scored; the first is always -100, since nothing predicts the first token
     - `num_scored`: labels that are not -100
     - `weight`: weight of each scored token if all examples count the same: 1 / scored tokens of the example
+    - `row`: its row in the data set, or its number in reading order in a stream; -1 if unknown
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     num_scored: int
     weight: float
+    row: int = -1
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -37,20 +39,20 @@ class Document:
         """Tokens `start:stop` as a document of its own, with the same weight."""
         if (start, stop) == (0, len(self)):
             return self
-        return make_document(self.input_ids[start:stop], self.labels[start:stop], self.weight)
+        return make_document(self.input_ids[start:stop], self.labels[start:stop], self.weight, self.row)
 
 
 Pack = list[Document]
 
 
-def make_document(input_ids: np.ndarray, labels: np.ndarray, weight: float | None = None) -> Document:
+def make_document(input_ids: np.ndarray, labels: np.ndarray, weight: float | None = None, row: int = -1) -> Document:
     """A document of checked `input_ids` and `labels`, `[L]` integers. By default it is a whole example."""
     labels = np.array(labels, dtype=np.int64)  # a copy
     labels[:1] = IGNORE_INDEX
     num_scored = int(np.count_nonzero(labels != IGNORE_INDEX))
     if weight is None:
         weight = 1.0 / max(1, num_scored)
-    return Document(np.asarray(input_ids, dtype=np.int64), labels, num_scored, weight)
+    return Document(np.asarray(input_ids, dtype=np.int64), labels, num_scored, weight, row)
 
 
 def documents_of(row: Mapping[str, Any], where: str, vocab_size: int | None = None) -> Pack:

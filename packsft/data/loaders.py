@@ -1,15 +1,15 @@
-"""Data loaders for packed data sets and streams. Each rank reads its share.
-
-Exact steps and streams divide themselves over ranks; accelerate deals the packs of a planned data set.
-"""
+"""Data loaders for packed data sets and streams. Each rank reads its share: no loader is sharded by accelerate."""
 
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
-from accelerate.data_loader import prepare_data_loader
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+import torch
+from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 from transformers.trainer_utils import seed_worker
@@ -24,9 +24,13 @@ class PackedLoaders(Trainer):
     """The loaders of a trainer whose data sets may be packed; mixed into a trainer before its class.
 
     The trainer sets `_passes`, which holds the limit of tokens per pass.
+
+    Attributes:
+        _order: what the order of the training set depends on, beside the seed; kept in checkpoints.
     """
 
     _passes: Any
+    _order: dict[str, Any]
 
     def get_train_dataloader(self) -> DataLoader:
         """Adds to the parent: packs, or optimizer steps."""
@@ -63,6 +67,7 @@ class PackedLoaders(Trainer):
             dataset,
             batch_size,
             training=training,
+            order=self._order if training else {},
             args=self.args,
             accelerator=self.accelerator,
             collator=self.data_collator,
@@ -75,6 +80,7 @@ def packed_loader(
     batch_size: int,
     *,
     training: bool,
+    order: dict[str, Any],
     args: Any,
     accelerator: Any,
     collator: Any,
@@ -85,6 +91,7 @@ def packed_loader(
     Args:
         batch_size: items on each rank; with exact steps, examples of a step on each rank.
         training: sample by `train_sampling_strategy`; evaluation keeps the order.
+        order: filled with what the order depends on, or holds it, if a run resumes.
         args: transformers' training arguments.
         accelerator: accelerate's.
         collator: a `PackingCollator`.
@@ -93,23 +100,26 @@ def packed_loader(
     ranks = Ranks.of(accelerator)
     sampler: Sampler | None = None
     if isinstance(dataset, PackedDataset):
-        sampler = _sampler(dataset, batch_size, ranks, training, args)
+        seedable = accelerator.use_seedable_sampler or ranks.size > 1  # the same order on every rank
+        sampler = _sampler(dataset, batch_size, ranks, training, order, args, seedable)
     source: Any = dataset
+    ranks_of_batches = ranks
     if dataset.strategy.exact_steps:
         step_size = batch_size * (1 if args.accelerator_config.split_batches else ranks.size)
         if isinstance(dataset, PackedDataset):
             source = StepDataset(dataset, step_size, tokens_per_pass, ranks, collator.padded)
-            batch_size = step_size
+            batch_size, ranks_of_batches = step_size, Ranks()  # every rank asks for the whole step
         else:
             source, batch_size = StepStream(dataset, step_size, tokens_per_pass, padded=collator.padded), 1
     if isinstance(source, (PackedStream, StepStream)) and ranks.size > 1:
         source = source.share(ranks, endless=training)
 
     options: dict[str, Any] = {"batch_size": batch_size}
-    if isinstance(sampler, BatchRebalanceSampler):
+    if sampler is not None:
         options = {"batch_sampler": sampler}
-    elif not isinstance(source, IterableDataset):
-        options |= {"sampler": sampler, "drop_last": args.dataloader_drop_last}
+        if not isinstance(sampler, BatchRebalanceSampler):
+            whole = batch_size * (1 if args.accelerator_config.split_batches else ranks_of_batches.size)
+            options = {"batch_sampler": RankBatches(sampler, whole, ranks_of_batches, args.dataloader_drop_last)}
     if training and not isinstance(source, IterableDataset):
         options["worker_init_fn"] = functools.partial(
             seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
@@ -125,8 +135,6 @@ def packed_loader(
         in_order=args.dataloader_in_order,
         **options,
     )
-    if isinstance(source, PackedDataset) and not isinstance(sampler, BatchRebalanceSampler):
-        return accelerator.prepare(loader)
     return prepare_data_loader(  # as `accelerator.prepare`, without sharding: each rank already has its share
         loader,
         accelerator.device,
@@ -135,19 +143,28 @@ def packed_loader(
         put_on_device=accelerator.device_placement,
         rng_types=list(accelerator.rng_types),
         dispatch_batches=False,
-        use_seedable_sampler=accelerator.use_seedable_sampler or ranks.size > 1,  # the same order on every rank
-        data_seed=accelerator.dataloader_config.data_seed,
         non_blocking=accelerator.non_blocking,
         use_stateful_dataloader=accelerator.use_stateful_dataloader,
     )
 
 
-def _sampler(dataset: PackedDataset, batch_size: int, ranks: Ranks, training: bool, args: Any) -> Sampler:
-    """The sampler of `train_sampling_strategy`. If packs differ between epochs, their order balances the ranks."""
+def _sampler(
+    dataset: PackedDataset,
+    batch_size: int,
+    ranks: Ranks,
+    training: bool,
+    order: dict[str, Any],
+    args: Any,
+    seedable: bool,
+) -> Sampler:
+    """The sampler of `train_sampling_strategy`. If packs differ between epochs, their order balances the ranks.
+
+    What it takes from the batch size and the ranks is kept in `order`: a run that resumes with others keeps its order.
+    """
     strategy, accumulation = args.train_sampling_strategy, args.gradient_accumulation_steps
     if strategy == "group_by_length":
         size = args.train_batch_size * accumulation if training else args.eval_batch_size
-        return LengthGroupedSampler(size, lengths=dataset.lengths.tolist())
+        return GroupedByLength(order.setdefault("group", size), dataset.lengths.tolist(), ranks, order)
     if strategy == "sequential" or not training:
         return SequentialSampler(dataset)
     if strategy == "batch_rebalance":
@@ -159,4 +176,70 @@ def _sampler(dataset: PackedDataset, batch_size: int, ranks: Ranks, training: bo
             rank=ranks.rank,
             drop_last=args.dataloader_drop_last,
         )
-    return PackSampler(dataset, batch_size * ranks.size) if dataset.repacks else RandomSampler(dataset)
+    if dataset.repacks:
+        return PackSampler(dataset, order.setdefault("group", batch_size * ranks.size))
+    if seedable:
+        return SeedableRandomSampler(dataset, data_seed=args.data_seed)
+    return RandomSampler(dataset)
+
+
+class RankBatches(BatchSampler):
+    """The batches of one rank. All ranks have equally many: at the end, they are filled with None, which gives no pack.
+
+    Args:
+        sampler: the same order on every rank.
+        size: items that all ranks take together.
+        ranks: the place of this rank; it takes its part of every `size` items.
+        drop_last: whether to leave out items at the end that are fewer than `size`.
+
+    Raises:
+        ValueError: `size` cannot be divided by the number of ranks.
+    """
+
+    def __init__(self, sampler: Sampler, size: int, ranks: Ranks, drop_last: bool) -> None:
+        if size % ranks.size:
+            raise ValueError(f"per_device_train_batch_size={size} with split_batches=True: {ranks.size} ranks share it")
+        super().__init__(sampler, size // ranks.size, drop_last)
+        self._size, self._rank = size, ranks.rank
+
+    def __len__(self) -> int:
+        items = len(self.sampler)  # type: ignore[arg-type]  # of ours, all have a length
+        return items // self._size if self.drop_last else -(-items // self._size)
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        items = iter(self.sampler)
+        while group := list[Any](itertools.islice(items, self._size)):
+            short = self._size - len(group)
+            if short and self.drop_last:
+                return
+            if self._size > self.batch_size:
+                group += [None] * short
+            yield group[self._rank * self.batch_size : (self._rank + 1) * self.batch_size]
+
+
+class GroupedByLength(LengthGroupedSampler):
+    """transformers' sampler, whose order a resumed run finds again.
+
+    The parent draws from PyTorch's own generator, whose state at the beginning of an epoch is kept in `order`. Several
+    ranks draw from a generator of the epoch instead: their own ones need not agree.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], ranks: Ranks, order: dict[str, Any]) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self._seed, self._epoch, self._several = torch.random.initial_seed(), 0, ranks.size > 1
+        self._order = order
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = None
+        if self._several:
+            self.generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        elif (state := self._order.pop("resumed_state", None)) is not None:
+            self.generator = torch.Generator()
+            self.generator.set_state(state)
+            self._order["random_state"] = state
+        else:
+            self._order["random_state"] = torch.get_rng_state()
+        return super().__iter__()

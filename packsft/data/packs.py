@@ -5,8 +5,10 @@ Knows Arrow columns of token ids, not text, models or devices.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -75,6 +77,14 @@ class TokenRows:
                 row, value = found
                 raise ValueError(outside_vocabulary(f"row {row} of the data set", name, value, vocab_size))
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 in hex over the tokens and labels of all rows, in order; their integer type does not matter."""
+        digest = hashlib.sha256()
+        for column in (self._ids, self._labels):
+            column.update(digest)
+        return digest.hexdigest()
+
     def __getstate__(self) -> dict[str, Any]:
         return {"_dataset": self._dataset}  # without the views: a worker maps the Arrow file itself
 
@@ -126,6 +136,14 @@ class _ListColumn:
                 counts[segments][block] = running[end[block] - low] - running[begin[block] - low]
         return counts
 
+    def update(self, digest: Any) -> None:
+        """Adds the lengths of all rows and their values to a `hashlib` digest."""
+        digest.update(self.lengths.astype("<i8", copy=False).data)
+        for offsets, values in self._chunks:
+            for start in range(int(offsets[0]), int(offsets[-1]), BLOCK):
+                block = values[start : min(start + BLOCK, int(offsets[-1]))]
+                digest.update(np.ascontiguousarray(block, "<i8").data)
+
     def first_outside(self, name: str, vocab_size: int) -> tuple[int, int] | None:
         """(row, value) of the first value outside the vocabulary, or None."""
         for (offsets, values), first in zip(self._chunks, self._first_rows, strict=False):
@@ -133,6 +151,13 @@ class _ListColumn:
             if (at := first_outside(values[begin:end], name, vocab_size)) is not None:
                 return int(first + np.searchsorted(offsets, begin + at, side="right") - 1), int(values[begin + at])
         return None
+
+
+def column_digest(dataset: Dataset, name: str) -> str:
+    """SHA-256 in hex over a column of lists of integers."""
+    digest = hashlib.sha256()
+    _ListColumn(dataset.flatten_indices() if dataset._indices is not None else dataset, name).update(digest)
+    return digest.hexdigest()
 
 
 class PackedDataset(torch.utils.data.Dataset):
@@ -186,6 +211,8 @@ class PackedDataset(torch.utils.data.Dataset):
             self.lengths = np.add.reduceat(plan.stops.astype(np.int64) - plan.starts, plan.offsets[:-1])
             self.items = np.add.reduceat(items, plan.offsets[:-1])
 
+    total_dataset_length = 0  # otherwise accelerate cuts the last gathered batch, as if it repeated examples
+
     def set_epoch(self, epoch: int) -> None:
         """Pack anew for an epoch (the first is 0): other examples meet. Without a seed, do nothing."""
         if self.repacks and epoch != self.epoch:
@@ -207,8 +234,10 @@ class PackedDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> Pack:
-        """Item `index`, or (epoch, index): this tells a persistent worker when a new epoch begins."""
+    def __getitem__(self, index: int | tuple[int, int] | None) -> Pack:
+        """Item `index`, or (epoch, index): this tells a persistent worker when a new epoch begins; [] for None."""
+        if index is None:
+            return []
         if isinstance(index, tuple):
             epoch, index = index
             self.set_epoch(epoch)
@@ -216,7 +245,7 @@ class PackedDataset(torch.utils.data.Dataset):
         first = int(self.plan.offsets[index])
         weights = [None] * len(segments) if self._weights is None else self._weights[first : first + len(segments)]
         return [
-            make_document(*self.rows.tokens(*segment), weight)
+            make_document(*self.rows.tokens(*segment), weight, int(segment[0]))
             for segment, weight in zip(segments, weights, strict=True)
         ]
 

@@ -18,6 +18,7 @@ from packsft.data.batch import StepRows
 from packsft.data.document import Pack
 from packsft.data.packs import PackedDataset
 from packsft.data.ranks import Ranks
+from packsft.data.streams import given_by
 from packsft.packing import plan_step
 
 
@@ -46,7 +47,7 @@ class _Steps:
 class StepDataset(_Steps, torch.utils.data.Dataset):
     """Optimizer steps over a `PackedDataset`. The loader asks for a whole step: the same indices on every rank."""
 
-    total_dataset_length = 0  # otherwise accelerate cuts the last gathered batch, as if it repeated examples
+    total_dataset_length = 0  # see `PackedDataset`
 
     def step(self, examples: np.ndarray) -> StepRows:
         """The passes of this rank in the step with these examples, `[B]`."""
@@ -84,7 +85,7 @@ class StepStream(_Steps, torch.utils.data.IterableDataset):
         passes = [[documents[i] for i in chosen] for chosen in self._plan([len(document) for document in documents])]
         per_example = self.examples.per_example
         items = sum(document.num_scored * (document.weight if per_example else 1) for document in documents)
-        return StepRows(passes, examples, items, self.tokens_per_pass)
+        return StepRows(passes, examples, items, self.tokens_per_pass, given_by(examples))
 
     def share(self, ranks: Ranks, *, endless: bool = False) -> StepStream:
         """The share of a rank. It ends with the stream, on all ranks at the same time, even with `endless`."""

@@ -7,6 +7,7 @@ Knows rows of token ids, PyTorch's workers and the shards of a `datasets.Iterabl
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,6 +27,30 @@ logger = logging.getLogger("packsft")
 
 BUFFERED_PACKS = 32  # within 0.7 points of the plan over a whole data set, see docs/log.md
 ROWS_BEFORE_JUDGEMENT = 1000  # of the share of lost tokens
+
+
+class StreamPack(list[Document]):
+    """A pack of a stream, with the digests of all packs of this epoch and worker up to it and up to its end."""
+
+    before = after = ""
+
+    def chained(self, before: str) -> StreamPack:
+        digest = hashlib.sha256(before.encode())
+        for document in self:
+            for values in (document.input_ids, document.labels):
+                digest.update(len(values).to_bytes(8, "little"))
+                digest.update(values.astype("<i8", copy=False).data)
+        self.before, self.after = before, digest.hexdigest()
+        return self
+
+
+def given_by(packs: list[Pack]) -> tuple[int, str, str] | None:
+    """(worker, digest before, digest after) of consecutive packs of a stream; None for others."""
+    first, last = packs[0], packs[-1]
+    if not isinstance(first, StreamPack) or not isinstance(last, StreamPack) or not last.after:
+        return None
+    worker = torch.utils.data.get_worker_info()
+    return 0 if worker is None else worker.id, first.before, last.after
 
 
 class PackedStream(torch.utils.data.IterableDataset):
@@ -113,7 +138,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         mine._resume = None
         mine._start_epoch(0)
         mine._ranks = mine._reading_ranks = ranks
-        if endless and isinstance(self.stream, IterableDataset) and self.stream.num_shards >= ranks.size > 1:
+        if endless and isinstance(self.stream, IterableDataset) and self._divides(ranks):
             mine.stream = self.stream.shard(ranks.size, ranks.rank, contiguous=False)
             mine._reading_ranks, mine._endless = Ranks(), True
         return mine
@@ -129,7 +154,29 @@ class PackedStream(torch.utils.data.IterableDataset):
             self._resume = None
             self._start_epoch(0)
 
-    def __iter__(self) -> Iterator[Pack]:
+    def reading(self, num_workers: int, batch_size: int, ranks: Ranks) -> dict[str, int | None]:
+        """What the order of the packs depends on: another number of these is another order."""
+        shards = self.stream.num_shards if isinstance(self.stream, IterableDataset) else None
+        divided = ranks.size if not self.strategy.exact_steps and self._divides(ranks) else 1
+        workers = max(num_workers, 1) if shards is None else min(max(num_workers, 1), shards // divided)
+        in_turn = workers > 1 and not self.strategy.exact_steps  # each batch is one worker's
+        return {
+            "workers that read": workers,
+            "batch size of a worker": batch_size if in_turn else None,
+            "ranks that divide the shards": divided,
+        }
+
+    def _divides(self, ranks: Ranks) -> bool:
+        return isinstance(self.stream, IterableDataset) and self.stream.num_shards >= ranks.size > 1
+
+    def __iter__(self) -> Iterator[StreamPack]:
+        digest = ""
+        for pack in self._epochs():
+            chained = StreamPack(pack).chained(digest)
+            digest = chained.after
+            yield chained
+
+    def _epochs(self) -> Iterator[Pack]:
         state, self._resume = self._resume, None
         if state is None:
             self._start_epoch(0)
@@ -220,7 +267,10 @@ class PackedStream(torch.utils.data.IterableDataset):
         ids, labels = checked_tokens(row.get("input_ids"), row.get("labels"), where, self._vocab_size)
         account.examples_in += 1
         account.tokens_in += len(ids)
-        documents = [make_document(ids[start:stop], labels[start:stop]) for start, stop in self._cut(len(ids), where)]
+        documents = [
+            make_document(ids[start:stop], labels[start:stop], row=account.examples_in - 1)
+            for start, stop in self._cut(len(ids), where)
+        ]
         num_scored = sum(document.num_scored for document in documents)
         num_segments = 0
         for document in documents if num_scored else []:
@@ -290,7 +340,7 @@ class PackedStream(torch.utils.data.IterableDataset):
             "num_packs": self.num_packs,
             "stream": None if self._reading is None else self._reading.state_dict(),
             "buffer": self._buffer.state_dict(),
-            "held": [[key, d.input_ids.tolist(), d.labels.tolist(), d.weight] for key, d in self._held.items()],
+            "held": [[key, d.input_ids.tolist(), d.labels.tolist(), d.weight, d.row] for key, d in self._held.items()],
             "next_key": self._next_key,
         }
 
@@ -302,8 +352,8 @@ class PackedStream(torch.utils.data.IterableDataset):
         self.account, self.num_packs = Account(**state["account"]), state["num_packs"]
         self._buffer.load_state_dict(state["buffer"])
         self._held = {
-            key: make_document(np.array(ids, np.int64), np.array(labels, np.int64), weight)
-            for key, ids, labels, weight in state["held"]
+            key: make_document(np.array(ids, np.int64), np.array(labels, np.int64), weight, row)
+            for key, ids, labels, weight, row in state["held"]
         }
         self._next_key = state["next_key"]
         self._resume = state

@@ -8,15 +8,12 @@ that reads a batch (token counts, evaluation) reads its passes.
 from __future__ import annotations
 
 import contextlib
-import copy
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
 from packsft import compat
@@ -36,6 +33,7 @@ class ExactSteps(Trainer):
 
     _passes: PassWalker
     _sums: dict[str, MetricSums]
+    _configured_batch: dict[str, int] = {}  # noqa: RUF012 (replaced, never changed)
 
     def _make_walker(self, tokens_per_pass: int | str, max_length: int) -> PassWalker:
         return PassWalker(
@@ -58,12 +56,21 @@ class ExactSteps(Trainer):
         if not self._takes_exact_steps:
             return super()._inner_training_loop(batch_size, args, *positional, **named)
         with compat.one_batch_per_step(self) as (step_size, step_args):
-            saves = _SavesConfiguredArguments(compat.batch_fields(args))
-            self.add_callback(saves)
+            self._configured_batch = compat.batch_fields(args)
             try:
                 return super()._inner_training_loop(step_size, step_args, *positional, **named)
             finally:
-                self.remove_callback(saves)
+                self._configured_batch = {}
+
+    def save_model(self, *positional: Any, **named: Any) -> None:
+        """Adds to the parent: saves the arguments with the user's batch size and accumulation, not the loop's."""
+        args: Any = self.args
+        of_the_loop = {name: getattr(args, name) for name in self._configured_batch}
+        vars(args).update(self._configured_batch)
+        try:
+            super().save_model(*positional, **named)
+        finally:
+            vars(args).update(of_the_loop)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Adds to the parent: the passes of an exact step."""
@@ -109,17 +116,3 @@ class ExactSteps(Trainer):
             return loss, None, None
         padded = self.data_collator.padded
         return loss, join_passes(all_logits, 0.0, padded), join_passes(all_labels, IGNORE_INDEX, padded)
-
-
-class _SavesConfiguredArguments(TrainerCallback):
-    """Writes the user's batch size and accumulation into checkpoints, not the loop's."""
-
-    def __init__(self, configured: dict[str, int]) -> None:
-        self._configured = configured
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        file = Path(args.output_dir or ".", f"checkpoint-{state.global_step}", TRAINING_ARGS_NAME)
-        if args.should_save and file.exists():
-            args = copy.copy(args)
-            vars(args).update(self._configured)
-            torch.save(args, file)

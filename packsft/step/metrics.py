@@ -20,7 +20,7 @@ from packsft.model.head import HeadOutput
 
 
 class MetricSums:
-    """Sums over the micro-batches since the last log, on one rank.
+    """Sums over the micro-batches and steps since the last log, on one rank.
 
     Args:
         filter_nonfinite: leave micro-batches whose mean loss is not finite out of `loss` (`logging_nan_inf_filter`).
@@ -32,7 +32,7 @@ class MetricSums:
 
     def _reset(self) -> None:
         self._device_sums: dict[str, Tensor] = {}
-        self._scored = self._tokens = self._micro_batches = 0
+        self._scored = self._tokens = self._micro_batches = self._steps = 0
         self._started: float | None = None
 
     def start(self) -> None:
@@ -81,12 +81,19 @@ class MetricSums:
                 value = value.detach().double()
                 self._device_sums[name] = self._device_sums[name] + value if name in self._device_sums else value
 
+    def count_step(self, finite: Tensor) -> None:
+        """Count an optimizer step, and whether its loss is finite (on all ranks, as a 0-d bool)."""
+        self._steps += 1
+        counted = self._device_sums.get("finite_steps", torch.zeros((), dtype=torch.float64, device=finite.device))
+        self._device_sums["finite_steps"] = counted + finite
+
     def drain(self, accelerator: Any) -> dict[str, float]:
         """Sum over ranks, read the device once, and start anew. Empty if nothing was counted.
 
         Returns:
             `entropy` and `mean_token_accuracy`; `loss` per scored token (or example) and `aux_loss` per micro-batch, if
-            they were counted; `tokens` and `seconds` since the clock was started.
+            they were counted; `tokens` and `seconds` since the clock was started; `steps`, and `finite_steps` of them,
+            if they were counted.
         """
         if not self._micro_batches:
             return {}
@@ -94,6 +101,7 @@ class MetricSums:
         counts = [float(self._scored), float(self._tokens), float(self._micro_batches)]
         values = torch.stack([self._device_sums[name] for name in names])
         values = torch.cat([values, torch.tensor(counts, dtype=values.dtype, device=values.device)])
+        steps = self._steps
         *sums, scored, tokens, micro_batches = accelerator.reduce(values, reduction="sum").tolist()
         total = dict(zip(names, sums, strict=True))
         seconds = 0.0 if self._started is None else time.perf_counter() - self._started
@@ -108,27 +116,27 @@ class MetricSums:
             metrics["loss"] = total["loss"] / total["loss_items"] if total["loss_items"] else math.nan
         if "aux_loss" in total:
             metrics["aux_loss"] = total["aux_loss"] / micro_batches
+        if "finite_steps" in total:
+            metrics |= {"steps": steps, "finite_steps": total["finite_steps"] / accelerator.num_processes}
         return metrics
 
 
 class DeviceMetrics(Trainer):
     """Logging and evaluation from sums on the device; mixed into a trainer before its class.
 
-    The trainer sets `_sums`, by "train" and "eval", and adds each micro-batch to them.
+    The trainer sets `_sums`, by "train" and "eval", and adds each micro-batch to them, and `_filters_log`: whether a
+    step whose loss is not finite adds nothing to the logged loss (`logging_nan_inf_filter`). `skipped_steps` is that of
+    `StepBoundary`.
     """
 
     _sums: dict[str, MetricSums]
+    _filters_log: bool
+    skipped_steps: int
 
-    def _restart_losses(self) -> None:
-        self._loss_since_log = torch.zeros((), device=self.args.device)
-        self._step_of_log = self.state.global_step
-
-    def _finite(self, loss: Tensor) -> Tensor:
-        """`logging_nan_inf_filter` without reading the device: not finite, a loss is the mean since the last log."""
-        mean = self._loss_since_log / (1 + self.state.global_step - self._step_of_log)
-        loss = torch.where(torch.isfinite(loss), loss, mean)
-        self._loss_since_log = self._loss_since_log + loss
-        return loss
+    def _restart_metrics(self) -> None:
+        """A run begins: what an interrupted one has counted does not belong to it."""
+        self._sums["train"] = MetricSums()
+        self._steps_of_run = self._finite_steps_of_run = 0.0
 
     def evaluation_loop(
         self, dataloader: Any, description: str, *positional: Any, metric_key_prefix: str = "eval", **named: Any
@@ -158,8 +166,17 @@ class DeviceMetrics(Trainer):
         Only in the loop's own logs, which all ranks reach: a callback may log on a single rank.
         """
         if "loss" in logs or "train_loss" in logs:
-            self._restart_losses()
             totals = self._sums["train"].drain(self.accelerator)
+            steps, finite_steps = totals.pop("steps", 0), totals.pop("finite_steps", 0.0)
+            self._steps_of_run += steps
+            self._finite_steps_of_run += finite_steps
+            if self.skipped_steps:
+                logs["skipped_steps"] = self.skipped_steps
+            if self._filters_log and "loss" in logs:
+                logs["loss"] = _mean_of_finite(logs["loss"], steps, finite_steps)
+            if self._filters_log and "train_loss" in logs:
+                counted = self._steps_of_run, self._finite_steps_of_run
+                logs["train_loss"] = _mean_of_finite(logs["train_loss"], *counted)
             if totals:
                 tokens = totals.pop("tokens") / Ranks.of(self.accelerator).sharing
                 self._total_train_tokens += int(tokens)
@@ -168,3 +185,10 @@ class DeviceMetrics(Trainer):
                     logs["tokens_per_second"] = round(tokens / seconds, 1)
                 logs.update(totals)
         super().log(logs, start_time)
+
+
+def _mean_of_finite(mean: float, steps: float, finite_steps: float) -> float:
+    """The mean over finite losses, from one over all steps that took the others as 0. NaN if none is finite."""
+    if steps == finite_steps:
+        return mean
+    return mean * steps / finite_steps if finite_steps else math.nan

@@ -14,7 +14,9 @@ import transformers
 import trl
 
 from packsft import PackedSFTTrainer, compat
+from packsft.checkpoints.resuming import WholeCheckpoints
 from packsft.data.loaders import PackedLoaders
+from packsft.step.boundary import StepBoundary
 from packsft.step.exact import ExactSteps
 from packsft.step.metrics import DeviceMetrics
 
@@ -28,9 +30,10 @@ NAMES = {
     "trl.cli": "main",
     "trl.cli.accelerate_launcher": "launch_training_script",
     "accelerate.commands.launch": "launch_command launch_command_parser",
-    "accelerate.data_loader": "prepare_data_loader",
+    "accelerate.data_loader": "SeedableRandomSampler prepare_data_loader",
     "accelerate.utils.memory": "should_reduce_batch_size",
     "transformers.integrations.sdpa_attention": "sdpa_attention_forward",
+    "transformers.trainer": "compare_trainer_and_checkpoint_args",
     "transformers.masking_utils": "sdpa_mask _preprocess_mask_arguments",
 }
 
@@ -44,6 +47,10 @@ SOURCES = {
         "self._train_batch_size", "self._signature_columns", "self.current_gradient_accumulation_steps",
         "self.model_accepts_loss_kwargs",
     ],
+    "transformers.trainer.Trainer._save_checkpoint": [
+        "self._get_output_dir(", "self._push_from_checkpoint(", "output_dir = os.path.join(run_dir, checkpoint_folder)",
+    ],
+    "transformers.trainer.Trainer._init_training_state": ["compare_trainer_and_checkpoint_args("],
     "transformers.masking_utils._preprocess_mask_arguments": ["ALL_MASK_ATTENTION_FUNCTIONS._global_mapping"],
 }  # fmt: skip
 
@@ -79,7 +86,7 @@ def what_moved(names=NAMES, sources=SOURCES):
     return moved
 
 
-OURS = (PackedSFTTrainer, ExactSteps, PackedLoaders, DeviceMetrics)
+OURS = (PackedSFTTrainer, PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps, DeviceMetrics)
 
 
 def overrides():

@@ -172,22 +172,6 @@ def test_other_losses_are_those_of_trl(tmp_path, options):
     assert results[1] == pytest.approx(results[0], rel=2e-5)
 
 
-def test_a_loss_that_is_not_finite_is_left_out_of_the_log_on_the_device(tmp_path):
-    class Broken(PackedSFTTrainer):
-        def compute_loss(self, *args, **kwargs):
-            loss = super().compute_loss(*args, **kwargs)
-            return loss * float("nan") if self.state.global_step == 1 else loss
-
-    from runs import config
-
-    ours = Broken(
-        model=tiny_model(), args=config(tmp_path, max_steps=3, max_grad_norm=0.0, learning_rate=0.0),
-        train_dataset=token_rows(24), processing_class=tiny_tokenizer(),
-    )  # fmt: skip
-    ours.train()
-    assert all(math.isfinite(loss) for loss in losses(ours))
-
-
 def test_a_batch_without_scored_tokens_gives_zero_and_not_nan(tmp_path):
     ours = trainer(tmp_path)
     batch = ours.data_collator([{"input_ids": [3, 4, 5], "labels": [-100] * 3}])

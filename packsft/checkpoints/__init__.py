@@ -1,0 +1,1 @@
+"""Checkpoints: written whole, resumed by the same run."""

@@ -1,0 +1,115 @@
+"""What the result of a training depends on: recorded in every checkpoint, compared when a run resumes.
+
+What a run may change freely is left out: `tokens_per_pass`, how the total batch is split into batches, accumulation and
+ranks, the workers of a data set, logging, saving, evaluation, and the number of epochs.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+
+from packsft.data.packs import PackedDataset, column_digest
+from packsft.data.ranks import Ranks
+from packsft.data.streams import PackedStream
+from packsft.packing import resolve_overlong
+
+# In force are those of the checkpoint's optimizer and scheduler, whatever the arguments say.
+OF_THE_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+_FIELDS = (
+    "packing", "max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss", "shuffle_dataset",
+    "train_sampling_strategy", "seed", "data_seed", "dataloader_drop_last", "loss_type", "label_smoothing_factor",
+    "neftune_noise_alpha", "max_grad_norm", "optim", "optim_args", *OF_THE_OPTIMIZER, "lr_scheduler_type",
+    "lr_scheduler_kwargs", "warmup_steps", "bf16", "fp16",
+)  # fmt: skip
+_OF_PEFT = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "rank_pattern")
+
+
+def settings_of(
+    args: Any, model: nn.Module, tokenizer: Any, dataset: Any, total_batch: int, ranks: Ranks
+) -> dict[str, Any]:
+    """By name, in JSON's types; a digest is SHA-256 in hex.
+
+    Args:
+        args: an `SFTConfig`.
+        model: before it is sharded.
+        tokenizer: of the training set.
+        dataset: the training set, prepared.
+        total_batch: the examples, or packs, of an optimizer step on all ranks.
+        ranks: the place of this rank.
+    """
+    parameters = list(model.parameters())
+    sizes = [getattr(p, "ds_numel", p.numel()) for p in parameters]
+    strategy = args.packing_strategy if args.packing else "none"
+    settings = {name: getattr(args, name, None) for name in _FIELDS} | {
+        "packing_strategy": strategy,
+        "overlong": resolve_overlong(strategy, getattr(args, "overlong", None)),
+        "loss_normalization": getattr(args, "loss_normalization", "token"),
+        "total batch": total_batch,
+        "tokenizer": digest_of_tokenizer(tokenizer),
+        "chat_template": _digest(json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True)),
+        "model": {
+            "class": type(getattr(model, "get_base_model", lambda: model)()).__name__,
+            "parameters": sum(sizes),
+            "trainable parameters": sum(size for p, size in zip(parameters, sizes, strict=True) if p.requires_grad),
+        },
+        "peft_config": {
+            name: {key: value for key, value in config.to_dict().items() if key not in _OF_PEFT}
+            for name, config in getattr(model, "peft_config", {}).items()
+        },
+        "training set": rows_of(dataset),
+    }  # fmt: skip
+    if isinstance(dataset, PackedStream):
+        settings["stream"] = dataset.reading(args.dataloader_num_workers, args.per_device_train_batch_size, ranks)
+    return json.loads(json.dumps(settings, default=_as_json, sort_keys=True))
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_of_tokenizer(tokenizer: Any) -> str | None:
+    """Of its vocabulary and its special tokens; None if there is no vocabulary."""
+    if not hasattr(tokenizer, "get_vocab"):
+        return None
+    return _digest(json.dumps([sorted(tokenizer.get_vocab().items()), str(tokenizer.special_tokens_map)]))
+
+
+def rows_of(dataset: Any) -> dict[str, Any] | None:
+    """The number of rows and the digest of their tokens and labels in order; None if they cannot be read ahead."""
+    if isinstance(dataset, PackedDataset):
+        return {"rows": len(dataset.rows.lengths), "tokens and labels": dataset.rows.digest}
+    if isinstance(dataset, Dataset):  # packs that the user made
+        columns = [name for name in ("input_ids", "labels", "seq_lengths") if name in dataset.column_names]
+        return {"rows": len(dataset)} | {name: column_digest(dataset, name) for name in columns}
+    return None
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """ "old -> new" by name, for each setting that differs. A name that only one side knows is not compared."""
+    return dict(_differing({name: saved[name] for name in now if name in saved}, now))
+
+
+def _differing(saved: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
+    for name in saved if not path else {**now, **saved}:
+        old, new, label = saved.get(name), now.get(name), f"{path}{name}"
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differing(old, new, f"{label}, ")
+        elif old != new:
+            yield label, f"{_short(old)} -> {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else repr(value)

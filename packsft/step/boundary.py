@@ -1,0 +1,182 @@
+"""What is decided at the end of a step: go on, leave the step out, or stop.
+
+A step is bad if its loss is not a number (`on_nonfinite`), and the last one if a rank has received SIGTERM. Both flags
+are summed over ranks and copied to the host. On a GPU they are read two steps later, when they have arrived, so no step
+waits for the device, and all ranks read them after the same step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from packsft.step.metrics import MetricSums
+from packsft.step.sigterm import Sigterm
+
+logger = logging.getLogger("packsft")
+
+GPU_LAG = 2  # steps
+IN_A_ROW = 2  # one step whose loss is not finite may pass: a scaled loss overflows now and then
+NAMED_ROWS = 20
+
+
+@dataclass
+class _Flags:
+    """Of one step: on the host when `arrived` says so."""
+
+    step: int
+    rows: np.ndarray
+    values: Tensor
+    arrived: Any  # torch.cuda.Event or None
+
+    def read(self) -> list[float]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.values.tolist()
+
+
+class StepBoundary(Trainer):
+    """Watches every step; mixed into a trainer before its class.
+
+    The trainer sets `_sums`, calls `_start_watching` before training and `_check_finite` before it saves.
+
+    Attributes:
+        skipped_steps: steps that `on_nonfinite="skip"` left out.
+    """
+
+    _sums: dict[str, MetricSums]
+    _sigterm: Sigterm | None = None
+
+    def _start_watching(self, on_nonfinite: str, filters_log: bool) -> None:
+        """`on_nonfinite`: "error", "skip" or "ignore". `filters_log`: `logging_nan_inf_filter`."""
+        self._on_nonfinite, self._filters_log = on_nonfinite, filters_log
+        self._step_loss: Tensor | None = None
+        self._step_rows: list[np.ndarray] = []
+        self._flags: deque[_Flags] = deque()
+        self._nonfinite: list[_Flags] = []  # the last ones in a row
+        self.skipped_steps = 0
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Adds to the parent: the flag of a step. With `filters_log`, the log takes a step's loss only if it is finite.
+
+        The last micro-batch then returns the loss of the whole step, or 0; `DeviceMetrics.log` knows how many counted.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._step_loss = loss if self._step_loss is None else self._step_loss + loss
+        self._step_rows += [batch["rows"] for batch in inputs.get("passes", [inputs]) if "rows" in batch]
+        is_last = self.accelerator.sync_gradients
+        if is_last:
+            step_loss, self._step_loss = self._step_loss, None
+            stops = self._sigterm is not None and self._sigterm.received
+            flags = torch.stack([(~torch.isfinite(step_loss)).float(), torch.full_like(step_loss, stops).float()])
+            if self.accelerator.num_processes > 1:
+                flags = self.accelerator.reduce(flags, reduction="sum")
+            self._keep(flags)
+            finite = flags[0] == 0
+            self._sums["train"].count_step(finite)
+            if self._filters_log:
+                return torch.where(finite, step_loss, 0.0)
+        return torch.zeros_like(loss) if self._filters_log else loss
+
+    def _keep(self, flags: Tensor) -> None:
+        rows, self._step_rows = np.concatenate(self._step_rows or [np.zeros(0, np.int64)]), []
+        arrived = None
+        host = flags.to("cpu", non_blocking=True)
+        if flags.device.type == "cuda":
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._flags.append(_Flags(self.state.global_step + 1, rows, host, arrived))
+
+    def _leave_out_nonfinite(self, model: nn.Module) -> None:
+        """With "skip": without gradients, the optimizer changes nothing."""
+        if self._on_nonfinite != "skip" or self.accelerator.scaler is not None:  # the scaler leaves such steps out
+            return
+        flags = self._flags[-1]
+        if flags.read()[0] or not self._all_finite(p.grad for p in model.parameters() if p.grad is not None):
+            model.zero_grad()
+            self.skipped_steps += 1
+            rows = _named(flags.rows)
+            logger.warning("step %d is left out: its loss or a gradient is not finite (%s)", flags.step, rows)
+
+    def _read_flags(self, lag: int) -> bool:
+        """Reads the flags of all steps but the last `lag`. Returns whether a rank wants to stop.
+
+        Raises:
+            FloatingPointError: with "error", if the losses of two steps in a row are not finite.
+        """
+        stops = False
+        while len(self._flags) > lag:
+            flags = self._flags.popleft()
+            nonfinite, wants_to_stop = flags.read()
+            stops |= bool(wants_to_stop)
+            self._nonfinite = [*self._nonfinite, flags] if nonfinite else []
+            if len(self._nonfinite) >= IN_A_ROW and self._on_nonfinite == "error":
+                first = self._nonfinite[0]
+                steps = " and ".join(str(flags.step) for flags in self._nonfinite)
+                raise FloatingPointError(
+                    f"the loss of steps {steps} is not finite. Step {first.step} took {_named(first.rows)}. No "
+                    "checkpoint was saved since; lower learning_rate or look at these rows. "
+                    'on_nonfinite="skip" leaves such steps out, "ignore" goes on'
+                )
+        return stops
+
+    def _check_finite(self, model: nn.Module) -> None:
+        """Before a save, and at the end: raises FloatingPointError for losses as above, or weights, unless "ignore"."""
+        self._read_flags(lag=0)
+        if self._on_nonfinite == "ignore":
+            return
+        weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self._all_finite(weights.values()):
+            name = next((name for name, p in weights.items() if not torch.isfinite(_local(p)).all()), "of another rank")
+            rows = f", whose loss is not finite; it took {_named(self._nonfinite[0].rows)}" if self._nonfinite else ""
+            raise FloatingPointError(
+                f"after step {self.state.global_step}{rows}, the weights {name} are not finite: nothing is saved. "
+                'on_nonfinite="ignore" saves them'
+            )
+
+    def _all_finite(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether all are, on all ranks. Reads the device once."""
+        found = [torch.isfinite(_local(tensor)).all() for tensor in tensors]
+        bad = (~torch.stack(found)).any().float() if found else torch.zeros((), device=self.args.device)
+        if self.accelerator.num_processes > 1:
+            bad = self.accelerator.reduce(bad, reduction="sum")
+        return not bad.item()
+
+
+class StepCallback(TrainerCallback):
+    """Calls a `StepBoundary` between the backward and the optimizer, and after each step."""
+
+    def __init__(self, trainer: StepBoundary) -> None:
+        self._trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._trainer._leave_out_nonfinite(model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer._read_flags(GPU_LAG if args.device.type == "cuda" else 0):
+            logger.warning("SIGTERM: saving a checkpoint at step %d, then this process ends", state.global_step)
+            assert self._trainer._sigterm is not None
+            self._trainer._sigterm.receive()  # on all ranks
+            control.should_training_stop = control.should_save = True
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's shard."""
+    tensor = getattr(tensor, "ds_tensor", tensor)
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _named(rows: np.ndarray) -> str:
+    rows = np.unique(rows[rows >= 0])
+    if not len(rows):
+        return "rows without numbers"
+    more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
+    return f"rows {', '.join(map(str, rows[:NAMED_ROWS]))}{more} of the training set"

@@ -1,0 +1,254 @@
+"""A run that resumes is the same run: what may change does so exactly, and what may not is named before a step."""
+
+import logging
+
+import pytest
+import torch
+from runs import losses, trainer
+from tiny import tiny_model, tiny_tokenizer, token_rows
+
+SAVES = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2, "per_device_train_batch_size": 4}
+
+
+def begun(tmp_path, **options):
+    """A whole run with its checkpoints."""
+    ours = trainer(tmp_path, **SAVES | options)
+    ours.train()
+    return ours
+
+
+def resumed(tmp_path, checkpoint=None, **options):
+    ours = trainer(tmp_path, **SAVES | options)
+    ours.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{checkpoint}") if checkpoint else True)
+    return ours
+
+
+def assert_same(ours, theirs, rel=0.0):
+    assert losses(ours) == pytest.approx(losses(theirs), rel=rel)
+    for one, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=rel, atol=rel)
+
+
+# ---- what may not change ----
+
+OTHER_LABELS = token_rows(24).map(lambda row: {"labels": [-100, *row["labels"][1:-1], -100]})
+SAME_LENGTHS = token_rows(24).map(
+    lambda row: {key: [(i + 1) % 24 for i in row[key]] for key in ("input_ids", "labels")}
+)
+CHANGES = {
+    "tokens": ({"train_dataset": SAME_LENGTHS}, r"training set, tokens and labels: '?\w{12}\.\.\. -> \w{12}\.\.\."),
+    "labels": ({"train_dataset": OTHER_LABELS}, "training set, tokens and labels"),
+    "order": ({"train_dataset": token_rows(24).select([1, 0, *range(2, 24)])}, "training set, tokens and labels"),
+    "more rows": ({"train_dataset": token_rows(25)}, "training set, rows: 24 -> 25"),
+    "max_length": ({"max_length": 16}, "max_length: 32 -> 16"),
+    "strategy": ({"packing_strategy": "bfd"}, "packing_strategy: 'step' -> 'bfd'"),
+    "no packing": ({"packing": False}, "packing: True -> False"),
+    "seed": ({"seed": 7}, "seed: 42 -> 7"),
+    "overlong": ({"overlong": "drop"}, "overlong: 'truncate' -> 'drop'"),
+    "truncation": ({"truncation_mode": "keep_end"}, "truncation_mode: 'keep_start' -> 'keep_end'"),
+    "loss": ({"loss_normalization": "example"}, "loss_normalization: 'token' -> 'example'"),
+    "total batch": ({"per_device_train_batch_size": 8}, "total batch: 4 -> 8"),
+    "sampling": ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy: 'random' -> 'sequential'"),
+    "learning rate": ({"learning_rate": 1e-3}, r"learning_rate: 0.01 -> 0.001\n.*keeps the value of the checkpoint"),
+    "schedule": ({"lr_scheduler_type": "linear"}, "lr_scheduler_type: 'constant' -> 'linear'"),
+    "model": ({"model": tiny_model(num_hidden_layers=1)}, "model, parameters: "),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, begun(folder)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_the_training_is_named_before_a_step(change, whole, tmp_path):
+    options, message = CHANGES[change]
+    ours = trainer(tmp_path, **SAVES | options)
+    with pytest.raises(ValueError, match=message):
+        ours.train(resume_from_checkpoint=str(whole[0] / "checkpoint-4"))
+    assert ours.state.global_step == 0
+
+
+def test_another_vocabulary_or_template_is_named(whole, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template += " "
+    tokenizer.add_tokens(["more"])
+    ours = trainer(tmp_path, processing_class=tokenizer, **SAVES)
+    with pytest.raises(ValueError, match=r"chat_template: \w+\.\.\. -> \w+\.\.\.") as refused:
+        ours.train(resume_from_checkpoint=str(whole[0] / "checkpoint-4"))
+    assert "tokenizer: " in str(refused.value)
+
+
+def test_a_change_may_go_on_with_a_warning(whole, tmp_path, caplog):
+    ours = trainer(tmp_path, on_changed="warn", max_length=16, **SAVES)
+    with caplog.at_level(logging.WARNING, "packsft"):
+        ours.train(resume_from_checkpoint=str(whole[0] / "checkpoint-4"))
+    assert "max_length: 32 -> 16" in caplog.text
+    assert ours.state.global_step == 12
+
+
+def test_another_adapter_is_named(tmp_path):
+    from peft import LoraConfig
+
+    begun(tmp_path, peft_config=LoraConfig(r=4, target_modules=["q_proj"]), max_steps=2)
+    with pytest.raises(ValueError, match="peft_config, default, lora_alpha: 8 -> 16"):
+        resumed(tmp_path, peft_config=LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj"]), max_steps=4)
+
+
+# ---- what may change ----
+
+FREE = {
+    "tokens_per_pass": {"tokens_per_pass": 8},
+    "batch and accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "workers": {"dataloader_num_workers": 2},
+    "logging": {"logging_steps": 3},
+    "saving": {"save_steps": 5, "save_total_limit": 1},
+    "evaluation": {"eval_dataset": token_rows(4, seed=3), "eval_strategy": "steps", "eval_steps": 3},
+    "more epochs": {"num_train_epochs": 3},
+}
+
+
+@pytest.mark.parametrize("change", FREE)
+def test_what_changes_no_training_changes_without_a_word(change, whole, tmp_path, caplog):
+    ours = trainer(tmp_path, **SAVES | FREE[change])
+    with caplog.at_level(logging.WARNING):
+        caplog.clear()
+        ours.train(resume_from_checkpoint=str(whole[0] / "checkpoint-4"))
+    said = [record.getMessage() for record in caplog.records if not record.getMessage().startswith("packsft\n")]
+    assert said == []
+    for one, other in zip(ours.model.parameters(), whole[1].model.parameters(), strict=True):
+        if change != "more epochs":
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    by_step = {entry["step"]: entry["loss"] for entry in whole[1].state.log_history if "loss" in entry}
+    for entry in ours.state.log_history:
+        if "loss" in entry and entry["step"] > 4 and entry["step"] <= 12 and change != "logging":
+            assert entry["loss"] == pytest.approx(by_step[entry["step"]], rel=1e-5)
+    if change == "logging":
+        assert [entry["step"] for entry in ours.state.log_history if "loss" in entry] == [1, 2, 3, 4, 6, 9, 12]
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped", "none"])
+@pytest.mark.parametrize("sizes", [(2, 2), (4, 1), (1, 4)], ids=str)
+def test_packs_are_taken_once_when_batch_and_accumulation_change(strategy, sizes, tmp_path):
+    batch, accumulation = sizes
+    options = {"packing": strategy != "none", "max_length": 12, "num_train_epochs": 3}
+    if strategy != "none":
+        options["packing_strategy"] = strategy
+    whole = begun(tmp_path, **options | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2})
+    middle = whole.state.max_steps // 3 + 1  # in the second epoch, which has other packs
+    checkpoint = middle + middle % 2
+    changed = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    ours = resumed(tmp_path, checkpoint, **options | changed)
+    assert_same(ours, whole, rel=1e-5)
+    assert len(losses(ours)) == whole.state.max_steps
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_groups_of_a_length_are_found_again_in_the_second_epoch(family, tmp_path):
+    options = {"train_sampling_strategy": "group_by_length"}
+    if family == "gpt2":
+        options["model"] = tiny_model("gpt2", resid_pdrop=0.1)
+    whole = begun(tmp_path, **options)
+    if family == "gpt2":
+        options["model"] = tiny_model("gpt2", resid_pdrop=0.1)
+    assert_same(resumed(tmp_path, 8, **options), whole)
+
+
+# ---- state ----
+
+
+def logged(ours, key):
+    return [entry[key] for entry in ours.state.log_history if key in entry]
+
+
+def test_the_count_of_tokens_goes_on(whole, tmp_path):
+    ours = trainer(tmp_path, **SAVES)
+    ours.train(resume_from_checkpoint=str(whole[0] / "checkpoint-4"))
+    assert logged(ours, "num_tokens") == logged(whole[1], "num_tokens")
+    ours = trainer(tmp_path, **SAVES, logging_steps=5)  # counted, but not logged when the checkpoint was saved
+    ours.train()
+    again = trainer(tmp_path, **SAVES, logging_steps=5)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert logged(again, "num_tokens") == logged(ours, "num_tokens")
+    assert logged(ours, "num_tokens")[-1] == 2 * sum(map(len, token_rows(24)["input_ids"]))
+
+
+def test_rotary_embeddings_that_grow_have_grown(tmp_path):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    rows = token_rows(24, max_length=30)
+    options = {"train_dataset": rows, "num_train_epochs": 1, "save_steps": 1}
+
+    def model():
+        return tiny_model(max_position_embeddings=4, rope_parameters=rope)
+
+    whole = begun(tmp_path, model=model(), **options)
+    assert int(whole.model.model.rotary_emb.max_seq_len_cached) > 20
+    for checkpoint in (2, 4):
+        assert_same(resumed(tmp_path, checkpoint, model=model(), **options), whole)
+
+
+def test_a_finished_run_trains_no_further_step(tmp_path, caplog):
+    for rows in (token_rows(24), token_rows(24).to_iterable_dataset()):
+        begun(tmp_path, train_dataset=rows, max_steps=8)
+        with caplog.at_level(logging.WARNING, "packsft"):
+            ours = resumed(tmp_path, 8, train_dataset=rows, max_steps=8)
+        assert ours.state.global_step == 8
+        assert "checkpoint-8 is at step 8 of 8: the run is finished" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("strategy", ["step", "bfd", "none"])
+def test_a_stream_goes_on_in_its_second_pass(strategy, workers, tmp_path):
+    rows = token_rows(24).to_iterable_dataset(num_shards=2)
+    options = {"train_dataset": rows, "max_steps": 10, "dataloader_num_workers": workers, "max_length": 24}
+    options |= {"packing": False} if strategy == "none" else {"packing_strategy": strategy}
+    if strategy == "bfd":
+        options["per_device_train_batch_size"] = 2
+    whole = begun(tmp_path, **options)
+    for checkpoint in (4, 8):
+        assert_same(resumed(tmp_path, checkpoint, **options), whole)
+
+
+def test_a_stream_read_by_other_workers_is_refused(tmp_path):
+    options = {"train_dataset": token_rows(24).to_iterable_dataset(num_shards=2), "max_steps": 6}
+    begun(tmp_path, **options)
+    assert_same(resumed(tmp_path, 4, **options, dataloader_num_workers=1), resumed(tmp_path, 4, **options))
+    with pytest.raises(ValueError, match="stream, workers that read: 1 -> 2"):
+        resumed(tmp_path, 4, **options, dataloader_num_workers=2)
+
+
+def test_a_stream_that_gave_other_rows_is_named_before_a_step(tmp_path):
+    begun(tmp_path, train_dataset=token_rows(40).to_iterable_dataset(), max_steps=6)
+    changed = token_rows(40).to_list()
+    changed[1] = {key: [3 if i == 4 else i for i in values] for key, values in changed[2].items()}
+    from datasets import Dataset
+
+    rows = Dataset.from_list(changed).to_iterable_dataset()
+    with pytest.raises(ValueError, match=r"rows read so far: \w+\.\.\. -> \w+\.\.\."):
+        resumed(tmp_path, 4, train_dataset=rows, max_steps=6)
+
+
+def test_only_the_model_is_resumed_if_asked(tmp_path):
+    whole = begun(tmp_path, save_only_model=True, lr_scheduler_type="linear")
+    with pytest.raises(
+        ValueError, match=r"checkpoint-12 lacks the state of optimizer, scheduler, random .*resume_only_"
+    ):
+        resumed(tmp_path, save_only_model=True, lr_scheduler_type="linear")
+    ours = resumed(tmp_path, 4, resume_only_model=True, lr_scheduler_type="linear")
+    assert ours.state.global_step == 12
+    assert logged(ours, "learning_rate") == logged(whole, "learning_rate")  # the schedule goes on
+    assert losses(ours)[4] == pytest.approx(losses(whole)[4], rel=1e-6)  # the weights and the examples are those
+
+
+def test_a_checkpoint_of_trl_is_resumed_and_said_to_be_unchecked(tmp_path, caplog):
+    from trl import SFTConfig, SFTTrainer
+
+    args = SFTConfig(
+        str(tmp_path), save_strategy="steps", save_steps=2, max_steps=4, report_to="none", use_cpu=True, bf16=False
+    )
+    SFTTrainer(tiny_model(), args, train_dataset=token_rows(24), processing_class=tiny_tokenizer()).train()
+    with caplog.at_level(logging.WARNING, "packsft"):
+        ours = resumed(tmp_path, max_steps=6)
+    assert ours.state.global_step == 6
+    assert "checkpoint-4 does not record its data and settings" in caplog.text
