@@ -43,6 +43,7 @@ PRIVATE = {
     "_load_optimizer_and_scheduler": "`resume_only_model`; an argument of `train`",
     "_load_scaler": "the same",
     "_load_rng_state": "the same",
+    "_load_from_checkpoint": "weights that PEFT does not save whole; an AdaLoRA that can be resumed",
     "_issue_warnings_after_load": "weights that a checkpoint lacks; an error instead of a warning",
     "_save_checkpoint": "whole checkpoints; a method that saves into a given folder",
     "_get_output_dir": "the same",

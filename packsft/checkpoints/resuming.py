@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
 from packsft import compat
@@ -137,6 +138,7 @@ class WholeCheckpoints(Trainer):
                 epochs = record["stream"]["epoch"]
                 steps = record["stream"]["steps"] * self.args.gradient_accumulation_steps
             load_model_state(self.model, self._resumed_state)
+            self._resume_callbacks()
             if self.state.global_step >= max_steps:
                 logger.warning(
                     "%s is at step %d of %d: the run is finished", self._resumed, self.state.global_step, max_steps
@@ -148,6 +150,20 @@ class WholeCheckpoints(Trainer):
             self.state.global_step - steps // self.args.gradient_accumulation_steps,
         )
         return epochs, steps
+
+    def _resume_callbacks(self) -> None:
+        """What callbacks have counted (the patience of early stopping) goes on; their arguments are the new ones."""
+        saved = {
+            name: state if isinstance(state, list) else [state] for name, state in self.state.stateful_callbacks.items()
+        }
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState) and saved.get(type(callback).__name__):
+                vars(callback).update(saved[type(callback).__name__].pop(0)["attributes"])
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Adds to the parent: not AdaLoRA's weights, see `state.py`."""
+        if "adalora" not in self._resumed_state:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _given_to_this_rank(self, given: list[dict[str, str]]) -> dict[int, str]:
         """Of what a stream gave each rank; empty if it now gives other shares."""

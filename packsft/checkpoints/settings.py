@@ -56,6 +56,7 @@ def settings_of(
         "chat_template": _digest(json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True)),
         "model": {
             "class": type(getattr(model, "get_base_model", lambda: model)()).__name__,
+            "dtypes": sorted({str(p.dtype) for p in parameters}),
             "parameters": sum(sizes),
             "trainable parameters": sum(size for p, size in zip(parameters, sizes, strict=True) if p.requires_grad),
         },

@@ -1,15 +1,17 @@
 """State of a model that its weights do not hold, and that the next steps depend on.
 
 - Rotary embeddings of type "dynamic" grow with the longest document seen.
-- AdaLoRA's rank allocator averages the importance of each rank over the steps.
+- AdaLoRA's rank allocator averages the importance of each rank over the steps. PEFT saves it not at all, and of the
+  weights only the ranks in use, which no longer fit the adapter that is trained (PEFT 0.21).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 FILE = "packsft_state.pt"
 
@@ -21,13 +23,18 @@ def model_state(model: nn.Module) -> dict[str, Any]:
         state["rope"] = ropes
     allocator: Any = getattr(getattr(model, "base_model", None), "rankallocator", None)
     if allocator is not None:
-        state["adalora"] = {
-            kind: {name: value.cpu() for name, value in getattr(allocator, kind).items()} for kind in _ADALORA
+        state["adalora"] = {kind: _on_cpu(getattr(allocator, kind)) for kind in _ADALORA} | {
+            "weights": _on_cpu({name: p.detach() for name, p in model.named_parameters() if p.requires_grad}),
+            "rank_pattern": allocator.peft_config.rank_pattern,
         }
     return state
 
 
 _ADALORA = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
@@ -39,9 +46,15 @@ def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
                 _grow(modules[name], layer_type, length)
     if "adalora" in state:
         base_model: Any = model.base_model
-        devices = {name: parameter.device for name, parameter in model.named_parameters()}
-        for kind, values in state["adalora"].items():
-            setattr(base_model.rankallocator, kind, {name: value.to(devices[name]) for name, value in values.items()})
+        saved, parameters = state["adalora"], dict(model.named_parameters())
+        devices = {name: parameter.device for name, parameter in base_model.model.named_parameters()}
+        for kind in _ADALORA:
+            values = {name: value.to(devices[name]) for name, value in saved[kind].items()}
+            setattr(base_model.rankallocator, kind, values)
+        base_model.rankallocator.peft_config.rank_pattern = saved["rank_pattern"]
+        with torch.no_grad():
+            for name, weight in saved["weights"].items():
+                parameters[name].copy_(weight)
 
 
 def _ropes(model: nn.Module) -> list[tuple[str, nn.Module]]:

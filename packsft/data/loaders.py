@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,13 +24,14 @@ from packsft.data.streams import PackedStream
 class PackedLoaders(Trainer):
     """The loaders of a trainer whose data sets may be packed; mixed into a trainer before its class.
 
-    The trainer sets `_passes`, which holds the limit of tokens per pass.
+    The trainer sets `_passes`, which holds the limit of tokens per pass, and `_tokens_in_evaluation`, a lower one.
 
     Attributes:
         _order: what the order of the training set depends on, beside the seed; kept in checkpoints.
     """
 
     _passes: Any
+    _tokens_in_evaluation: int
     _order: dict[str, Any]
 
     def get_train_dataloader(self) -> DataLoader:
@@ -63,6 +65,7 @@ class PackedLoaders(Trainer):
         return self._loader(test_dataset, self.args.eval_batch_size)
 
     def _loader(self, dataset: PackedDataset | PackedStream, batch_size: int, training: bool = False) -> DataLoader:
+        tokens_per_pass = self._passes.tokens_per_pass
         return packed_loader(
             dataset,
             batch_size,
@@ -71,7 +74,7 @@ class PackedLoaders(Trainer):
             args=self.args,
             accelerator=self.accelerator,
             collator=self.data_collator,
-            tokens_per_pass=self._passes.tokens_per_pass,
+            tokens_per_pass=tokens_per_pass if training else min(tokens_per_pass, self._tokens_in_evaluation),
         )
 
 
@@ -120,9 +123,10 @@ def packed_loader(
         if not isinstance(sampler, BatchRebalanceSampler):
             whole = batch_size * (1 if args.accelerator_config.split_batches else ranks_of_batches.size)
             options = {"batch_sampler": RankBatches(sampler, whole, ranks_of_batches, args.dataloader_drop_last)}
-    if training and not isinstance(source, IterableDataset):
+    if training:
         options["worker_init_fn"] = functools.partial(
-            seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
+            _start_worker,
+            seed=None if isinstance(source, IterableDataset) else (args.dataloader_num_workers, args.process_index),
         )
     loader = DataLoader(
         source,
@@ -133,6 +137,7 @@ def packed_loader(
         multiprocessing_context=args.dataloader_multiprocessing_context,
         prefetch_factor=args.dataloader_prefetch_factor,
         in_order=args.dataloader_in_order,
+        generator=None if training else torch.Generator(),  # whether a run evaluates changes no random number of it
         **options,
     )
     return prepare_data_loader(  # as `accelerator.prepare`, without sharding: each rank already has its share
@@ -146,6 +151,13 @@ def packed_loader(
         non_blocking=accelerator.non_blocking,
         use_stateful_dataloader=accelerator.use_stateful_dataloader,
     )
+
+
+def _start_worker(worker: int, seed: tuple[int, int] | None) -> None:
+    """Leaves SIGTERM to the training process, which may save a checkpoint first, and ends its workers itself."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if seed is not None:
+        seed_worker(worker, *seed)
 
 
 def _sampler(

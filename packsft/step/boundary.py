@@ -75,8 +75,9 @@ class StepBoundary(Trainer):
         is_last = self.accelerator.sync_gradients
         if is_last:
             step_loss, self._step_loss = self._step_loss, None
-            stops = self._sigterm is not None and self._sigterm.received
-            flags = torch.stack([(~torch.isfinite(step_loss)).float(), torch.full_like(step_loss, stops).float()])
+            flags = torch.stack(
+                [(~torch.isfinite(step_loss)).float(), torch.full_like(step_loss, self._has_sigterm).float()]
+            )
             if self.accelerator.num_processes > 1:
                 flags = self.accelerator.reduce(flags, reduction="sum")
             self._keep(flags)
@@ -85,6 +86,10 @@ class StepBoundary(Trainer):
             if self._filters_log:
                 return torch.where(finite, step_loss, 0.0)
         return torch.zeros_like(loss) if self._filters_log else loss
+
+    @property
+    def _has_sigterm(self) -> bool:
+        return self._sigterm is not None and self._sigterm.received
 
     def _keep(self, flags: Tensor) -> None:
         rows, self._step_rows = np.concatenate(self._step_rows or [np.zeros(0, np.int64)]), []
@@ -112,7 +117,7 @@ class StepBoundary(Trainer):
         Raises:
             FloatingPointError: with "error", if the losses of two steps in a row are not finite.
         """
-        stops = False
+        stops = self.accelerator.num_processes == 1 and self._has_sigterm
         while len(self._flags) > lag:
             flags = self._flags.popleft()
             nonfinite, wants_to_stop = flags.read()

@@ -8,17 +8,19 @@ that reads a batch (token counts, evaluation) reads its passes.
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from packsft import compat
 from packsft.data.collator import join_passes
 from packsft.data.document import IGNORE_INDEX
+from packsft.data.steps import StepDataset, StepStream
 from packsft.step.metrics import MetricSums
 from packsft.step.passes import PassWalker
 
@@ -33,6 +35,8 @@ class ExactSteps(Trainer):
 
     _passes: PassWalker
     _sums: dict[str, MetricSums]
+    _evaluated_steps: StepDataset | StepStream | None = None
+    _tokens_in_evaluation: int = sys.maxsize  # per pass
     _configured_batch: dict[str, int] = {}  # noqa: RUF012 (replaced, never changed)
 
     def _make_walker(self, tokens_per_pass: int | str, max_length: int) -> PassWalker:
@@ -99,18 +103,36 @@ class ExactSteps(Trainer):
         for batch in inputs.get("passes", [inputs]):
             super()._track_num_input_tokens(batch | {"attention_mask": torch.tensor(batch["num_tokens"])})
 
+    def evaluation_loop(self, dataloader: Any, *positional: Any, **named: Any) -> EvalLoopOutput:
+        """Adds to the parent: who plans the steps."""
+        dataset = dataloader.dataset
+        self._evaluated_steps = dataset if isinstance(dataset, (StepDataset, StepStream)) else None
+        return super().evaluation_loop(dataloader, *positional, **named)
+
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Adds to the parent: the outputs of the passes, joined."""
-        passes = inputs.get("passes", [inputs])
-        outputs = [
-            super(ExactSteps, self).prediction_step(model, batch, prediction_loss_only, ignore_keys) for batch in passes
-        ]
-        if len(outputs) == 1:
-            return outputs[0]
-        losses, all_logits, all_labels = zip(*outputs, strict=True)
-        items = [batch["num_items"] for batch in passes]
+        """Adds to the parent: the outputs of the passes, joined; smaller passes if memory is short, as in training."""
+
+        def predict(passes: list[dict[str, Any]]) -> list[tuple[float, Any]]:
+            def one(batch: dict[str, Any]) -> Any:
+                return super(ExactSteps, self).prediction_step(model, batch, prediction_loss_only, ignore_keys)
+
+            return [(batch["num_items"], one(batch)) for batch in passes]
+
+        def undo() -> None:
+            self._sums["eval"] = before
+
+        if "passes" not in inputs or self._evaluated_steps is None:
+            outputs = predict(inputs.get("passes", [inputs]))
+        else:
+            before = self._sums["eval"].copy()
+            outputs = self._passes.retry(inputs, self._evaluated_steps, predict, undo)
+            self._tokens_in_evaluation = self._evaluated_steps.tokens_per_pass
+        items, parts = zip(*outputs, strict=True)
+        if len(parts) == 1:
+            return parts[0]
+        losses, all_logits, all_labels = zip(*parts, strict=True)
         loss = sum(loss * count for loss, count in zip(losses, items, strict=True)) / (sum(items) or 1)
         if prediction_loss_only:
             return loss, None, None

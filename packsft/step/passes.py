@@ -94,30 +94,52 @@ class PassWalker:
         if self._fits:
             self._fits = False
             self.tokens_per_pass = self._measured(model, self.steps)
-        while True:
-            if step["tokens_per_pass"] != self.tokens_per_pass:  # planned ahead, with another limit
-                step = self._collate([self.steps.step(step["examples"])])
-            passes = step["passes"]
+
+        def run(passes: list[dict[str, Any]]) -> Tensor:
             self._begin(len(passes))
+            losses = [self._run(model, batch, num_items, batch is passes[-1]) for batch in passes]
+            return torch.stack(losses).sum()
+
+        def undo() -> None:
+            self._undo()
+            model.zero_grad()
+
+        loss = self.retry(step, self.steps, run, undo)
+        self._tokens_per_pass = self.steps.tokens_per_pass
+        return loss
+
+    def retry(
+        self,
+        step: dict[str, Any],
+        steps: Steps,
+        run: Callable[[list[dict[str, Any]]], Any],
+        undo: Callable[[], None],
+    ) -> Any:
+        """`run` on the passes of a step that `steps` planned; if memory runs out, `undo`, and again in smaller passes.
+
+        The limit of `steps` becomes smaller. Raises as `walk` does.
+        """
+        while True:
+            if step["tokens_per_pass"] != steps.tokens_per_pass:  # planned ahead, with another limit
+                step = self._collate([steps.step(step["examples"])])
+            passes = step["passes"]
             try:
-                losses = [self._run(model, batch, num_items, batch is passes[-1]) for batch in passes]
-                return torch.stack(losses).sum()
+                return run(passes)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                smaller = self._smaller(passes, error)
+                smaller = self._smaller(passes, steps.tokens_per_pass, error)
             # here, outside the except block, the exception no longer keeps the activations alive
-            self._undo()
-            model.zero_grad()
+            undo()
             release_memory()
-            self.tokens_per_pass = smaller
+            steps.tokens_per_pass = smaller
 
-    def _smaller(self, passes: list[dict[str, Any]], error: RuntimeError) -> int:
+    def _smaller(self, passes: list[dict[str, Any]], tokens_per_pass: int, error: RuntimeError) -> int:
         """Half the tokens of the fullest pass that holds more than one document."""
         divisible = [batch["input_ids"].numel() for batch in passes if batch["num_documents"] > 1]
         most = max(divisible, default=0)
         smaller = max(1, most // 2)
-        if not divisible or smaller >= self.tokens_per_pass:  # one document and its padding
+        if not divisible or smaller >= tokens_per_pass:  # one document and its padding
             most = max(batch["input_ids"].numel() for batch in passes)
             raise torch.OutOfMemoryError(
                 f"a document of {most:,} tokens is too much for the device's memory, even alone: set "
@@ -129,8 +151,8 @@ class PassWalker:
                 f"the other ranks cannot wait for it: set tokens_per_pass={smaller} ({error})"
             ) from None
         logger.warning(
-            "out of memory in a pass of %d tokens: the step runs again, and training continues, with at most %d tokens "
-            "per pass; the training does not change", most, smaller,
+            "out of memory in a pass of %d tokens: the step runs again, and the run continues, with at most %d tokens "
+            "per pass; the result does not change", most, smaller,
         )  # fmt: skip
         return smaller
 

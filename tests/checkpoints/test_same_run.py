@@ -252,3 +252,49 @@ def test_a_checkpoint_of_trl_is_resumed_and_said_to_be_unchecked(tmp_path, caplo
         ours = resumed(tmp_path, max_steps=6)
     assert ours.state.global_step == 6
     assert "checkpoint-4 does not record its data and settings" in caplog.text
+
+
+def test_dropout_draws_the_same_whatever_is_evaluated_saved_or_logged(tmp_path):
+    def model():
+        return tiny_model("gpt2", resid_pdrop=0.1)
+
+    whole = begun(tmp_path, model=model())
+    rows = token_rows(4, seed=3)
+    for workers in (0, 1):
+        changed = {"eval_dataset": rows, "eval_strategy": "steps", "eval_steps": 3, "save_steps": 3, "logging_steps": 1}
+        assert_same(resumed(tmp_path, 4, model=model(), dataloader_num_workers=workers, **changed), whole)
+
+
+def test_the_patience_of_early_stopping_is_not_renewed(tmp_path):
+    from transformers import EarlyStoppingCallback
+
+    def options():
+        return {
+            "callbacks": [EarlyStoppingCallback(early_stopping_patience=4)], "eval_dataset": token_rows(4, seed=3),
+            "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "metric_for_best_model": "eval_loss",
+            "load_best_model_at_end": True, "learning_rate": 0.0,
+        }  # fmt: skip
+
+    whole = begun(tmp_path, **options())  # no evaluation is better than the first
+    assert whole.state.global_step == 5
+    assert resumed(tmp_path, 3, **options()).state.global_step == 5
+
+
+def test_adalora_goes_on_with_the_ranks_that_it_has_measured(tmp_path):
+    from peft import AdaLoraConfig
+    from transformers import TrainerCallback
+
+    class Allocates(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            model.base_model.update_and_allocate(state.global_step)
+
+    def options():
+        config = AdaLoraConfig(
+            init_r=4, target_r=2, tinit=1, tfinal=2, deltaT=2, total_step=12, target_modules=["q_proj"]
+        )
+        return {"peft_config": config, "callbacks": [Allocates()]}
+
+    whole = begun(tmp_path, **options())
+    assert whole.model.peft_config["default"].rank_pattern
+    for checkpoint in (2, 6, 10):  # before the first allocation, between two, and after the last
+        assert_same(resumed(tmp_path, checkpoint, **options()), whole)

@@ -10,6 +10,7 @@ Answer: `exit` codes by rank, `error`, and what the run left in `folder/result.j
 
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -89,7 +90,8 @@ class Killer(TrainerCallback):
         if state.global_step == self.kill.get("step"):
             die()
         if state.global_step == self.kill.get("signal"):
-            os.kill(os.getpid(), signal.SIGTERM)
+            for process in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
+                os.kill(process, signal.SIGTERM)
 
 
 def train(job, rank):

@@ -281,13 +281,42 @@ def test_a_step_out_of_memory_is_taken_again_with_half_losing_nothing(number, wo
             assert key not in our or our[key] == pytest.approx(their[key], rel=1e-9)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("stream", [False, True], ids=["map", "stream"])
+def test_an_evaluation_out_of_memory_is_taken_again_too(stream, workers, tmp_path, monkeypatch, caplog):
+    rows = token_rows(20, seed=5)
+    settings = {"per_device_eval_batch_size": 8, "tokens_per_pass": 24, "dataloader_num_workers": workers}
+    ours = trainer(tmp_path, eval_dataset=rows.to_iterable_dataset() if stream else rows, **settings)
+    expected, predicted = ours.evaluate(), None if stream else ours.predict(ours.eval_dataset)
+    compute_loss, seen = PackedSFTTrainer.compute_loss, []
+
+    def compute(self, model, inputs, *args, **kwargs):
+        seen.append(inputs["num_tokens"])
+        result = compute_loss(self, model, inputs, *args, **kwargs)
+        if len(seen) > 2 and inputs["num_tokens"] > 12:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return result
+
+    monkeypatch.setattr(PackedSFTTrainer, "compute_loss", compute)
+    again = ours.evaluate()
+    assert "the step runs again" in caplog.text
+    for key in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy", "eval_num_tokens"):
+        assert again[key] == pytest.approx(expected[key], rel=1e-6)
+    assert ours._passes.tokens_per_pass == 24  # of training
+    seen.clear()
+    ours.evaluate()
+    assert max(seen) <= 12  # the smaller limit is kept
+    if predicted is not None:
+        assert (ours.predict(ours.eval_dataset).label_ids != -100).sum() == (predicted.label_ids != -100).sum()
+
+
 def test_out_of_memory_on_one_of_several_ranks_names_what_to_set(tmp_path, monkeypatch):
     # the rank whose pass of five short documents is too much says so, however long another rank's document
     ours = trainer(tmp_path)
     monkeypatch.setattr(type(ours.accelerator), "num_processes", 2)
     passes = [ours.data_collator([{"input_ids": [3] * 5, "labels": [3] * 5}] * count) for count in (1, 5)]
     with pytest.raises(torch.OutOfMemoryError, match=r"a pass of 25 tokens .* rank 0.* set tokens_per_pass=12"):
-        ours._passes._smaller(passes, torch.OutOfMemoryError("CUDA out of memory."))
+        ours._passes._smaller(passes, 32, torch.OutOfMemoryError("CUDA out of memory."))
 
 
 def test_other_errors_of_a_pass_are_not_taken_for_memory(tmp_path, monkeypatch):
