@@ -31,7 +31,7 @@ from packsft.checkpoints.folders import (
     rotate,
     why_not_whole,
 )
-from packsft.checkpoints.settings import OF_THE_OPTIMIZER, differences, settings_of
+from packsft.checkpoints.settings import OF_THE_OPTIMIZER, differences, rows_of, settings_of
 from packsft.checkpoints.state import FILE, load_model_state, model_state
 from packsft.data.ranks import Ranks
 from packsft.data.streams import PackedStream
@@ -98,7 +98,7 @@ class WholeCheckpoints(Trainer):
                 "%s does not record its data and settings: whether this is the same run is not checked", checkpoint
             )
             return
-        if changed := differences(saved, self._settings):
+        if changed := differences(saved, self._settings | {"training set": rows_of(self.train_dataset)}):
             self._say_changed(checkpoint, changed)
 
     def _say_changed(self, checkpoint: Path, changed: dict[str, str]) -> None:
@@ -205,10 +205,14 @@ class WholeCheckpoints(Trainer):
         state = self.model.state_dict()
         loaded = {state[name].data_ptr() for name in state.keys() - set(load_result.missing_keys)}
         missing = [name for name in load_result.missing_keys if state[name].data_ptr() not in loaded]
-        for names, what in ((missing, "lacks"), (load_result.unexpected_keys, "has more than")):
+        model = type(self.model).__name__
+        for names, what in (
+            (missing, f"lacks weights of {model}"),
+            (load_result.unexpected_keys, f"holds weights that {model} does not have"),
+        ):
             if names:
                 few = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-                raise ValueError(f"the checkpoint {what} the weights of {type(self.model).__name__}: {few}")
+                raise ValueError(f"the checkpoint {what}: {few}")
 
     # ---- saving ----
 
@@ -233,7 +237,7 @@ class WholeCheckpoints(Trainer):
         self.accelerator.wait_for_everyone()
         record = {
             **self._record(),
-            "settings": self._settings,
+            "settings": self._settings | {"training set": rows_of(self.train_dataset)},
             "num_tokens": self._total_train_tokens + pending,
             "stream": {
                 "epoch": self._epoch,

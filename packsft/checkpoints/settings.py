@@ -34,7 +34,7 @@ _OF_PEFT = ("base_model_name_or_path", "revision", "inference_mode", "auto_mappi
 def settings_of(
     args: Any, model: nn.Module, tokenizer: Any, dataset: Any, total_batch: int, ranks: Ranks
 ) -> dict[str, Any]:
-    """By name, in JSON's types; a digest is SHA-256 in hex.
+    """By name, in JSON's types, without the rows (`rows_of`); a digest is SHA-256 in hex.
 
     Args:
         args: an `SFTConfig`.
@@ -64,8 +64,7 @@ def settings_of(
             name: {key: value for key, value in config.to_dict().items() if key not in _OF_PEFT}
             for name, config in getattr(model, "peft_config", {}).items()
         },
-        "training set": rows_of(dataset),
-    }  # fmt: skip
+    }
     if isinstance(dataset, PackedStream):
         settings["stream"] = dataset.reading(args.dataloader_num_workers, args.per_device_train_batch_size, ranks)
     return json.loads(json.dumps(settings, default=_as_json, sort_keys=True))

@@ -94,8 +94,9 @@ class StepBoundary(Trainer):
     def _keep(self, flags: Tensor) -> None:
         rows, self._step_rows = np.concatenate(self._step_rows or [np.zeros(0, np.int64)]), []
         arrived = None
-        host = flags.to("cpu", non_blocking=True)
-        if flags.device.type == "cuda":
+        on_gpu = flags.device.type == "cuda"
+        host = flags.to("cpu", non_blocking=on_gpu)
+        if on_gpu:
             arrived = torch.cuda.Event()
             arrived.record()
         self._flags.append(_Flags(self.state.global_step + 1, rows, host, arrived))

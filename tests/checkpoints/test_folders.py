@@ -194,5 +194,5 @@ def test_weights_that_a_checkpoint_lacks_are_named(tmp_path):
     record = json.loads((tmp_path / "checkpoint-3" / "packsft.json").read_text())
     record["files"]["model.safetensors"] = file.stat().st_size
     (tmp_path / "checkpoint-3" / "packsft.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"lacks the weights of LlamaForCausalLM: model\.layers\.1\.mlp\.up_proj"):
+    with pytest.raises(ValueError, match=r"lacks weights of LlamaForCausalLM: model\.layers\.1\.mlp\.up_proj"):
         trainer(tmp_path, **SAVES | {"max_steps": 4}).train(resume_from_checkpoint=True)
