@@ -38,7 +38,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from packsft.app.drawing import check_matplotlib, draw_packs
-from packsft.app.json_lines import check_nesting, parse_json
+from packsft.app.json_lines import check_json, parse_json
 from packsft.app.tables import markdown, print_table
 
 if TYPE_CHECKING:
@@ -108,12 +108,9 @@ def read_jsonl(path: Path) -> Dataset:
         OSError: the file cannot be read.
     """
     rows: list[Row] = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # without a byte order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    check_nesting(path)
-    for number, line in enumerate(lines, 1):
+    check_json(path)
+    text = path.read_text(encoding="utf-8-sig")  # without a byte order mark
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -219,8 +216,11 @@ def prepare(
         model, tokenizer = load_smollm2(torch.float32)
     else:
         # float32 master weights: rounding to bfloat16 would lose a step of 1e-4.
-        model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(model_name)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(model_name)
+        except Exception as error:  # transformers raises anything about a damaged folder
+            raise ValueError(f"could not load {model_name}: {error}") from error
     if not all(_is_text(row) for row in rows[0].values()) and tokenizer.chat_template is None:
         raise ValueError(f"{data} holds messages, but the tokenizer of {model_name} has no chat template")
     if tokenizer.eos_token is None:
@@ -292,6 +292,10 @@ def prepare(
 def _check_output_dir(folder: Path) -> None:
     """Raises ValueError unless the demo can write there and replaces nothing but what it wrote itself."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"--output-dir {folder!s}: the name must be UTF-8 text to save a tokenizer there") from None
     if not nearest.is_dir():
         raise ValueError(f"--output-dir {folder}: {nearest} is a file")
     if not os.access(nearest, os.W_OK | os.X_OK):

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-MAX_NESTING = 32  # Arrow takes 64, datasets about 45; at 100,000 Arrow ends the process
+MAX_NESTING = 32  # Arrow takes 64, datasets about 45
 _STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
-def check_nesting(path: Path) -> None:
-    """Raises ValueError for the first line with lists and objects nested deeper than `MAX_NESTING`."""
-    depth = 0  # goes on over lines: a file may be one value
+def check_json(path: Path) -> None:
+    """Raises ValueError for the first line that is not UTF-8, or on which Arrow (26) ends the process.
+
+    Those are lists and objects nested 100,000 deep (we allow `MAX_NESTING`) and `null` instead of an object.
+    """
+    depth, array = 0, None  # the depth goes on over lines: a file may be one value
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+            if number == 1:
+                line = line.removeprefix(BOM_UTF8)
+            if array is None and line.strip():
+                array = line.lstrip().startswith(b"[")
+            if depth == 0 and any(part.lstrip().startswith(b"null") for part in line.split(b"\r")):
+                raise ValueError(f"{where}: a JSON null, expected an object")
             if b"\\" in line:
                 line = line.replace(b"\\\\", b"").replace(b'\\"', b"")
             outside = b"".join(line.split(b'"')[::2])  # of strings
@@ -23,8 +38,12 @@ def check_nesting(path: Path) -> None:
             if depth + opens > MAX_NESTING:  # cheap and rarely true; only now each bracket
                 deepest = max(accumulate((_STEPS.get(byte, 0) for byte in outside), initial=depth))
                 if deepest > MAX_NESTING:
-                    raise ValueError(f"{path}, line {number}: nested {deepest} deep, at most {MAX_NESTING} is allowed")
+                    raise ValueError(f"{where}: nested {deepest} deep, at most {MAX_NESTING} is allowed")
             depth = max(0, depth + opens - closes)
+    if array:
+        rows = parse_json(path.read_text(encoding="utf-8-sig"), path, 1)
+        if None in rows:
+            raise ValueError(f"{path}, row {rows.index(None)}: a JSON null, expected an object")
 
 
 def parse_json(text: str, path: Path, line: int) -> Any:

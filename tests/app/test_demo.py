@@ -181,10 +181,13 @@ def test_example_begins_with_its_prompt_in_every_form(tiny_model, form):
     assert whole[-1] == tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize("case", ["data", "model", "one example", "output", "output of others"])
+@pytest.mark.parametrize("case", ["data", "model", "damaged model", "one example", "output", "output of others"])
 def test_bad_input_is_one_line_and_code_2_and_nothing_written(tiny_model, tmp_path, capsys, case):
     data = write_jsonl(tmp_path / "rows.jsonl", [{"text": "the cat"}] * (1 if case == "one example" else 3))
     output = tmp_path / "out"
+    if case == "damaged model":
+        (tmp_path / "missing").mkdir()
+        (tmp_path / "missing" / "config.json").write_text('{"model_type": "llama", "hidden_size": "x"}')
     if case == "output":
         output.write_text("a file")
     elif case == "output of others":
@@ -192,7 +195,7 @@ def test_bad_input_is_one_line_and_code_2_and_nothing_written(tiny_model, tmp_pa
         (output / "report.md").write_text("mine")
     options = {
         "--data": tmp_path / "missing.jsonl" if case == "data" else data,
-        "--model": tmp_path / "missing" if case == "model" else tiny_model,
+        "--model": tmp_path / "missing" if "model" in case else tiny_model,
         "--output-dir": output,
     }
     before = sorted(tmp_path.iterdir())

@@ -41,7 +41,7 @@ def tokens(tmp_path) -> str:
 
 
 def write(tmp_path, text: str, name: str = "rows.jsonl") -> str:
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, errors="surrogateescape")
     return str(tmp_path / name)
 
 
@@ -243,6 +243,10 @@ BAD_FILES = {
         "line 2: nested 100001 deep",
     ),
     "lists in each other, line by line": ("rows.json", "[\n" * 10**5, "line 33: nested 33 deep, at most 32"),
+    "null for an object": ("rows.jsonl", '{"input_ids": [3]}\n null\n', "line 2: a JSON null, expected an object"),
+    "null in an array": ("rows.json", '[null, {"input_ids": [3]}]', "row 0: a JSON null, expected an object"),
+    "bytes that are no text": ("rows.jsonl", '{"text": "\udcff"}\n', "line 1: not UTF-8 text: invalid start byte"),
+    "a packed file": ("rows.jsonl", "\x1f\udc8b\x08", "line 1: not UTF-8 text: invalid start byte at byte 1"),
     "half a character": ("rows.jsonl", '{"text": "a"}\n{"text": "\\ud800"}\n', "line 2: an escape such as"),
     "text without a model": ("rows.jsonl", '{"text": "a"}\n', "needs a tokenizer: name its model with --model"),
 }
@@ -298,7 +302,22 @@ def test_a_number_out_of_range_is_argparses_error(option, values, capsys):
 
 def test_missing_file_and_unreachable_data_set_are_named(tmp_path, capsys):
     fails_with([str(tmp_path / "rows.jsonl")], "no such file or folder", capsys)
+    for name in ("", "json"):  # for which datasets reads all of the working folder
+        fails_with([name], "no such file or folder", capsys)
     fails_with(["nobody/nothing"], "nobody/nothing is neither a local file or folder nor a data set", capsys)
+
+
+def test_a_damaged_folder_is_named(tmp_path, tokenizer_folder, capsys):
+    for name, files in {
+        "saved": {"state.json": "{}", "dataset_info.json": "{}"},
+        "model": {"config.json": "[]"},
+    }.items():
+        (tmp_path / name).mkdir()
+        for file, text in files.items():
+            write(tmp_path / name, text, file)
+    fails_with([str(tmp_path / "saved")], "saved cannot be read", capsys)
+    text = write(tmp_path, '{"text": "hello"}\n')
+    fails_with([text, "--model", str(tmp_path / "model")], "could not load the tokenizer of", capsys)
 
 
 def test_tokenizer_must_have_what_the_rows_need(tmp_path, capsys):
