@@ -105,7 +105,10 @@ def _load(model: str, dtype: torch.dtype, attn: str | None) -> PreTrainedModel:
             network.set_attn_implementation(attn)
         return network
     options = {} if attn is None else {"attn_implementation": attn}
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options)
+    try:
+        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options)
+    except Exception as error:  # transformers raises anything about a damaged folder
+        raise ValueError(f"could not load {model}: {error}") from error
 
 
 if __name__ == "__main__":

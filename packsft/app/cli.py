@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shlex
@@ -17,17 +18,27 @@ from packsft.packing.segments import OVERLONG, STRATEGIES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0; 1 if a check fails; 2 for bad input, with one line `packsft: error:` and the reason."""
+    """Exit code 0; 1 if a check fails; 2 for bad input, with one line `packsft: error:` and the reason.
+
+    Under `run` and `trl` the errors and the exit code are those of the script.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["trl"]:
+        return _trl(arguments[1:])  # argparse would keep `--help` from TRL
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.command is None:
         parser.print_help()
         return 0
+    if options.command != "run" and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
     try:
-        run = {"demo": _demo, "inspect": _inspect, "check": _check, "trl": _trl, "run": _run}[options.command]
-        return run(options, sys.argv[1:] if arguments is None else arguments)
+        run = {"demo": _demo, "inspect": _inspect, "check": _check, "run": _run}[options.command]
+        return run(options, arguments)
     except (ValueError, OSError, ImportError) as error:
-        print(f"packsft: error: {' '.join(str(error).split())}", file=sys.stderr)
+        # One line, and the spaces inside of a path stay.
+        reason = " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
+        print(f"packsft: error: {reason}", file=sys.stderr)
         return 2
 
 
@@ -62,6 +73,8 @@ def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
     if options.plot is not None:
         drawing.check_matplotlib("--plot")
+        if options.plot.suffix != ".png":  # a slip, such as the data file, would be overwritten
+            raise ValueError(f"--plot {options.plot}: expected a name that ends in .png")
         if not options.plot.parent.is_dir():
             raise ValueError(f"--plot {options.plot}: there is no folder {options.plot.parent}")
     if not sys.stderr.isatty():
@@ -119,7 +132,7 @@ def _check(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         console = Console()
         print_table(console, options.model, result.rows())
         for name, text in result.facts.items():
-            console.print(f"{name}: {text}", highlight=False, markup=False)
+            console.print(f"{name}: {text}", highlight=False, markup=False, emoji=False)
     return 0 if result.holds else 1
 
 
@@ -146,17 +159,17 @@ def _check_batch_invariance(options: argparse.Namespace) -> int:
     return 0 if all(result.agrees for result in results) else 1
 
 
-def _trl(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+def _trl(arguments: Sequence[str]) -> int:
     from packsft.app.patch import run_trl
 
-    return run_trl(options.arguments)
+    return run_trl(arguments)
 
 
 def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from packsft.app.patch import run_script
 
-    run_script(options.script, options.arguments)
-    return 0
+    # Not `options.arguments`: argparse takes a `--` away.
+    return run_script(options.script, arguments[arguments.index(options.script, 1) + 1 :])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -171,10 +184,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_patched(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    trl = commands.add_parser(
-        "trl", help="run the command `trl` with packsft's trainer: packsft trl sft ...", add_help=False
-    )
-    trl.add_argument("arguments", nargs=argparse.REMAINDER)
+    commands.add_parser("trl", help="run the command `trl` with packsft's trainer: packsft trl sft ...")
     run = commands.add_parser("run", help="run a script with packsft's trainer instead of TRL's SFTTrainer")
     run.add_argument("script", help="a Python file that imports SFTTrainer from trl")
     run.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
@@ -215,7 +225,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help=f"tokens to compare with TRL on, 0 for no comparison (default: 3500, or 1000 {slow})",
     )
     demo.add_argument(
-        "--learning-rate", type=float, default=1e-4, help="peak learning rate of AdamW (default: %(default)s)"
+        "--learning-rate", type=_above_0, default=1e-4, help="peak learning rate of AdamW (default: %(default)s)"
     )
 
 
@@ -248,9 +258,12 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         ("--accumulation", 1, "gradient_accumulation_steps"),
         ("--devices", 1, "number of devices"),
     ):
-        inspect.add_argument(name, type=_at_least(1), default=default, help=f"{what} (default: %(default)s)")
-    inspect.add_argument("--epochs", type=float, default=3.0, help="num_train_epochs (default: %(default)s)")
-    inspect.add_argument("--seed", type=_at_least(0), default=42, help="seed of the training (default: %(default)s)")
+        # The report plans whole steps on all devices: a second for 4,096 of them, and up to 64 steps.
+        inspect.add_argument(name, type=_at_least(1, 4096), default=default, help=f"{what} (default: %(default)s)")
+    inspect.add_argument("--epochs", type=_above_0, default=3.0, help="num_train_epochs (default: %(default)s)")
+    inspect.add_argument(
+        "--seed", type=_at_least(0, 2**32 - 1), default=42, help="seed of the training (default: %(default)s)"
+    )
     inspect.add_argument("--assistant-only-loss", action="store_true", help="score only the assistant's turns")
     inspect.add_argument(
         "--completion-only-loss",
@@ -289,17 +302,23 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     check.add_argument(
         "--batch-invariance", "--geometry", action="store_true", help="prove that the split of a step changes no weight"
     )
-    check.add_argument("--steps", type=_at_least(1), help="optimizer steps of --batch-invariance (default: 10)")
+    check.add_argument("--steps", type=_at_least(1, 10_000), help="optimizer steps of --batch-invariance (default: 10)")
     check.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
-def _at_least(minimum: int) -> Callable[[str], int]:
+def _at_least(minimum: int, at_most: int = 2**31 - 1) -> Callable[[str], int]:
     def integer(text: str) -> int:
-        if (value := int(text)) < minimum:
-            raise argparse.ArgumentTypeError(f"{value} is too small, expected {minimum} or more")
+        if not minimum <= (value := int(text)) <= at_most:
+            raise argparse.ArgumentTypeError(f"{text}: expected an integer from {minimum} to {at_most}")
         return value
 
     return integer
+
+
+def _above_0(text: str) -> float:
+    if not 0 < (value := float(text)) <= 1e9:  # also of NaN
+        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0, at most 1e9")
+    return value
 
 
 if __name__ == "__main__":

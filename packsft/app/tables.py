@@ -6,14 +6,16 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def print_table(console: Console, title: str, rows: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title, title_justify="left")
+    # Text and not str, in which rich would take `[x]` for markup and `:x:` for an emoji.
+    table = Table(title=Text(title, style="italic"), title_justify="left")
     for number, heading in enumerate(rows[0]):
-        table.add_column(heading, justify="right" if number else "left")
+        table.add_column(Text(heading), justify="right" if number else "left")
     for row in rows[1:]:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     console.print(table)
 
 

@@ -13,6 +13,8 @@ number of examples. Sources: Krell et al., arXiv 2107.02027 (packing by histogra
 from __future__ import annotations
 
 import hashlib
+import io
+import math
 import operator
 import os
 import zipfile
@@ -20,15 +22,17 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .account import Account
 from .segments import IntArray, Segments, cut_examples, ranges, smallest
-from .strategies import STRATEGIES
+from .strategies import STRATEGIES, strategy_named
 
 _ARRAYS = ("offsets", "examples", "starts", "stops")
+_TEXTS = ("fingerprint", "strategy")
 _NONE = np.zeros(0, np.int64)
 
 
@@ -122,23 +126,94 @@ class PackPlan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PackPlan:
-        """Read what `save` wrote. Raises ValueError if it is not a plan, or its fingerprint does not match."""
-        with open(path, "rb") as opened:
-            if not zipfile.is_zipfile(opened):
-                raise ValueError(f"{os.fspath(path)} is not a packing plan: it is no npz file")
-        with np.load(path, allow_pickle=False) as file:
-            counts = [field.name for field in fields(Account)]
-            names = ("fingerprint", *_ARRAYS, "max_length", "strategy", *counts)
-            if missing := [name for name in names if name not in file]:
-                raise ValueError(f"{os.fspath(path)} is not a packing plan: it lacks {', '.join(missing)}")
-            content = {name: file[name] if name in _ARRAYS else file[name].item() for name in names}
-        fingerprint, account = content.pop("fingerprint"), Account(**{name: content.pop(name) for name in counts})
+        """Read what `save` wrote. The file may come from anybody: memory follows its size, whatever it says inside.
+
+        Raises:
+            ValueError: it is not a plan, or it is damaged.
+            OSError: there is no such file.
+        """
+        counts = [field.name for field in fields(Account)]
+        with open(path, "rb") as file:
+            try:
+                content = _read_members(file, ("fingerprint", *_ARRAYS, "max_length", "strategy", *counts))
+                fingerprint = content.pop("fingerprint")
+                account = Account(**{name: content.pop(name) for name in counts})
+                _check_plan(**content, account=account)
+            except Exception as error:  # a damaged archive may raise anything
+                raise ValueError(f"{os.fspath(path)} is not a packing plan: {error}") from error
         plan = cls(**content, account=account)
         if plan.fingerprint != fingerprint:
             raise ValueError(
                 f"{os.fspath(path)} is damaged: its plan has fingerprint {plan.fingerprint}, not {fingerprint}"
             )
         return plan
+
+
+def _read_members(file: BinaryIO, names: Sequence[str]) -> dict[str, Any]:
+    """The arrays, numbers and texts of an npz file as `PackPlan.save` writes it: not packed, without pickle.
+
+    Not `np.load`, which makes an array as large as a header says.
+    """
+    if not zipfile.is_zipfile(file):
+        raise ValueError("it is no npz file")
+    size = file.seek(0, os.SEEK_END)
+    content: dict[str, Any] = {}
+    with zipfile.ZipFile(file) as archive:
+        infos = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        if missing := [name for name in names if name not in infos]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        if sum(max(infos[name].file_size, infos[name].compress_size) for name in names) > size:
+            raise ValueError("it says that it holds more bytes than it has")
+        for name in names:
+            if infos[name].compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{name} is compressed")
+            member = io.BytesIO(archive.read(infos[name]))
+            if np.lib.format.read_magic(member) != (1, 0):
+                raise ValueError(f"{name} is no npy file of version 1.0")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+            kind, expected = ("u", 1) if name in _ARRAYS else ("U" if name in _TEXTS else "i", 0)
+            if (dtype.kind, len(shape)) != (kind, expected):
+                raise ValueError(f"{name} has dtype {dtype} and shape {shape}")
+            if math.prod(shape) * dtype.itemsize != len(member.getbuffer()) - member.tell():
+                raise ValueError(f"{name} says that it has shape {shape}, but its bytes are more or fewer")
+            member.seek(0)
+            array = np.lib.format.read_array(member, allow_pickle=False)
+            content[name] = array if name in _ARRAYS else array.item()
+    return content
+
+
+def _check_plan(
+    *,
+    offsets: IntArray,
+    examples: IntArray,
+    starts: IntArray,
+    stops: IntArray,
+    max_length: int,
+    strategy: str,
+    account: Account,
+) -> None:
+    """Raises ValueError unless this can be a plan."""
+    strategy_named(strategy)
+    if max_length < 1:
+        raise ValueError(f"max_length={max_length}: must be at least 1")
+    for name, count in asdict(account).items():
+        if count < 0:
+            raise ValueError(f"{name}={count}: must be at least 0")
+    if not len(examples) == len(starts) == len(stops):
+        raise ValueError(f"it has {len(examples)} examples, {len(starts)} starts and {len(stops)} stops")
+    if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(examples) or (offsets[1:] < offsets[:-1]).any():
+        raise ValueError(f"offsets must rise from 0 to {len(examples)}, the number of segments")
+    if (examples >= account.examples_in).any():
+        raise ValueError(f"it packs example {examples.max()} of {account.examples_in}")
+    wrong = np.flatnonzero((stops <= starts) | (stops > account.tokens_in))
+    if len(wrong):
+        raise ValueError(
+            f"segment {wrong[0]} is the tokens {starts[wrong[0]]} to {stops[wrong[0]]}: it must have at least 1 token, "
+            f"among the {account.tokens_in} of the data set"
+        )
+    tokens = np.diff(np.append(0, np.cumsum(stops - starts, dtype=np.int64))[offsets])
+    if (tokens > max_length).any():
+        raise ValueError(f"pack {tokens.argmax()} has {tokens.max()} tokens, more than max_length={max_length}")
 
 
 def plan_packs(

@@ -177,8 +177,8 @@ def smallest(array: IntArray) -> IntArray:
 
 
 def _checked_max_length(max_length: int) -> int:
-    if isinstance(max_length, bool) or not isinstance(max_length, (int, np.integer)) or max_length < 1:
-        raise ValueError(f"max_length={max_length!r}: packing needs an integer of at least 1 token")
+    if isinstance(max_length, bool) or not isinstance(max_length, (int, np.integer)) or not 1 <= max_length < 2**63:
+        raise ValueError(f"max_length={max_length!r}: packing needs an integer of at least 1 token, below 2**63")
     return int(max_length)
 
 

@@ -114,11 +114,12 @@ def _dealt(passes: Passes, lengths: NDArray[np.int64], num_ranks: int) -> list[P
     attention = np.array([(lengths[documents] ** 2).sum() for documents in passes], dtype=float)
     cost = np.maximum(tokens / max(1.0, tokens.sum()), attention / max(1.0, attention.sum()))
     ranks: list[Passes] = [[] for _ in range(num_ranks)]
-    loads = np.zeros((num_ranks, 2))
+    loads, counts = np.zeros((num_ranks, 2)), np.zeros(num_ranks, np.int64)
     for index in np.argsort(-cost, kind="stable"):
         share = np.array([tokens[index] / max(1.0, tokens.sum()), attention[index] / max(1.0, attention.sum())])
-        full = np.array([len(rank) for rank in ranks]) == len(passes) // num_ranks
+        full = counts == len(passes) // num_ranks
         to = int(np.where(full, np.inf, (loads + share).max(axis=1)).argmin())
         ranks[to].append(passes[index])
         loads[to] += share
+        counts[to] += 1
     return ranks

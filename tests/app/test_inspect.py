@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -39,7 +41,7 @@ def tokens(tmp_path) -> str:
 
 
 def write(tmp_path, text: str, name: str = "rows.jsonl") -> str:
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, errors="surrogateescape")
     return str(tmp_path / name)
 
 
@@ -128,6 +130,47 @@ def test_every_kind_of_file_holds_the_same_rows(tmp_path, suffix):
     assert load_rows(str(path)).to_list() == ROWS
 
 
+ODD_NAMES = ("rows[1]", "*", "a{b}", "[/y]", ":cat:", "a  b", "üç", "http:", "a#b", "a$", "?", "a\nb", "~")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "csv", "arrow", "folder"])
+def test_a_path_is_never_a_pattern(suffix, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # so that the name is all of the path
+    for number, name in enumerate(ODD_NAMES):  # each has other rows, so that no other file is read
+        rows, path = Dataset.from_dict({"text": [f"row {number}"]}), Path(f"{name}.{suffix}")
+        path.parent.mkdir(exist_ok=True)
+        if suffix == "folder":
+            rows.save_to_disk("saved")
+            os.replace("saved", path)
+        elif suffix == "arrow":
+            rows.save_to_disk("saved")
+            os.replace(next(Path("saved").glob("*.arrow")), path)
+        else:
+            with path.open("wb") as file:
+                getattr(rows, f"to_{'json' if suffix == 'jsonl' else suffix}")(file)
+        assert load_rows(str(path)).to_list() == rows.to_list(), name
+
+
+def test_a_file_that_changed_is_read_again(tmp_path):
+    assert load_rows(write(tmp_path, '{"text": "a"}')).to_list() == [{"text": "a"}]
+    assert load_rows(write(tmp_path, '{"text": "b"}')).to_list() == [{"text": "b"}]
+
+
+@pytest.mark.parametrize("name", ["a::b.jsonl", "$HOME.jsonl", "[f]"])
+def test_a_path_that_datasets_cannot_take_as_it_is_is_refused_by_name(name, tmp_path, capsys):
+    (tmp_path / name).mkdir()
+    fails_with([str(tmp_path / name)], f"{name}: datasets takes", capsys)
+
+
+def test_names_are_printed_as_they_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("[").mkdir()
+    (tmp_path / "[/y]:cat:  b.jsonl").write_text('{"input_ids": [3, 4]}')
+    assert main(["inspect", "[/y]:cat:  b.jsonl"]) == 0
+    assert "Packing of [/y]:cat:  b.jsonl " in capsys.readouterr().out
+    fails_with(["[/z]:cat:  b.jsonl"], "no such file or folder: [/z]:cat:  b.jsonl", capsys)
+
+
 def test_csv_holds_texts(tmp_path):
     assert load_rows(write(tmp_path, "text\nhello\n", "rows.csv")).to_list() == [{"text": "hello"}]
 
@@ -194,6 +237,17 @@ BAD_FILES = {
     "nothing scored": ("rows.jsonl", '{"input_ids": [3]}\n', "no example of the train data set has a token to score"),
     "no parquet": ("rows.parquet", "garbage", "cannot be read"),
     "another kind of file": ("rows.txt", "hello", "has an unknown file type, expected .jsonl"),
+    "100,000 lists in each other": (
+        "rows.jsonl",
+        '{"input_ids": [3]}\n{"a": ' + "[" * 10**5,
+        "line 2: nested 100001 deep",
+    ),
+    "lists in each other, line by line": ("rows.json", "[\n" * 10**5, "line 33: nested 33 deep, at most 32"),
+    "null for an object": ("rows.jsonl", '{"input_ids": [3]}\n null\n', "line 2: a JSON null, expected an object"),
+    "null in an array": ("rows.json", '[null, {"input_ids": [3]}]', "row 0: a JSON null, expected an object"),
+    "bytes that are no text": ("rows.jsonl", '{"text": "\udcff"}\n', "line 1: not UTF-8 text: invalid start byte"),
+    "a packed file": ("rows.jsonl", "\x1f\udc8b\x08", "line 1: not UTF-8 text: invalid start byte at byte 1"),
+    "half a character": ("rows.jsonl", '{"text": "a"}\n{"text": "\\ud800"}\n', "line 2: an escape such as"),
     "text without a model": ("rows.jsonl", '{"text": "a"}\n', "needs a tokenizer: name its model with --model"),
 }
 
@@ -219,7 +273,7 @@ def test_bad_file_is_one_line_and_code_2_and_no_picture(case, tmp_path, capsys):
     [
         (["--split", "validation"], "no split 'validation', only train: choose one with --split"),
         (["--plot", "/nowhere/plan.png"], "there is no folder /nowhere"),
-        (["--epochs", "0"], "num_train_epochs=0.0: must be above 0"),
+        (["--plot", "rows.jsonl"], "--plot rows.jsonl: expected a name that ends in .png"),
     ],
 )
 def test_bad_option_is_named(arguments, message, tmp_path, capsys):
@@ -227,9 +281,43 @@ def test_bad_option_is_named(arguments, message, tmp_path, capsys):
     fails_with([str(tmp_path / "tokens"), *arguments], message, capsys)
 
 
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("--epochs", ["nan", "inf", "-1", "0", "1e300"]),
+        ("--max-length", ["0", "-1", "1e9", str(10**30), "9" * 5000]),
+        ("--seed", ["-1", str(10**30)]),
+        ("--devices", ["0", "1e9", "1000000000"]),
+        ("--batch-size", ["0", "1000000000"]),
+        ("--accumulation", ["0", "1000000000"]),
+        ("--tokens-per-pass", ["0", str(10**30)]),
+    ],
+)
+def test_a_number_out_of_range_is_argparses_error(option, values, capsys):
+    for value in values:
+        with pytest.raises(SystemExit, match="2"):
+            main(["inspect", "rows.jsonl", option, value])
+        assert f"packsft inspect: error: argument {option}: " in capsys.readouterr().err
+
+
 def test_missing_file_and_unreachable_data_set_are_named(tmp_path, capsys):
     fails_with([str(tmp_path / "rows.jsonl")], "no such file or folder", capsys)
+    for name in ("", "json"):  # for which datasets reads all of the working folder
+        fails_with([name], "no such file or folder", capsys)
     fails_with(["nobody/nothing"], "nobody/nothing is neither a local file or folder nor a data set", capsys)
+
+
+def test_a_damaged_folder_is_named(tmp_path, tokenizer_folder, capsys):
+    for name, files in {
+        "saved": {"state.json": "{}", "dataset_info.json": "{}"},
+        "model": {"config.json": "[]"},
+    }.items():
+        (tmp_path / name).mkdir()
+        for file, text in files.items():
+            write(tmp_path / name, text, file)
+    fails_with([str(tmp_path / "saved")], "saved cannot be read", capsys)
+    text = write(tmp_path, '{"text": "hello"}\n')
+    fails_with([text, "--model", str(tmp_path / "model")], "could not load the tokenizer of", capsys)
 
 
 def test_tokenizer_must_have_what_the_rows_need(tmp_path, capsys):

@@ -11,7 +11,7 @@ import trl
 from tiny import tiny_model, tiny_tokenizer
 from trl import SFTTrainer
 
-from packsft import PackedSFTTrainer, patch_trl
+from packsft import PackedSFTTrainer, compat, patch_trl
 from packsft.app.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -41,13 +41,86 @@ def test_without_a_block_it_stays():
     assert trl.SFTTrainer is SFTTrainer
 
 
-def test_a_script_runs_as_it_would_by_itself(tmp_path, monkeypatch):
-    script, said = tmp_path / "script.py", tmp_path / "said"
-    script.write_text(SCRIPT)
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """`packsft run` on a text, in this process, whose own state comes back at the end."""
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    assert main(["run", str(script), str(said), "--packing", "true"]) == 0
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+
+    def run(text: str, *arguments: str) -> int:
+        (tmp_path / "script.py").write_text(text)
+        return main(["run", str(tmp_path / "script.py"), *arguments])
+
+    return run
+
+
+def test_a_script_runs_as_it_would_by_itself(tmp_path, run):
+    said = tmp_path / "said"
+    assert run(SCRIPT, str(said), "--packing", "true") == 0
     assert said.read_text() == "PackedSFTTrainer __main__ ['--packing', 'true']"
+
+
+def test_a_script_finds_its_arguments_its_folder_and_its_main_as_under_python(tmp_path, run, capsys, monkeypatch):
+    (tmp_path / "script.py").touch()
+    monkeypatch.chdir(tmp_path)  # Python makes `__file__` absolute, but not `sys.argv[0]`
+    rest = sys.path[1:]
+    text = "import sys\nprint(sys.argv, sys.path[0], __file__, sys.modules[__name__].__dict__ is globals())"
+    Path("script.py").write_text(text)
+    assert main(["run", "script.py", "--", "--help", "run"]) == 0
+    said = ["script.py", "--", "--help", "run"]
+    assert capsys.readouterr().out == f"{said} {tmp_path} {tmp_path}/script.py True\n"
+    assert sys.path[1:] == rest  # our own folder is not searched
+
+
+@pytest.mark.parametrize(
+    "text", ["raise ValueError('no')", "open('/nowhere/file')", "import no_such_module", "1 / 0", "x = = 3"]
+)
+def test_an_error_of_a_script_is_its_own_traceback_and_code_1(text, run, capsys):
+    assert run("# a script\n" + text) == 1
+    printed = capsys.readouterr().err
+    assert 'script.py", line 2' in printed
+    assert printed.count("File ") == 1  # none of ours
+    assert "packsft: error" not in printed
+
+
+@pytest.mark.parametrize("code", [3, "text", None])
+def test_a_script_exits_with_its_own_code(code, run):
+    with pytest.raises(SystemExit) as exit_:
+        run(f"import sys\nsys.exit({code!r})")
+    assert exit_.value.code == code
+
+
+def test_an_interrupt_of_a_script_passes(run):
+    with pytest.raises(KeyboardInterrupt):
+        run("raise KeyboardInterrupt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["raise OSError('no')", "import sys; sys.exit('text')", "x = = 3"])
+def test_python_m_packsft_run_shows_what_python_shows(text, tmp_path):
+    (tmp_path / "script.py").write_text(text)
+    plain = subprocess.run([sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True)
+    ours = packsft("run", str(tmp_path / "script.py"))
+    assert (ours.returncode, ours.stdout, ours.stderr) == (plain.returncode, plain.stdout, plain.stderr)
+
+
+@pytest.mark.parametrize(("code", "shown"), [(3, 3), (-9, 137)])
+def test_trl_exits_with_the_code_of_the_script_that_it_launched(code, shown, monkeypatch):
+    def launch(arguments, through):
+        raise subprocess.CalledProcessError(code, arguments)
+
+    monkeypatch.setattr(compat, "trl_command", launch)
+    assert main(["trl", "sft"]) == shown
+
+
+def test_an_error_of_trl_is_not_ours(monkeypatch):
+    def refuse(arguments, through):
+        raise ValueError(arguments)
+
+    monkeypatch.setattr(compat, "trl_command", refuse)
+    with pytest.raises(ValueError, match="--help"):
+        main(["trl", "--help"])
 
 
 @pytest.mark.slow

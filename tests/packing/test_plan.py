@@ -4,9 +4,12 @@ Hypothesis draws lengths of 0 to 40 at `max_length` 1 to 24: small enough that t
 examples all come up in nearly every draw, and that a failing example can be checked by hand.
 """
 
+import io
 import os
 import subprocess
 import sys
+import tracemalloc
+import zipfile
 
 import datasets
 import numpy as np
@@ -370,6 +373,94 @@ def test_a_file_that_is_no_plan_or_was_changed_is_refused(tmp_path):
         PackPlan.load(path)
 
 
+@property_test
+@given(data=st.data(), lengths=LENGTHS, max_length=MAX_LENGTHS)
+def test_a_saved_plan_with_changed_bytes_is_refused_or_equal(data, lengths, max_length, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "changed.plan"
+    plan = plan_packs(lengths, max_length)
+    plan.save(path)
+    content = bytearray(path.read_bytes())
+    if data.draw(st.booleans()):
+        del content[data.draw(st.integers(0, len(content) - 1)) :]
+    else:
+        for at in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=3)):
+            content[at] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    try:
+        loaded = PackPlan.load(path)
+    except ValueError as error:
+        assert str(path) in str(error)  # noqa: PT017 (an equal plan is as good)
+    else:
+        assert (loaded.fingerprint, loaded.account) == (plan.fingerprint, plan.account)
+
+
+ONE = np.ones(1, np.uint8)
+# the plan: packs of at most 4 tokens, [4] and [2, 1], from the lengths 4, 2 and 1
+IMPOSSIBLE = {
+    "no offsets": ({"offsets": ONE[:0]}, "offsets must rise from 0 to 3"),
+    "offsets that start late": ({"offsets": np.array([1, 1, 3], np.uint8)}, "offsets must rise from 0 to 3"),
+    "offsets that stop early": ({"offsets": np.array([0, 1, 2], np.uint8)}, "offsets must rise from 0 to 3"),
+    "offsets that fall": ({"offsets": np.array([0, 2, 1, 3], np.uint8)}, "offsets must rise from 0 to 3"),
+    "negative offsets": ({"offsets": np.array([0, -1, 3])}, "offsets has dtype int64"),
+    "floats": ({"starts": np.zeros(3)}, "starts has dtype float64"),
+    "objects": ({"starts": np.array([None] * 3)}, "starts has dtype object"),
+    "records": ({"starts": np.zeros(3, [("a", "u1")])}, "starts has dtype"),
+    "two dimensions": ({"starts": np.zeros((3, 1), np.uint8)}, r"shape \(3, 1\)"),
+    "a number": ({"starts": np.uint8(0)}, r"starts has dtype uint8 and shape \(\)"),
+    "fewer stops": ({"stops": ONE}, "3 examples, 3 starts and 1 stops"),
+    "a segment that ends before it starts": ({"starts": np.array([0, 2, 0], np.uint8)}, "segment 1 is the tokens 2 to"),
+    "a segment behind all tokens": ({"stops": np.array([4, 2, 2**63], np.uint64)}, "segment 2 is the tokens 0 to"),
+    "an example that is not there": ({"examples": np.array([0, 1, 3], np.uint8)}, "it packs example 3 of 3"),
+    "a pack that is too long": ({"max_length": 3}, "pack 0 has 4 tokens, more than max_length=3"),
+    "no room": ({"max_length": 0}, "max_length=0: must be at least 1"),
+    "a length that is no integer": ({"max_length": 4.0}, "max_length has dtype float64"),
+    "a length beyond int64": ({"max_length": 10**30}, "max_length has dtype object"),
+    "an unknown strategy": ({"strategy": "best"}, "strategy='best': choose one of step, bfd"),
+    "no text": ({"fingerprint": 3}, "fingerprint has dtype int64"),
+    "a negative count": ({"examples_empty": -1}, "examples_empty=-1: must be at least 0"),
+}
+
+
+@pytest.mark.parametrize("case", list(IMPOSSIBLE))
+def test_a_plan_that_cannot_be_is_refused_with_its_field(case, tmp_path):
+    changes, message = IMPOSSIBLE[case]
+    path = tmp_path / "plan.npz"
+    plan_packs([4, 2, 1], 4).save(path)
+    with np.load(path) as file:
+        content = dict(file) | changes
+    np.savez(path, **content)
+    with pytest.raises(ValueError, match=f"plan.npz is not a packing plan: .*{message}"):
+        PackPlan.load(path)
+
+
+@pytest.mark.parametrize("dtype", ["<u8", "|u1", "<U0"])
+def test_a_file_that_claims_more_than_it_holds_takes_no_memory(dtype, tmp_path):
+    path, claim = tmp_path / "plan.npz", io.BytesIO()
+    np.lib.format.write_array_header_1_0(claim, {"descr": dtype, "fortran_order": False, "shape": (10**15,)})
+    plan_packs([4, 2, 1], 4).save(path)
+    with np.load(path) as file:
+        content = dict(file)
+    del content["starts"]
+    np.savez(path, **content)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("starts.npy", claim.getvalue())
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="is not a packing plan: starts"):
+        PackPlan.load(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
+def test_a_packed_archive_is_refused_unread(tmp_path):
+    path = tmp_path / "plan.npz"
+    plan_packs(np.ones(10**6, np.uint8), 4).save(path)
+    with np.load(path) as file:
+        np.savez_compressed(path, **file)
+    with pytest.raises(ValueError, match=r"is compressed|more bytes than it has"):
+        PackPlan.load(path)
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -401,7 +492,7 @@ def test_bad_lengths_name_the_row(lengths, message):
         plan_packs(lengths, 4)
 
 
-@pytest.mark.parametrize("max_length", [None, 0, -1, 4.0, True, "4"])
+@pytest.mark.parametrize("max_length", [None, 0, -1, 4.0, True, "4", 2**63])
 def test_bad_max_length_is_named(max_length):
     with pytest.raises(ValueError, match=f"max_length={max_length!r}: packing needs an integer of at least 1 token"):
         plan_packs([1], max_length)
