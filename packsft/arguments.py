@@ -17,6 +17,7 @@ from transformers.utils import is_kernels_available
 from trl import SFTConfig
 
 from packsft.config import PackedSFTConfig
+from packsft.data.document import check_row
 from packsft.packing import PACKING_STRATEGIES, STRATEGIES
 from packsft.step.memory import can_measure
 
@@ -99,7 +100,7 @@ def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
     )
     for name, dataset in datasets.items():
         if isinstance(dataset, (Dataset, IterableDataset)):
-            _check_dataset(name, dataset)
+            _check_dataset(name, dataset, args)
     if arguments.get("processing_class") is not None:
         check_tokenizer(arguments["processing_class"], args)
     model = arguments["model"]
@@ -187,12 +188,27 @@ def _check_compiled_layers(args: SFTConfig) -> None:
         raise ValueError("compile_layers=True does not work under DeepSpeed, whose hooks run within the layers")
 
 
-def _check_dataset(name: str, dataset: Dataset | IterableDataset) -> None:
+def _check_dataset(name: str, dataset: Dataset | IterableDataset, args: SFTConfig) -> None:
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"{name} is empty: it has 0 rows")
+    check_row(first, f"row 0 of {name}")
     if pictures := {"image", "images"} & first.keys():
         raise ValueError(f"{name} has the column {min(pictures)!r}: packsft trains on text only")
+    if "seq_lengths" in first and not skips_preparation(args):
+        logger.warning(
+            "%s has the column seq_lengths, which is read only from packs of your own "
+            "(dataset_kwargs={'skip_prepare_dataset': True}): each row is taken as one document",
+            name,
+        )
+    if "loss_weights" in first and not (
+        skips_preparation(args) and getattr(args, "loss_normalization", "token") == "example"
+    ):
+        logger.warning(
+            "%s has the column loss_weights: it has an effect only in packs of your own with "
+            "loss_normalization='example'",
+            name,
+        )
 
 
 def _check_adapter(config: Any) -> None:

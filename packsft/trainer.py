@@ -36,6 +36,7 @@ from packsft.data.collator import PackingCollator, mark_sizes
 from packsft.data.loaders import PackedLoaders
 from packsft.data.packs import PackedDataset, pack_dataset
 from packsft.data.ranks import Ranks
+from packsft.data.raw import checked_rows
 from packsft.data.streams import PackedStream
 from packsft.model.head import count_embeddings
 from packsft.model.isolation import IsolationVerdict
@@ -164,6 +165,12 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         # The parent only tokenises and labels. The plan cuts, drops and shuffles, and counts what is lost.
         tokenise = copy.copy(args)
         tokenise.max_length, tokenise.shuffle_dataset = None, False
+        dataset = checked_rows(
+            dataset,
+            text_field=None if formatting_func else args.dataset_text_field,
+            completion_only=self.completion_only_loss,
+            name=dataset_name,
+        )
         rows = super()._prepare_dataset(dataset, processing_class, tokenise, False, formatting_func, dataset_name)
         strategy = args.packing_strategy if packing else "none"
         options: dict[str, Any] = {

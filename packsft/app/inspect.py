@@ -23,7 +23,7 @@ from rich.console import Console
 from packsft.app.json_lines import check_json, parse_json
 from packsft.app.tables import print_table
 from packsft.data.document import IGNORE_INDEX
-from packsft.data.packs import pack_dataset
+from packsft.data.packs import flat_rows, is_list, masked_rows, pack_dataset
 from packsft.packing import (
     MaxLength,
     PackingReport,
@@ -265,11 +265,11 @@ def _form(rows: Dataset, data: str) -> tuple[str, ...]:
             raise ValueError(f"{data}, row {column.is_null().index(True).as_py()}: `{name}` is missing")
         kind, feature = column.type, rows.features[name]
         if name == "input_ids":
-            fits, expected = _is_list(kind) and pa.types.is_integer(kind.value_type), "lists of token ids"
+            fits, expected = is_list(kind) and pa.types.is_integer(kind.value_type), "lists of token ids"
         elif name in ("prompt", "completion"):
-            fits, expected = feature in _TEXT or _is_list(kind), "texts or lists of messages"
+            fits, expected = feature in _TEXT or is_list(kind), "texts or lists of messages"
         else:
-            fits = feature in _TEXT if name == "text" else _is_list(kind)
+            fits = feature in _TEXT if name == "text" else is_list(kind)
             expected = "texts" if name == "text" else "lists of messages"
         if not fits:
             raise ValueError(f"{data}: `{name}` holds {kind}, expected {expected}")
@@ -277,10 +277,6 @@ def _form(rows: Dataset, data: str) -> tuple[str, ...]:
 
 
 _TEXT = (Value("string"), Value("large_string"))
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 # ---- rows: input ids and labels ----
@@ -292,36 +288,27 @@ def label_rows(rows: Dataset, completion_only_loss: bool | None = None) -> Datas
     Existing `labels` do not change. Otherwise a label is -100 where `assistant_masks` is 0, or `completion_mask` if
     `completion_only_loss`.
 
-    Raises ValueError if a mask and its row differ in length.
+    Raises ValueError, naming the row, if a mask does not have a 0 or 1 for each of the input ids.
     """
-    rows = rows.flatten_indices() if rows._indices is not None else rows
     names = set(rows.column_names)
     if "labels" in names:
-        return rows.select_columns(["input_ids", "labels"])
+        return flat_rows(rows).select_columns(["input_ids", "labels"])
     if completion_only_loss is None:  # TRL's default looks only at the text columns
         completion_only_loss = {"prompt", "completion"} <= names
     masks = {"completion_mask": completion_only_loss, "assistant_masks": True}
     mask_names = [name for name, applies in masks.items() if applies and name in names]
-    table = rows.data.table.select(["input_ids", *mask_names])
-    first, labels = 0, []
+    table = masked_rows(rows, mask_names).data.table.select(["input_ids", *mask_names])
+    labels = []
     for batch in table.to_batches() if mask_names else ():  # views that hold the same rows of each column
         ids = batch.column("input_ids")
-        lengths = _lengths(ids)
-        values = ids.flatten().to_numpy(zero_copy_only=False).copy()
+        values = ids.flatten().to_numpy(zero_copy_only=False).astype(np.int64)  # a copy; -100 fits
         for name in mask_names:
-            differ = np.flatnonzero(_lengths(batch.column(name)) != lengths)
-            if len(differ):
-                raise ValueError(f"row {first + differ[0]}: {name} and input_ids differ in length")
             values[batch.column(name).flatten().to_numpy(zero_copy_only=False) == 0] = IGNORE_INDEX
-        labels.append(pa.LargeListArray.from_arrays(np.append(0, np.cumsum(lengths)), values))
-        first += len(batch)
+        lengths = pc.list_value_length(ids).to_numpy(zero_copy_only=False)
+        labels.append(pa.LargeListArray.from_arrays(np.append(0, np.cumsum(lengths, dtype=np.int64)), values))
     column = pa.chunked_array(labels) if mask_names else table.column("input_ids")
     # a given fingerprint: computing one would read all data, and nothing here is cached
     return Dataset(pa.table({"input_ids": table.column("input_ids"), "labels": column}), fingerprint="labelled")
-
-
-def _lengths(lists: pa.Array) -> np.ndarray:
-    return pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def _tokenise(

@@ -15,7 +15,7 @@ from typing import Any
 from datasets import Dataset
 from torch import nn
 
-from packsft.data.packs import PackedDataset, column_digest
+from packsft.data.packs import PackedDataset, UserPacks
 from packsft.data.ranks import Ranks
 from packsft.data.streams import PackedStream
 from packsft.packing import resolve_overlong
@@ -92,8 +92,7 @@ def rows_of(dataset: Any) -> dict[str, Any] | None:
     if isinstance(dataset, PackedDataset):
         return {"rows": len(dataset.rows.lengths), "tokens and labels": dataset.rows.digest}
     if isinstance(dataset, Dataset):  # packs that the user made
-        columns = [name for name in ("input_ids", "labels", "seq_lengths") if name in dataset.column_names]
-        return {"rows": len(dataset)} | {name: column_digest(dataset, name) for name in columns}
+        return {"rows": len(dataset), **UserPacks(dataset, None).digests()}
     return None
 
 

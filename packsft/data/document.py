@@ -6,6 +6,7 @@ a stream (`streams.py`), and packs that the user made (`documents_of`, called by
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,30 +56,35 @@ def make_document(input_ids: np.ndarray, labels: np.ndarray, weight: float | Non
     return Document(np.asarray(input_ids, dtype=np.int64), labels, num_scored, weight, row)
 
 
-def documents_of(row: Mapping[str, Any], where: str, vocab_size: int | None = None) -> Pack:
+def documents_of(row: Mapping[str, Any], where: str, vocab_size: int | None = None, number: int = -1) -> Pack:
     """The documents of a row that the user made.
 
     Args:
         row: `input_ids`; optionally `labels` (default: the input ids), `seq_lengths` (the lengths of its documents;
-            default: the row is one document) and `loss_weights` (one `Document.weight` per document).
+            default: the row is one document) and `loss_weights` (one `Document.weight` per document). None is not a
+            default: a data set of rows with and without a column has None where it is left out.
         where: names the row in messages.
         vocab_size: ids and labels must be below it; None for no check.
+        number: of the row, if known.
 
     Raises:
-        ValueError: as in `checked_tokens`, or `seq_lengths` do not fit the input ids.
+        ValueError: as in `checked_tokens`, or `seq_lengths` or `loss_weights` do not fit.
     """
-    labels, weights = row.get("labels"), row.get("loss_weights")
-    ids, labels = checked_tokens(
-        row.get("input_ids"), row.get("input_ids") if labels is None else labels, where, vocab_size
-    )
-    lengths = row.get("seq_lengths")
-    lengths = np.array([len(ids)] if lengths is None else lengths, dtype=np.int64)
-    if lengths.sum() != len(ids) or (lengths < 0).any():
-        raise ValueError(f"{where}: seq_lengths sum to {lengths.sum()}, but there are {len(ids)} input_ids")
-    weights = [None] * len(lengths) if weights is None else weights
+    check_row(row, where)
+    ids, labels = checked_tokens(row.get("input_ids"), row.get("labels", row.get("input_ids")), where, vocab_size)
+    lengths = np.array([len(ids)])
+    if "seq_lengths" in row:
+        lengths = _integers(row["seq_lengths"], f"{where}: seq_lengths")
+        if (lengths < 0).any():
+            raise ValueError(f"{where}: seq_lengths holds {lengths.min()}, expected 0 or more")
+        if (total := sum(lengths.tolist())) != len(ids):
+            raise ValueError(f"{where}: seq_lengths sum to {total}, but there are {len(ids)} input_ids")
+    weights: list[float] | list[None] = [None] * len(lengths)
+    if "loss_weights" in row:
+        weights = _weights(row["loss_weights"], len(lengths), f"{where}: loss_weights")
     stops = np.cumsum(lengths)
     return [
-        make_document(ids[stop - length : stop], labels[stop - length : stop], weight)
+        make_document(ids[stop - length : stop], labels[stop - length : stop], weight, number)
         for stop, length, weight in zip(stops, lengths, weights, strict=True)
         if length
     ]
@@ -97,13 +103,7 @@ def checked_tokens(
     for name, values in (("input_ids", input_ids), ("labels", labels)):
         if values is None:
             raise ValueError(f"{where} has no {name}")
-        try:
-            column = np.asarray(values)
-            if column.ndim != 1 or (len(column) and column.dtype.kind not in "iu"):
-                raise TypeError
-        except (TypeError, ValueError):
-            raise ValueError(f"{where}: {name} is not a list of integers") from None
-        column = column.astype(np.int64, copy=False)
+        column = _integers(values, f"{where}: {name}")
         if vocab_size is not None and (at := first_outside(column, name, vocab_size)) is not None:
             raise ValueError(outside_vocabulary(where, name, column[at], vocab_size))
         columns.append(column)
@@ -111,6 +111,50 @@ def checked_tokens(
     if len(ids) != len(checked):
         raise ValueError(f"{where}: {len(checked)} labels for {len(ids)} input_ids")
     return ids, checked
+
+
+def check_row(row: Any, where: str) -> None:
+    """Raises ValueError for a row that is not a mapping, as a data set in the format "pandas" or "arrow" gives it."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where} is a {type(row).__name__}, expected a dict with the columns as keys")
+
+
+def check_mask(values: Any, count: int, where: str, name: str) -> None:
+    """Raises ValueError unless a mask has a 0 or 1, of any type, for each of `count` input ids."""
+    column = _array(values)
+    if column.dtype.kind not in "biuf" or column.ndim != 1 or not ((column == 0) | (column == 1)).all():
+        raise ValueError(f"{where}: {name} is {short(values)}, expected a list of 0 or 1")
+    if len(column) != count:
+        raise ValueError(f"{where}: {len(column)} {name} for {count} input_ids")
+
+
+def _integers(values: Any, what: str) -> np.ndarray:
+    """`values` as int64 `[L]`."""
+    column = _array(values)
+    too_large = column.dtype == np.uint64 and (column > np.iinfo(np.int64).max).any()
+    if column.ndim != 1 or (len(column) and column.dtype.kind not in "iu") or too_large:
+        raise ValueError(f"{what} is {short(values)}, expected a list of integers (int64)")
+    return column.astype(np.int64, copy=False)
+
+
+def _weights(values: Any, count: int, what: str) -> list[float]:
+    column = _array(values)
+    if column.shape != (count,) or column.dtype.kind not in "iuf" or not ((column >= 0) & (column < np.inf)).all():
+        raise ValueError(f"{what} is {short(values)}, expected {count} numbers of 0 or more, one per document")
+    return column.astype(np.float64).tolist()
+
+
+def _array(values: Any) -> np.ndarray:
+    """`values` as numpy has them; without a dimension where it cannot."""
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError, RuntimeError):  # ragged lists, tensors of bfloat16 or with a gradient
+        return np.array(None)
+
+
+def short(values: Any) -> str:
+    """On one line, cut in the middle."""
+    return " ".join(reprlib.repr(values).split())
 
 
 def first_outside(values: np.ndarray, name: str, vocab_size: int) -> int | None:

@@ -10,15 +10,18 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
+from datasets import Dataset
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 from transformers.trainer_utils import seed_worker
 
-from packsft.data.packs import PackedDataset, PackSampler
+from packsft.data.packs import PackedDataset, PackSampler, UserPacks
 from packsft.data.ranks import Ranks
 from packsft.data.steps import StepDataset, StepStream
 from packsft.data.streams import PackedStream
+
+Packs = PackedDataset | UserPacks | PackedStream
 
 
 class PackedLoaders(Trainer):
@@ -36,10 +39,11 @@ class PackedLoaders(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Adds to the parent: packs, or optimizer steps."""
-        if not isinstance(self.train_dataset, (PackedDataset, PackedStream)):
+        dataset = self._packs_of(self.train_dataset)
+        if dataset is None:
             return super().get_train_dataloader()
-        loader = self._loader(self.train_dataset, self._train_batch_size, training=True)
-        if self.train_dataset.strategy.exact_steps:
+        loader = self._loader(dataset, self._train_batch_size, training=True)
+        if dataset.strategy.exact_steps:
             self._passes.steps = loader.dataset
         return loader
 
@@ -49,22 +53,30 @@ class PackedLoaders(Trainer):
             dataset = self.eval_dataset[eval_dataset]
         else:
             dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if not isinstance(dataset, (PackedDataset, PackedStream)):
+        packs = self._packs_of(dataset)
+        if packs is None:
             return super().get_eval_dataloader(eval_dataset)
         if not self.args.dataloader_persistent_workers:
-            return self._loader(dataset, self.args.eval_batch_size)
+            return self._loader(packs, self.args.eval_batch_size)
         self._eval_loaders = getattr(self, "_eval_loaders", {})  # keeps their workers for the next evaluation
         if dataset not in self._eval_loaders:
-            self._eval_loaders[dataset] = self._loader(dataset, self.args.eval_batch_size)
+            self._eval_loaders[dataset] = self._loader(packs, self.args.eval_batch_size)
         return self._eval_loaders[dataset]
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """Adds to the parent: packs, or steps of as many examples as a batch."""
-        if not isinstance(test_dataset, (PackedDataset, PackedStream)):
+        packs = self._packs_of(test_dataset)
+        if packs is None:
             return super().get_test_dataloader(test_dataset)
-        return self._loader(test_dataset, self.args.eval_batch_size)
+        return self._loader(packs, self.args.eval_batch_size)
 
-    def _loader(self, dataset: PackedDataset | PackedStream, batch_size: int, training: bool = False) -> DataLoader:
+    def _packs_of(self, dataset: Any) -> Packs | None:
+        """None for a data set of another library."""
+        if isinstance(dataset, Dataset):
+            return UserPacks(dataset, self.data_collator.vocab_size)
+        return dataset if isinstance(dataset, (PackedDataset, PackedStream)) else None
+
+    def _loader(self, dataset: Packs, batch_size: int, training: bool = False) -> DataLoader:
         tokens_per_pass = self._passes.tokens_per_pass
         return packed_loader(
             dataset,
@@ -79,7 +91,7 @@ class PackedLoaders(Trainer):
 
 
 def packed_loader(
-    dataset: PackedDataset | PackedStream,
+    dataset: Packs,
     batch_size: int,
     *,
     training: bool,
@@ -102,7 +114,7 @@ def packed_loader(
     """
     ranks = Ranks.of(accelerator)
     sampler: Sampler | None = None
-    if isinstance(dataset, PackedDataset):
+    if not isinstance(dataset, PackedStream):
         seedable = accelerator.use_seedable_sampler or ranks.size > 1  # the same order on every rank
         sampler = _sampler(dataset, batch_size, ranks, training, order, args, seedable)
     source: Any = dataset
@@ -161,7 +173,7 @@ def _start_worker(worker: int, seed: tuple[int, int] | None) -> None:
 
 
 def _sampler(
-    dataset: PackedDataset,
+    dataset: PackedDataset | UserPacks,
     batch_size: int,
     ranks: Ranks,
     training: bool,
@@ -188,7 +200,7 @@ def _sampler(
             rank=ranks.rank,
             drop_last=args.dataloader_drop_last,
         )
-    if dataset.repacks:
+    if isinstance(dataset, PackedDataset) and dataset.repacks:
         return PackSampler(dataset, order.setdefault("group", batch_size * ranks.size))
     if seedable:
         return SeedableRandomSampler(dataset, data_seed=args.data_seed)

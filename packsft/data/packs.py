@@ -7,15 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset
 
-from packsft.data.document import IGNORE_INDEX, Pack, first_outside, make_document, outside_vocabulary
+from packsft.data.document import (
+    IGNORE_INDEX,
+    Pack,
+    documents_of,
+    first_outside,
+    make_document,
+    outside_vocabulary,
+)
 from packsft.packing import (
     STRATEGIES,
     Segments,
@@ -36,19 +44,14 @@ class TokenRows:
         dataset: has `input_ids`, and `labels` of the same lengths (-100 = not scored).
 
     Raises:
-        ValueError: a column is missing, as a whole or in a row, or a row's labels and input ids differ in length.
+        ValueError: a column is missing, as a whole or in a row, or holds anything but integers, a row's labels and
+            input ids differ in length, or the data set has a transform.
     """
 
     def __init__(self, dataset: Dataset) -> None:
-        # A selection or a shuffle is an index beside the table: write it out once, to make rows slices again.
-        self._dataset = dataset.flatten_indices() if dataset._indices is not None else dataset
+        self._dataset = flat_rows(dataset)
         self._read_columns()
-        differ = np.flatnonzero(self.lengths != self._labels.lengths)
-        if len(differ):
-            row = differ[0]
-            raise ValueError(
-                f"row {row} of the data set: {self._labels.lengths[row]} labels for {self.lengths[row]} input_ids"
-            )
+        self._ids.check_lengths("labels", self._labels)
 
     def _read_columns(self) -> None:
         self._ids = _ListColumn(self._dataset, "input_ids")
@@ -80,10 +83,7 @@ class TokenRows:
     @cached_property
     def digest(self) -> str:
         """SHA-256 in hex over the tokens and labels of all rows, in order; their integer type does not matter."""
-        digest = hashlib.sha256()
-        for column in (self._ids, self._labels):
-            column.update(digest)
-        return digest.hexdigest()
+        return hashlib.sha256((self._ids.digest() + self._labels.digest()).encode()).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_dataset": self._dataset}  # without the views: a worker maps the Arrow file itself
@@ -94,26 +94,51 @@ class TokenRows:
 
 
 class _ListColumn:
-    """One Arrow list column as (offsets, values) arrays per chunk, the values zero-copy."""
+    """One Arrow list column as (offsets, values) arrays per chunk, the values zero-copy.
 
-    def __init__(self, dataset: Dataset, name: str) -> None:
+    Raises ValueError, naming the row, for a list that is missing and a value that is not an int64, or with `mask`,
+    is not 0 or 1 (of any type).
+    """
+
+    def __init__(self, dataset: Dataset, name: str, *, mask: bool = False) -> None:
         if name not in dataset.column_names:
             raise ValueError(f"the data set has no column {name!r}, only {', '.join(dataset.column_names)}")
+        column = dataset.data.column(name)
+        expected = "0 or 1" if mask else "integers (int64)"
+        if not is_list(column.type):
+            raise ValueError(f"the data set's column {name!r} holds {column.type}, expected lists of {expected}")
         self._chunks: list[tuple[np.ndarray, np.ndarray]] = []
-        for chunk in dataset.data.column(name).chunks:
+        first = 0
+        for chunk in column.chunks:
             if chunk.null_count:
-                row = sum(len(offsets) - 1 for offsets, _ in self._chunks) + chunk.is_null().index(True).as_py()
+                row = first + chunk.is_null().index(True).as_py()
                 raise ValueError(f"row {row} of the data set: {name} is missing")
-            if not hasattr(chunk, "offsets"):  # fixed-size lists
-                values = chunk.flatten().to_numpy(zero_copy_only=False)
-                offsets = np.arange(len(chunk) + 1) * (len(values) // max(len(chunk), 1))
+            if len(chunk) == 0:  # may have no offsets
+                continue
+            if pa.types.is_fixed_size_list(chunk.type):
+                offsets = np.arange(len(chunk) + 1) * chunk.type.list_size
             else:
-                values = chunk.values.to_numpy(zero_copy_only=False)
                 offsets = chunk.offsets.to_numpy().astype(np.int64)
+                offsets -= offsets[0]  # a slice of an array begins later
+            values, unfit = _as_numpy(chunk.flatten(), mask)
+            if unfit is not None:
+                at, given = unfit
+                row = first + np.searchsorted(offsets, at, side="right") - 1
+                raise ValueError(f"row {row} of the data set: {name} holds {given}, expected {expected}")
             self._chunks.append((offsets, values))
+            first += len(chunk)
         counts = [len(offsets) - 1 for offsets, _ in self._chunks]
         self._first_rows = np.cumsum([0, *counts])
         self.lengths = np.concatenate([np.diff(offsets) for offsets, _ in self._chunks] or [np.zeros(0, np.int64)])
+
+    def check_lengths(self, name: str, other: _ListColumn) -> None:
+        """Raises ValueError for a row of `other`, a column of that name, with more or fewer values."""
+        differ = np.flatnonzero(self.lengths != other.lengths)
+        if len(differ):
+            row = differ[0]
+            raise ValueError(
+                f"row {row} of the data set: {other.lengths[row]} {name} for {self.lengths[row]} input_ids"
+            )
 
     def row(self, row: int) -> np.ndarray:
         chunk = int(np.searchsorted(self._first_rows, row, side="right")) - 1
@@ -136,13 +161,15 @@ class _ListColumn:
                 counts[segments][block] = running[end[block] - low] - running[begin[block] - low]
         return counts
 
-    def update(self, digest: Any) -> None:
-        """Adds the lengths of all rows and their values to a `hashlib` digest."""
+    def digest(self) -> str:
+        """SHA-256 in hex over the lengths of all rows and their values."""
+        digest = hashlib.sha256()
         digest.update(self.lengths.astype("<i8", copy=False).data)
         for offsets, values in self._chunks:
             for start in range(int(offsets[0]), int(offsets[-1]), BLOCK):
                 block = values[start : min(start + BLOCK, int(offsets[-1]))]
                 digest.update(np.ascontiguousarray(block, "<i8").data)
+        return digest.hexdigest()
 
     def first_outside(self, name: str, vocab_size: int) -> tuple[int, int] | None:
         """(row, value) of the first value outside the vocabulary, or None."""
@@ -153,11 +180,85 @@ class _ListColumn:
         return None
 
 
-def column_digest(dataset: Dataset, name: str) -> str:
-    """SHA-256 in hex over a column of lists of integers."""
-    digest = hashlib.sha256()
-    _ListColumn(dataset.flatten_indices() if dataset._indices is not None else dataset, name).update(digest)
-    return digest.hexdigest()
+def _as_numpy(values: pa.Array, mask: bool) -> tuple[np.ndarray, tuple[int, Any] | None]:
+    """`values` as an array, and the index of the first that does not fit, with what it is."""
+    kind, none = values.type, np.zeros(0, np.int64)
+    if values.null_count:
+        return none, (values.is_null().index(True).as_py(), "null")
+    if len(values) == 0:  # of any type: `datasets` types lists that are all empty as lists of null
+        return none, None
+    if not (pa.types.is_integer(kind) or (mask and (pa.types.is_boolean(kind) or pa.types.is_floating(kind)))):
+        return none, (0, kind)
+    array = values.to_numpy(zero_copy_only=not pa.types.is_boolean(kind))
+    if mask:
+        unfit = (array != 0) & (array != 1)
+    elif array.dtype == np.uint64:
+        unfit = array > np.iinfo(np.int64).max
+    else:
+        return array, None
+    return array, (int(np.argmax(unfit)), array[np.argmax(unfit)]) if unfit.any() else None
+
+
+def is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def flat_rows(dataset: Dataset) -> Dataset:
+    """The data set without an index: a selection or a shuffle is written out once, to make rows slices again."""
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            "the data set has a transform (with_transform), but packsft reads its columns, which a transform does not "
+            "change: apply it with map() first"
+        )
+    return dataset.flatten_indices() if dataset._indices is not None else dataset
+
+
+def masked_rows(dataset: Dataset, masks: Sequence[str]) -> Dataset:
+    """The data set as `flat_rows`, its `input_ids` and `masks` checked: before labels are made of them.
+
+    Raises ValueError, naming the row, unless `input_ids` are lists of integers and each mask has a 0 or 1 for each.
+    """
+    dataset = flat_rows(dataset)
+    ids = _ListColumn(dataset, "input_ids")
+    for name in masks:
+        ids.check_lengths(name, _ListColumn(dataset, name, mask=True))
+    return dataset
+
+
+class UserPacks(torch.utils.data.Dataset):
+    """Packs that the user made. Item i is row i, as a list of `Document`s; `documents_of` describes a row.
+
+    Args:
+        rows: the packs.
+        vocab_size: ids and labels must be below it; None for no check.
+    """
+
+    strategy, repacks = STRATEGIES["none"], False
+    total_dataset_length = 0  # see `PackedDataset`
+
+    def __init__(self, rows: Dataset, vocab_size: int | None) -> None:
+        self.rows, self._vocab_size = rows, vocab_size
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """`[P]` int64, the tokens of each pack."""
+        return _ListColumn(flat_rows(self.rows), "input_ids").lengths
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 in hex of each column that is read; empty if the rows have a transform."""
+        if self.rows.format["type"] == "custom":
+            return {}
+        names = [name for name in ("input_ids", "labels", "seq_lengths") if name in self.rows.column_names]
+        return {name: _ListColumn(flat_rows(self.rows), name).digest() for name in names}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int | None) -> Pack:
+        """Item `index`; [] for None."""
+        if index is None:
+            return []
+        return documents_of(self.rows[index], f"row {index} of the data set", self._vocab_size, index)
 
 
 class PackedDataset(torch.utils.data.Dataset):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from datasets import IterableDataset
 
-from packsft.data.document import Document, Pack, checked_tokens, make_document
+from packsft.data.document import Document, Pack, check_row, checked_tokens, make_document
 from packsft.data.ranks import Ranks
 from packsft.packing import STRATEGIES, Account, Strategy, check_max_lost_fraction, cut_examples, resolve_overlong
 from packsft.packing.buffer import PackingBuffer
@@ -27,6 +27,7 @@ logger = logging.getLogger("packsft")
 
 BUFFERED_PACKS = 32  # within 0.7 points of the plan over a whole data set, see docs/log.md
 ROWS_BEFORE_JUDGEMENT = 1000  # of the share of lost tokens
+END: Any = object()  # a row may be anything, None as well
 
 
 class StreamPack(list[Document]):
@@ -255,8 +256,8 @@ class PackedStream(torch.utils.data.IterableDataset):
                 yield pack
             if at_end:
                 return
-            row = next(rows, None)
-            if row is None:
+            row = next(rows, END)
+            if row is END:
                 at_end = True
             else:
                 self._take(row)
@@ -264,6 +265,7 @@ class PackedStream(torch.utils.data.IterableDataset):
     def _take(self, row: Mapping[str, Any]) -> None:
         """Check a row, cut it into documents, count it, and push the documents into the buffer."""
         account, where = self.account, f"row {self.account.examples_in} of the {self.name} stream"
+        check_row(row, where)
         ids, labels = checked_tokens(row.get("input_ids"), row.get("labels"), where, self._vocab_size)
         account.examples_in += 1
         account.tokens_in += len(ids)

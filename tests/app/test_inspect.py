@@ -175,6 +175,15 @@ def test_csv_holds_texts(tmp_path):
     assert load_rows(write(tmp_path, "text\nhello\n", "rows.csv")).to_list() == [{"text": "hello"}]
 
 
+def test_a_file_with_two_columns_of_one_name_is_refused(tmp_path):
+    ids = pa.array([[3, 4]])
+    table = pa.table([ids, ids], names=["input_ids", "input_ids"])
+    with pa.OSFile(str(tmp_path / "rows.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(ValueError, match=r'rows.arrow cannot be read: .*"input_ids" exists 2 times'):
+        load_rows(str(tmp_path / "rows.arrow"))
+
+
 # ---- the command ----
 
 
@@ -233,7 +242,11 @@ BAD_FILES = {
     "numbers for text": ("rows.jsonl", '{"text": 3}\n', "`text` holds int64, expected texts"),
     "texts for ids": ("rows.jsonl", '{"input_ids": ["a"]}\n', "`input_ids` holds list<"),
     "short labels": ("rows.jsonl", '{"input_ids": [3, 4], "labels": [3]}\n', "row 0 of the data set: 1 labels for 2"),
-    "a short mask": ("rows.jsonl", '{"input_ids": [3, 4], "assistant_masks": [1]}\n', "row 0: assistant_masks and"),
+    "a short mask": (
+        "rows.jsonl",
+        '{"input_ids": [3, 4], "assistant_masks": [1]}\n',
+        "row 0 of the data set: 1 assistant_masks for 2",
+    ),
     "nothing scored": ("rows.jsonl", '{"input_ids": [3]}\n', "no example of the train data set has a token to score"),
     "no parquet": ("rows.parquet", "garbage", "cannot be read"),
     "another kind of file": ("rows.txt", "hello", "has an unknown file type, expected .jsonl"),

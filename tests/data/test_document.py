@@ -32,11 +32,14 @@ def test_a_part_is_a_document_of_its_own_and_keeps_the_weight_of_its_example():
     ("row", "message"),
     [
         ({}, "row 3 has no input_ids"),
-        ({"input_ids": ["a"]}, "row 3: input_ids is not a list of integers"),
-        ({"input_ids": [[3], [4]]}, "row 3: input_ids is not a list of integers"),
+        ({"input_ids": ["a"]}, r"row 3: input_ids is \['a'\], expected a list of integers"),
+        ({"input_ids": [[3], [4]]}, r"row 3: input_ids is \[\[3\], \[4\]\], expected a list of integers"),
         ({"input_ids": [3, 4], "labels": [3]}, "row 3: 1 labels for 2 input_ids"),
         ({"input_ids": [3, 9]}, r"row 3: input_ids holds 9, but the vocabulary has 9 entries, 0 to 8$"),
         ({"input_ids": [3, 4], "labels": [-100, -7]}, r"row 3: labels holds -7, .* 0 to 8 \(or -100, not scored\)"),
+        ({"input_ids": [2**63]}, r"row 3: input_ids is \[9223372036854775808\], expected a list of integers \(int64\)"),
+        ({"input_ids": [3, 4], "seq_lengths": [3, -1]}, "row 3: seq_lengths holds -1, expected 0 or more"),
+        ([3, 4], "row 3 is a list, expected a dict"),
         ({"input_ids": [3, 4], "seq_lengths": [1, 2]}, "row 3: seq_lengths sum to 3, but there are 2 input_ids"),
     ],
 )

@@ -164,8 +164,9 @@ def test_a_state_of_another_share_is_refused():
         ({"input_ids": [3, 24], "labels": [3, 4]}, "row 5 of the train stream: input_ids holds 24, but the vocabulary"),
         ({"input_ids": [3, 4], "labels": [3, -7]}, "row 5 of the train stream: labels holds -7"),
         ({"input_ids": [3, 4]}, "row 5 of the train stream has no labels"),
-        ({"input_ids": ["a"], "labels": [3]}, "row 5 of the train stream: input_ids is not a list of integers"),
-        ({"input_ids": [[3], [4, 5]], "labels": [3]}, "row 5 of the train stream: input_ids is not a list"),
+        ({"input_ids": ["a"], "labels": [3]}, r"row 5 of the train stream: input_ids is \['a'\], expected a list of"),
+        ({"input_ids": [[3], [4, 5]], "labels": [3]}, r"row 5 of the train stream: input_ids is \[\[3\], \[4, 5\]\]"),
+        (None, "row 5 of the train stream is a NoneType, expected a dict"),
     ],
 )
 def test_a_bad_row_is_named(row, message):

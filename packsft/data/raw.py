@@ -1,0 +1,116 @@
+"""Rows as the user gives them, checked before TRL tokenises and labels them.
+
+TRL stops at a bad row without naming it, or goes on: it cuts a mask that is too long, and reads a null in a mask as 0.
+Knows which columns TRL reads, not what it makes of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset, IterableDataset
+
+from packsft.data.document import check_mask, checked_tokens, short
+from packsft.data.packs import is_list, masked_rows
+
+TEXT, MESSAGES = "a text", "a list of messages with the key {!r}"
+Rows = TypeVar("Rows", Dataset, IterableDataset)
+
+
+def checked_rows(dataset: Rows, *, text_field: str | None, completion_only: bool, name: str) -> Rows:
+    """The same rows, as plain Python values whatever the data set's format.
+
+    Args:
+        dataset: rows of any form that TRL takes.
+        text_field: the column of texts, if the rows hold neither tokens nor messages; None if a function makes it.
+        completion_only: whether `completion_mask` applies.
+        name: names the data set in messages.
+
+    Raises:
+        ValueError: a row has no text, no messages or no ids, or its masks do not fit. A stream raises it when the row
+            is read. Rows with `labels` are not checked here: `packs.py` and `streams.py` do it.
+    """
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        return dataset  # TRL refuses it
+    visible = dataset.select_columns(dataset.format["columns"]) if isinstance(dataset, Dataset) else dataset
+    plain = visible.with_format(None)
+    sample: dict[str, Any] = next(iter(plain), {})
+    if not sample or ("input_ids" not in sample and text_field is None):
+        return dataset
+    dataset = plain
+    if "input_ids" in sample:
+        if "labels" in sample:
+            return dataset
+        masks = [*(["completion_mask"] if completion_only else []), "assistant_masks"]
+        masks = [mask for mask in masks if mask in sample]
+        if isinstance(dataset, Dataset):
+            return masked_rows(dataset, masks)
+        return dataset.map(functools.partial(_check_tokens, masks=masks, name=name), with_indices=True)
+    assert text_field is not None
+    texts, expected = _form(sample, text_field)
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(
+            functools.partial(_check_texts, texts=texts, expected=expected, name=f"{name} stream"), with_indices=True
+        )
+    _check_texts(sample, 0, texts, expected, f"{name} data set")  # the others have the same type, if any
+    for text in texts:
+        if (row := _first_missing(dataset, text)) is not None:
+            raise ValueError(f"row {row} of the {name} data set: {text} is missing, or holds no message or a null")
+    return dataset
+
+
+def _check_tokens(row: dict[str, Any], index: int, masks: Sequence[str], name: str) -> dict[str, Any]:
+    where = f"row {index} of the {name} stream"
+    ids, _ = checked_tokens(row.get("input_ids"), row.get("input_ids"), where)
+    for mask in masks:
+        check_mask(row.get(mask), len(ids), where, mask)
+    return row
+
+
+def _form(sample: Mapping[str, Any], text_field: str) -> tuple[tuple[str, ...], str]:
+    """The columns that TRL reads, by the first row, and what each row must hold there: a `_kind`."""
+    if "prompt" in sample:
+        return ("prompt", "completion"), _kind("prompt", sample["prompt"]) or f"{TEXT} or {MESSAGES.format('role')}"
+    for name in ("conversations", "messages"):
+        if name in sample and (text_field not in sample or _kind(name, sample[name]) not in (TEXT, None)):
+            return (name,), MESSAGES.format(_key(name))
+    return (text_field,), TEXT
+
+
+def _key(name: str) -> str:
+    return "from" if name == "conversations" else "role"
+
+
+def _kind(name: str, value: Any) -> str | None:
+    """What the value of a column is; None for what TRL cannot read there."""
+    if isinstance(value, str):
+        return TEXT
+    messages = isinstance(value, list) and all(isinstance(each, dict) and _key(name) in each for each in value)
+    return MESSAGES.format(_key(name)) if messages and value else None
+
+
+def _check_texts(row: dict[str, Any], index: int, texts: Sequence[str], expected: str, name: str) -> dict[str, Any]:
+    for text in texts:
+        if text not in row:
+            raise ValueError(f"the {name} has no column {text!r}, only {', '.join(row)}")
+        if _kind(text, row[text]) != expected:
+            raise ValueError(f"row {index} of the {name}: {text} is {short(row[text])}, expected {expected}")
+    return row
+
+
+def _first_missing(dataset: Dataset, name: str) -> int | None:
+    """The first row without a text, or with a list that is empty or holds a null."""
+    column = dataset.data.column(name)
+    missing = column.is_null()
+    if is_list(column.type):
+        missing = pc.or_(missing, pc.equal(pc.fill_null(pc.list_value_length(column), 0), 0))
+    rows = np.flatnonzero(missing.to_numpy())
+    if is_list(column.type) and (messages := pc.list_flatten(column)).null_count:
+        rows = np.union1d(rows, pc.list_parent_indices(column).filter(messages.is_null()).to_numpy())
+    if dataset._indices is not None and len(rows):
+        rows = np.flatnonzero(np.isin(dataset._indices.column(0).to_numpy(), rows))
+    return int(rows[0]) if len(rows) else None
