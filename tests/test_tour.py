@@ -81,6 +81,7 @@ def test_packs_to_batches(batches):
         "num_scored": 5,
         "num_tokens": 8,
         "num_documents": 2,
+        "rows": [0, 2],
     }
     assert second == {
         "input_ids": [[11, 12, 13, 1, 7, 1]],
@@ -97,6 +98,7 @@ def test_packs_to_batches(batches):
         "num_scored": 3,
         "num_tokens": 6,
         "num_documents": 2,
+        "rows": [4, 1],
     }
 
 
