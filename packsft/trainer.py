@@ -82,12 +82,12 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             logger.warning("bf16=True, but this device only emulates bfloat16, which is far slower than float32")
         filters_log = args.logging_nan_inf_filter
         args.logging_nan_inf_filter = False  # reads the device per micro-batch; see `StepBoundary`
-        self._saves_on_sigterm = args.enable_jit_checkpoint
-        args.enable_jit_checkpoint = False  # handles the signal from construction on, and saves within a step
+        saves_on_sigterm, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False  # the parent's, see `Sigterm`
         self._per_example = getattr(args, "loss_normalization", "token") == "example"
         self._vocab_size: int | None = None
         with compat.own_head_during_init():
             super().__init__(*call.args[1:], **call.kwargs)
+        self.args.enable_jit_checkpoint = saves_on_sigterm
 
         check_accelerator(self.accelerator, self.args)
         self._check: PackingCheck | None = None

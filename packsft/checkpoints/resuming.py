@@ -80,7 +80,7 @@ class WholeCheckpoints(Trainer):
             if (self._resumed / FILE).exists():
                 self._resumed_state = torch.load(self._resumed / FILE, weights_only=True)
             self._resume_order(self._resumed_state.get("order", {}))
-        with Sigterm(self._saves_on_sigterm and str(self.args.save_strategy.value) != "no") as self._sigterm:
+        with Sigterm(self.args.enable_jit_checkpoint and str(self.args.save_strategy.value) != "no") as self._sigterm:
             return super().train(None if self._resumed is None else str(self._resumed), *positional, **named)
 
     # ---- resuming ----

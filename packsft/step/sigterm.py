@@ -12,6 +12,9 @@ from typing import Any
 class Sigterm:
     """Within the context, the first SIGTERM sets `received`; a second one acts as if there were no context.
 
+    transformers has a handler too (5.24). It is set at construction, so a process that never trains ignores the signal;
+    it waits three seconds, saves between backward and optimizer, and lets the script go on as after a whole training.
+
     When the context ends, a signal that was received is sent again, to whoever handled it before. Without `active`, and
     outside of the main thread, where Python handles no signals, does nothing.
     """

@@ -84,9 +84,10 @@ class FileOperations:
 
 class Killer(TrainerCallback):
     def __init__(self, kill):
-        self.kill = kill
+        self.kill, self.steps = kill, 0
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.steps += 1
         if state.global_step == self.kill.get("step"):
             die()
         if state.global_step == self.kill.get("signal"):
@@ -105,6 +106,8 @@ def train(job, rank):
     args = config(job["folder"], **options | job.get("options", {}))
     model = tiny_model(job.get("family", "gpt2"), **job.get("model", {"resid_pdrop": 0.1}))
 
+    killer = Killer(kill if mine else {})
+
     class Trainer(PackedSFTTrainer):
         def _save_checkpoint(self, *given):
             if operations is not None and self.state.global_step == kill["save"]:
@@ -115,7 +118,7 @@ def train(job, rank):
 
     trainer = Trainer(
         model=model, args=args, train_dataset=rows, processing_class=tiny_tokenizer(),
-        callbacks=[Killer(kill if mine else {})],
+        callbacks=[killer],
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=job.get("resume"))
     if rank == 0:
@@ -125,7 +128,7 @@ def train(job, rank):
         result = {
             "history": history, "steps": trainer.state.global_step,
             "weights": hashlib.sha256(weights.numpy().tobytes()).hexdigest(),
-            "trained": trainer.state.global_step - trainer._initial_global_step,
+            "trained": killer.steps,
             "operations": operations.names if operations else [],
         }  # fmt: skip
         (Path(job["folder"]) / "result.json").write_text(json.dumps(result))
