@@ -104,7 +104,7 @@ def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
     if arguments.get("processing_class") is not None:
         check_tokenizer(arguments["processing_class"], args)
     model = arguments["model"]
-    _check_adapter(arguments.get("peft_config"))
+    _check_adapter(arguments.get("peft_config"), args)
     if isinstance(model, str):
         requested = (args.model_init_kwargs or {}).get("attn_implementation")
         if requested == "flash_attention_2" and not (
@@ -115,7 +115,7 @@ def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
                 "it, or leave attn_implementation unset to use PyTorch's varlen attention"
             )
     elif is_peft_model(model):
-        _check_adapter(model.active_peft_config)
+        _check_adapter(model.active_peft_config, args)
     elif isinstance(model, PreTrainedModel) and model.get_output_embeddings() is None:
         raise ValueError(
             f"{type(model).__name__} has no language-model head (get_output_embeddings() is None): packsft trains "
@@ -211,8 +211,10 @@ def _check_dataset(name: str, dataset: Dataset | IterableDataset, args: SFTConfi
         )
 
 
-def _check_adapter(config: Any) -> None:
+def _check_adapter(config: Any, args: SFTConfig) -> None:
     """`config`: a PEFT configuration, or None."""
+    if getattr(config, "target_r", None) is not None and getattr(args, "on_nonfinite", "error") == "skip":
+        raise ValueError("on_nonfinite='skip' leaves no gradients, but AdaLoRA measures them in every step")
     if getattr(config, "is_prompt_learning", False):
         raise ValueError(
             f"{type(config).__name__} puts virtual tokens before every row, which moves the boundaries of packed "

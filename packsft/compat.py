@@ -32,8 +32,8 @@ TRANSFORMERS_MIN = Version("5.17")
 PEFT_MIN = Version("0.16")  # the first that keeps LoRA variants in a dictionary of their own
 
 # Private names of the parents that `trainer.py` and its mixins (`data/loaders.py`, `step/exact.py`, `step/metrics.py`,
-# `checkpoints/resuming.py`) override or use: what for, and what would free us (no release up to TRL 1.16 and
-# transformers 5.24 has it).
+# `step/boundary.py`, `checkpoints/resuming.py`) override or use: what for, and what would free us (no release up to TRL
+# 1.16 and transformers 5.24 has it).
 PRIVATE = {
     "_prepare_dataset": "packs what the parent tokenises; a public function that tokenises and labels",
     "_set_signature_columns_if_needed": "keeps the column `loss_weights`; an argument that names columns to keep",

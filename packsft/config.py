@@ -83,8 +83,8 @@ class PackedSFTConfig(SFTConfig):
             on, the optimizer and the random generators begin anew.
         enable_jit_checkpoint (`bool`, *optional*, defaults to `True`):
             Whether SIGTERM during training, which ends a preempted job, saves a checkpoint after the current step (on
-            several GPUs, two steps later), unless `save_strategy="no"`. The process then ends by the signal; a second
-            one ends it at once.
+            several GPUs, up to three steps later), unless `save_strategy="no"`. The process then ends by the signal; a
+            second one ends it at once.
     """
 
     packing: bool = field(default=True, metadata={"help": "Whether to pack several examples into one row."})

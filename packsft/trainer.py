@@ -29,7 +29,8 @@ from trl import SFTConfig, SFTTrainer
 
 from packsft import compat
 from packsft.arguments import check_accelerator, check_arguments, check_tokenizer, own_arguments, skips_preparation
-from packsft.checkpoints.resuming import CountsEpochs, WholeCheckpoints
+from packsft.checkpoints.resuming import WholeCheckpoints
+from packsft.checkpoints.stream_place import CountsEpochs
 from packsft.config import has_bf16
 from packsft.data.batch import document_lengths
 from packsft.data.collator import PackingCollator, mark_sizes
@@ -93,6 +94,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         self._check: PackingCheck | None = None
         self._sums = {"train": MetricSums(), "eval": MetricSums(filters_log)}
         self._start_watching(getattr(self.args, "on_nonfinite", "error"), filters_log)
+        self._configured = {"logging_nan_inf_filter": filters_log}
         self._order: dict[str, Any] = {}
         self._on_changed = getattr(self.args, "on_changed", "error")
         self._resumes_only_model = getattr(self.args, "resume_only_model", False)
@@ -242,13 +244,12 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
     # ---- a step: batches to loss ----
 
     def _inner_training_loop(self, *positional: Any, **named: Any) -> TrainOutput:
-        """Adds to the parent: NEFTune's noise by document; watches the steps, and the weights that they leave."""
+        """Adds to the parent: NEFTune's noise by document."""
         if self.neftune_noise_alpha is not None:
             compat.noise_by_document(self, lambda: self._document_lengths)
         self._restart_metrics()
         self._start_watching(self._on_nonfinite, self._filters_log)
         output = super()._inner_training_loop(*positional, **named)
-        self._check_finite(self.model)
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def get_batch_samples(
@@ -256,7 +257,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
     ) -> tuple[list, float | Tensor]:
         """Adds to the parent: a denominator that the host already has; whether a resumed stream is the same."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        self._note_given(batches)
+        self._note_stream(batches)
         across_ranks = self.args.average_tokens_across_devices
         return batches, items_in_step(batches, self.accelerator, across_ranks=across_ranks)
 

@@ -37,18 +37,22 @@ def _step(checkpoint: Path) -> int:
 def publish(staged: Path, record: Mapping[str, Any]) -> Path:
     """Add the record to a folder of `_incomplete/`, put the folder in its place, and return the place.
 
-    Every file is on the disk before the rename. A folder that is already there is replaced.
+    Every file that this machine wrote is on the disk before the rename. A folder that is already there is replaced.
     """
     paths = sorted(path for path in staged.rglob("*") if path.is_file() and path != staged / RECORD)
     files = {path.relative_to(staged).as_posix(): path.stat().st_size for path in paths}
     (staged / RECORD).write_text(json.dumps({**record, "files": files}, indent=2), encoding="utf-8")
-    for path in (*paths, staged / RECORD, *{path.parent for path in paths}, staged):
+    sync_folder(staged)
+    return _put_in_place(staged)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until all files of a folder that this machine wrote are on the disk."""
+    for path in (*folder.rglob("*"), folder):
         _sync(path)
-    _put_in_place(staged)
-    return staged.parents[1] / staged.name
 
 
-def _put_in_place(staged: Path) -> None:
+def _put_in_place(staged: Path) -> Path:
     place, replaced = staged.parents[1] / staged.name, staged.with_name(f"replaced-{staged.name}")
     if place.exists():  # killed between the two renames, `finish_interrupted` does the second
         shutil.rmtree(replaced, ignore_errors=True)
@@ -56,10 +60,11 @@ def _put_in_place(staged: Path) -> None:
     os.rename(staged, place)
     _sync(place.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+    return place
 
 
 def _sync(path: Path) -> None:
-    with contextlib.suppress(OSError):  # Windows opens no folder
+    with contextlib.suppress(OSError):  # Windows opens no folder; another machine may have moved it
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -71,14 +76,15 @@ def finish_interrupted(run_dir: Path) -> None:
     """After a crash: publish what was whole but not yet in its place, and delete what was not."""
     for staged in checkpoints(run_dir / INCOMPLETE):
         if "files" in read_record(staged) and why_not_whole(staged) is None:
-            _put_in_place(staged)
+            with contextlib.suppress(FileNotFoundError):  # another node was first
+                _put_in_place(staged)
     shutil.rmtree(run_dir / INCOMPLETE, ignore_errors=True)
 
 
 def rotate(run_dir: Path, limit: int | None, keep: set[Path]) -> None:
     """Delete the oldest checkpoints beyond `limit`, those that are not whole first, and none of `keep`."""
-    found = checkpoints(run_dir)
-    others = [path for path in found if path not in keep]
+    found, keep = checkpoints(run_dir), {path.resolve() for path in keep}
+    others = [path for path in found if path.resolve() not in keep]
     others.sort(key=lambda path: (why_not_whole(path) is None, path.stat().st_mtime, _step(path)))
     for path in others[: max(0, len(found) - limit) if limit else 0]:
         # Out of sight first: a kill within `rmtree` leaves no half of a checkpoint.
@@ -166,11 +172,13 @@ def missing_state(checkpoint: Path) -> list[str]:
     return missing
 
 
-def newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, or None; and of each newer one, why it is not whole."""
+def find_whole(run_dir: Path) -> tuple[list[Path], list[str]]:
+    """The whole checkpoints, the newest first; and of each one newer than these, why it is not whole."""
+    whole: list[Path] = []
     reasons: list[str] = []
     for checkpoint in checkpoints(run_dir):
         if (reason := why_not_whole(checkpoint)) is None:
-            return checkpoint, reasons
-        reasons.append(f"{checkpoint.name} is not whole: {reason}")
-    return None, reasons
+            whole.append(checkpoint)
+        elif not whole:
+            reasons.append(f"{checkpoint.name} is not whole: {reason}")
+    return whole, reasons

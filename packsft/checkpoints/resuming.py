@@ -1,21 +1,24 @@
 """What changes in transformers' trainer when it saves and resumes: whole checkpoints, and the same run.
 
-`folders.py` knows what a whole checkpoint is, `settings.py` what a run depends on, `state.py` what weights do not hold.
+`folders.py` knows what a whole checkpoint is, `settings.py` what a run depends on, `state.py` what weights do not hold,
+`stream_place.py` where a run is in a stream.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 import time
 import warnings
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
@@ -23,20 +26,21 @@ from packsft import compat
 from packsft.checkpoints.folders import (
     INCOMPLETE,
     STATE,
+    find_whole,
     finish_interrupted,
     missing_state,
-    newest_whole,
     publish,
     read_record,
     rotate,
+    sync_folder,
     why_not_whole,
 )
-from packsft.checkpoints.settings import OF_THE_OPTIMIZER, differences, rows_of, settings_of
+from packsft.checkpoints.settings import OF_THE_OPTIMIZER, differences, in_background, rows_of, settings_of
 from packsft.checkpoints.state import FILE, load_model_state, model_state
+from packsft.checkpoints.stream_place import StreamPlace
 from packsft.data.ranks import Ranks
 from packsft.data.streams import PackedStream
 from packsft.step.metrics import MetricSums
-from packsft.step.sigterm import Sigterm
 
 logger = logging.getLogger("packsft")
 
@@ -44,25 +48,25 @@ logger = logging.getLogger("packsft")
 class WholeCheckpoints(Trainer):
     """Saves and resumes; mixed into a trainer before its class.
 
-    The trainer sets `_sums`, and gives what else a checkpoint records (`_record`).
+    The trainer sets `_sums`, `_on_changed` and `_resumes_only_model`, adds the callback `CountsEpochs`, tells `_place`
+    what it reads, and gives what else a checkpoint records (`_record`). Its other mixins give `_check_finite`,
+    `_packs_of` and `_takes_exact_steps`.
     """
 
     _sums: dict[str, MetricSums]
     _order: dict[str, Any]
-    _given: dict[int, str] = {}  # noqa: RUF012 (replaced when training begins)
-    _given_before: dict[int, str] = {}  # noqa: RUF012
     _takes_exact_steps: bool
-    _sigterm: Sigterm | None = None
     _resumed: Path | None = None
+    _place = StreamPlace()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *positional: Any, **named: Any) -> TrainOutput:
-        """Adds to the parent: resumes from whole checkpoints of the same run; saves one on SIGTERM.
+        """Adds to the parent: resumes from whole checkpoints of the same run.
 
         Raises:
             ValueError: there is no whole checkpoint, it lacks state, or it is of a run with other settings.
         """
         output_dir = Path(self.args.output_dir or ".")
-        if self.is_world_process_zero():
+        if self.args.local_process_index == 0:
             finish_interrupted(output_dir)
         self.accelerator.wait_for_everyone()
         self._settings = settings_of(
@@ -73,17 +77,42 @@ class WholeCheckpoints(Trainer):
             self.get_total_train_batch_size(self.args),
             Ranks.of(self.accelerator),
         )
+        saves = str(self.args.save_strategy.value) != "no"
+        self._rows: Future[Any] | None = None  # hashed while training begins, on one rank
+        if (saves or resume_from_checkpoint) and self.is_world_process_zero():
+            self._rows = in_background(rows_of, self._packs_of(self.train_dataset))
         self._resumed, self._resumed_state, self._order = None, {}, {}
         if resume_from_checkpoint:
-            self._resumed = _chosen(resume_from_checkpoint, output_dir)
+            self._resumed = self._chosen(resume_from_checkpoint, output_dir)
             self._check_same_run(self._resumed)
             if (self._resumed / FILE).exists():
                 self._resumed_state = torch.load(self._resumed / FILE, weights_only=True)
-            self._resume_order(self._resumed_state.get("order", {}))
-        with Sigterm(self.args.enable_jit_checkpoint and str(self.args.save_strategy.value) != "no") as self._sigterm:
-            return super().train(None if self._resumed is None else str(self._resumed), *positional, **named)
+            self._order = self._resumed_state.pop("order", {})
+            if "random_state" in self._order:
+                self._order["resumed_state"] = self._order.pop("random_state")
+        return super().train(None if self._resumed is None else str(self._resumed), *positional, **named)
 
     # ---- resuming ----
+
+    def _chosen(self, asked: str | bool, output_dir: Path) -> Path:
+        """The checkpoint to resume from: whole on every node. All ranks raise if there is none."""
+        if asked is not True:
+            checkpoint = Path(str(asked))
+            if any(gather_object([not checkpoint.is_dir()])):
+                raise ValueError(f"resume_from_checkpoint={asked!r}: there is no such folder")
+            if reason := next(filter(None, gather_object([why_not_whole(checkpoint)])), None):
+                whole, _ = find_whole(checkpoint.parent)
+                instead = f"; the newest whole one beside it is {whole[0]}" if whole else ""
+                raise ValueError(f"resume_from_checkpoint={asked!r} is not a whole checkpoint: {reason}{instead}")
+            return checkpoint
+        whole, reasons = find_whole(output_dir)
+        on_nodes = gather_object([[path.name for path in whole]])
+        common = [path for path in whole if all(path.name in names for names in on_nodes)]
+        because = "".join(f"; {reason}" for reason in reasons)
+        if not common:
+            raise ValueError(f"resume_from_checkpoint=True: {output_dir} holds no whole checkpoint{because}")
+        logger.warning("resuming from %s, the newest whole checkpoint%s", common[0], because)
+        return common[0]
 
     def _check_same_run(self, checkpoint: Path) -> None:
         missing = missing_state(checkpoint)
@@ -98,8 +127,13 @@ class WholeCheckpoints(Trainer):
                 "%s does not record its data and settings: whether this is the same run is not checked", checkpoint
             )
             return
-        if changed := differences(saved, self._settings | {"training set": rows_of(self.train_dataset)}):
+        if changed := differences(saved, self._settings_and_rows()):
             self._say_changed(checkpoint, changed)
+
+    def _settings_and_rows(self) -> dict[str, Any]:
+        """On all ranks what the first one knows."""
+        known = [self._settings | {"training set": self._rows.result()} if self._rows is not None else None]
+        return broadcast_object_list(known)[0]
 
     def _say_changed(self, checkpoint: Path, changed: dict[str, str]) -> None:
         lines = [f"{name}: {change}" for name, change in changed.items()]
@@ -116,10 +150,6 @@ class WholeCheckpoints(Trainer):
             self._order = {}
         return super()._inner_training_loop(*positional, **named)
 
-    def _resume_order(self, order: dict[str, Any]) -> None:
-        random_state = order.pop("random_state", None)
-        self._order = order if random_state is None else {**order, "resumed_state": random_state}
-
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *positional: Any, **named: Any
     ) -> tuple[int, int]:
@@ -128,60 +158,47 @@ class WholeCheckpoints(Trainer):
             epochs, steps = super()._init_training_state(
                 max_steps, num_update_steps_per_epoch, num_train_epochs, *positional, **named
             )
-        self._given_before = {}
         self.state.compute_steps(self.args, max_steps)  # not those of the checkpoint
+        accumulation, digests = self.args.gradient_accumulation_steps, {}
         if self._resumed is not None:
             record = read_record(self._resumed)
             self._total_train_tokens = record.get("num_tokens", 0)
-            if isinstance(self.train_dataset, PackedStream) and "stream" in record and not self.args.ignore_data_skip:
-                self._given_before = self._given_to_this_rank(record["stream"]["given"])
-                epochs = record["stream"]["epoch"]
-                steps = record["stream"]["steps"] * self.args.gradient_accumulation_steps
+            stream = record.get("stream")
+            if isinstance(self.train_dataset, PackedStream) and stream and not self.args.ignore_data_skip:
+                ranks = Ranks.of(self.accelerator)
+                digests = StreamPlace.digests_of_rank(stream, ranks.rank, ranks.size, self._takes_exact_steps)
+                epochs, steps = stream["epoch"], stream["steps"] * accumulation
             load_model_state(self.model, self._resumed_state)
             self._resume_callbacks()
-            if self.state.global_step >= max_steps:
-                logger.warning(
-                    "%s is at step %d of %d: the run is finished", self._resumed, self.state.global_step, max_steps
-                )
+            step = self.state.global_step
+            if step >= max_steps:
+                logger.warning("%s is at step %d of %d: the run is finished", self._resumed, step, max_steps)
                 epochs, steps = num_train_epochs, 0
-        self._given = dict(self._given_before)
-        self._epoch, self._epoch_began = (
-            epochs - 1,
-            self.state.global_step - steps // self.args.gradient_accumulation_steps,
-        )
+        if steps == 0:
+            self._order.pop("resumed_state", None)  # of the epoch before
+        self._place = StreamPlace(epochs, self.state.global_step - steps // accumulation, digests)
         return epochs, steps
 
     def _resume_callbacks(self) -> None:
         """What callbacks have counted (the patience of early stopping) goes on; their arguments are the new ones."""
-        saved = {
-            name: state if isinstance(state, list) else [state] for name, state in self.state.stateful_callbacks.items()
-        }
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ExportableState) and saved.get(type(callback).__name__):
-                vars(callback).update(saved[type(callback).__name__].pop(0)["attributes"])
+        exportable = [one for one in self.callback_handler.callbacks if isinstance(one, ExportableState)]
+        for name, saved in self.state.stateful_callbacks.items():
+            callbacks = [one for one in exportable if type(one).__name__ == name]
+            states = saved if isinstance(saved, list) else [saved]  # of several: transformers adds to the list
+            for callback, state in zip(callbacks, states[-len(callbacks) :], strict=False):
+                vars(callback).update(copy.deepcopy(state["attributes"]))
+
+    def _note_stream(self, batches: list[dict[str, Any]]) -> None:
+        """Whether a resumed stream gives what it gave; says so before a step."""
+        differs = self._place.read(batches)
+        if differs is not None and self._resumed is not None:
+            saved, read = differs
+            self._say_changed(self._resumed, {"rows read so far": f"{saved[:12]}... -> {read[:12]}..."})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Adds to the parent: not AdaLoRA's weights, see `state.py`."""
         if "adalora" not in self._resumed_state:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _given_to_this_rank(self, given: list[dict[str, str]]) -> dict[int, str]:
-        """Of what a stream gave each rank; empty if it now gives other shares."""
-        of_rank = 0 if self._takes_exact_steps else self.accelerator.process_index  # exact steps: the same to all ranks
-        if len(given) != self.accelerator.num_processes and not self._takes_exact_steps:
-            return {}
-        return {int(worker): digest for worker, digest in given[of_rank].items()}
-
-    def _note_given(self, batches: list[dict[str, Any]]) -> None:
-        """What a stream has given so far, by worker; of the first batch after a resume, whether it is what it gave."""
-        for batch in batches:
-            if "given" not in batch:
-                continue
-            worker, before, after = batch["given"]
-            saved = self._given_before.pop(worker, None)
-            if saved and before and before != saved and self._resumed is not None:
-                self._say_changed(self._resumed, {"rows read so far": f"{saved[:12]}... -> {before[:12]}..."})
-            self._given[worker] = after
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Adds to the parent: with `resume_only_model`, the schedule goes on and the optimizer begins anew."""
@@ -202,9 +219,16 @@ class WholeCheckpoints(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Replaces the parent's warnings: weights that are tied to others are not missing, and others are an error."""
-        state = self.model.state_dict()
-        loaded = {state[name].data_ptr() for name in state.keys() - set(load_result.missing_keys)}
-        missing = [name for name in load_result.missing_keys if state[name].data_ptr() not in loaded]
+
+        def storage(name: str) -> int:
+            weight = state[name]
+            return (weight.to_local() if hasattr(weight, "to_local") else weight).untyped_storage().data_ptr()
+
+        state, not_saved = self.model.state_dict(), set(getattr(self.model, "_keys_to_ignore_on_save", None) or ())
+        loaded = {storage(name) for name in state.keys() - set(load_result.missing_keys)}
+        missing = [n for n in load_result.missing_keys if n not in not_saved and storage(n) not in loaded]
+        if not_saved.intersection(load_result.missing_keys):
+            self.model.tie_weights()
         model = type(self.model).__name__
         for names, what in (
             (missing, f"lacks weights of {model}"),
@@ -222,73 +246,33 @@ class WholeCheckpoints(Trainer):
         self._check_finite(self.model)
         run_dir = Path(self._get_output_dir(trial))
         staged = run_dir / INCOMPLETE / f"checkpoint-{self.state.global_step}"
+        place = run_dir / staged.name
         if self.args.local_process_index == 0:
             shutil.rmtree(staged, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         with compat.saving_under(self, staged.parent):
             super()._save_checkpoint(model, trial)
-        place = run_dir / staged.name
         if self.state.best_model_checkpoint == str(staged):
             self.state.best_model_checkpoint = str(place)
         if self.args.should_save:
             self.state.save_to_json(str(staged / STATE))
             torch.save({**model_state(self.model), "order": self._order}, staged / FILE)
         pending = self._sums["train"].pending_tokens(self.accelerator) // Ranks.of(self.accelerator).sharing
-        self.accelerator.wait_for_everyone()
         record = {
             **self._record(),
-            "settings": self._settings | {"training set": rows_of(self.train_dataset)},
+            "settings": self._settings_and_rows(),
             "num_tokens": self._total_train_tokens + pending,
-            "stream": {
-                "epoch": self._epoch,
-                "steps": self.state.global_step - self._epoch_began,
-                "given": gather_object([self._given]),
-            },
+            "stream": self._place.state(self.state.global_step),
         }
-        if self.is_world_process_zero():
-            publish(staged, record)
         self.accelerator.wait_for_everyone()
-        if self.args.local_process_index == 0 and staged.exists():  # the folder of another node
+        if self.args.local_process_index == 0:
+            sync_folder(staged)  # what this node has written
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:  # one rank, or one of each node with `save_on_each_node`
             publish(staged, record)
-        if self.args.should_save:
             best = self.state.best_model_checkpoint
             rotate(run_dir, self.args.save_total_limit, {place, *([Path(best)] if best else [])})
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(place))
         self._sums["train"].skip(time.perf_counter() - started)
-
-
-class CountsEpochs(TrainerCallback):
-    """Tells a `WholeCheckpoints` where an epoch begins: a stream does not know how many steps it has."""
-
-    def __init__(self, trainer: WholeCheckpoints) -> None:
-        self._trainer, self._first = trainer, True
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._first = True
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._epoch += 1
-        if not self._first:
-            self._trainer._epoch_began = state.global_step
-        self._first = False
-
-
-def _chosen(asked: Any, output_dir: Path) -> Path:
-    """The checkpoint to resume from. Raises ValueError if there is none, or the one asked for is not whole."""
-    if asked is not True:
-        checkpoint = Path(asked)
-        if not checkpoint.is_dir():
-            raise ValueError(f"resume_from_checkpoint={str(asked)!r}: there is no such folder")
-        if (reason := why_not_whole(checkpoint)) is not None:
-            whole, _ = newest_whole(checkpoint.parent)
-            instead = "" if whole is None else f"; the newest whole one beside it is {whole}"
-            raise ValueError(f"resume_from_checkpoint={str(asked)!r} is not a whole checkpoint: {reason}{instead}")
-        return checkpoint
-    whole, reasons = newest_whole(output_dir)
-    because = "".join(f"; {reason}" for reason in reasons)
-    if whole is None:
-        raise ValueError(f"resume_from_checkpoint=True: {output_dir} holds no whole checkpoint{because}")
-    logger.warning("resuming from %s, the newest whole checkpoint%s", whole, because)
-    return whole

@@ -9,10 +9,11 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from typing import Any
 
-from datasets import Dataset
 from torch import nn
 
 from packsft.data.packs import PackedDataset, UserPacks
@@ -20,7 +21,7 @@ from packsft.data.ranks import Ranks
 from packsft.data.streams import PackedStream
 from packsft.packing import resolve_overlong
 
-# In force are those of the checkpoint's optimizer and scheduler, whatever the arguments say.
+# transformers restores these with the optimizer and the scheduler, whatever the arguments say.
 OF_THE_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 _FIELDS = (
     "packing", "max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss", "shuffle_dataset",
@@ -65,6 +66,8 @@ def settings_of(
             for name, config in getattr(model, "peft_config", {}).items()
         },
     }
+    if args.world_size > 1:  # transformers sets it to False for one process
+        settings["average_tokens_across_devices"] = args.average_tokens_across_devices
     if isinstance(dataset, PackedStream):
         settings["stream"] = dataset.reading(args.dataloader_num_workers, args.per_device_train_batch_size, ranks)
     return json.loads(json.dumps(settings, default=_as_json, sort_keys=True))
@@ -88,12 +91,29 @@ def digest_of_tokenizer(tokenizer: Any) -> str | None:
 
 
 def rows_of(dataset: Any) -> dict[str, Any] | None:
-    """The number of rows and the digest of their tokens and labels in order; None if they cannot be read ahead."""
+    """The number of rows, and digests of what they hold, in order; None if they cannot be read ahead.
+
+    A few seconds for a hundred million tokens.
+    """
     if isinstance(dataset, PackedDataset):
         return {"rows": len(dataset.rows.lengths), "tokens and labels": dataset.rows.digest}
-    if isinstance(dataset, Dataset):  # packs that the user made
-        return {"rows": len(dataset), **UserPacks(dataset, None).digests()}
+    if isinstance(dataset, UserPacks):
+        return {"rows": len(dataset), **dataset.digests}
     return None
+
+
+def in_background(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """The result of a function that runs in a thread, which does not keep the process alive."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

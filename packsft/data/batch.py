@@ -18,7 +18,7 @@ The collator computes everything once, on the host. Nothing here reads from the 
 | `num_tokens`                   | int             | tokens of the documents, without padding                          |
 | `num_documents`                | int             | D                                                                 |
 | `rows`                         | `[D]` int64     | each document's row in the data set; -1 if unknown                |
-| `given`                        | tuple           | of a stream: see `streams.given_by`                               |
+| `stream_digests`               | tuple           | of a stream: see `streams.stream_digests`                         |
 
 For `torch.compile` the collator pads T, D and N (`round_sizes`). Counts exclude padding.
 
@@ -54,7 +54,7 @@ from packsft.data.document import Pack
 
 LOSS_KEYS = ("loss_rows", "loss_targets", "loss_weights")  # read by the head, unknown to the models
 # for the trainer: with labels, a model would compute its own loss
-HOST_KEYS = ("labels", "num_items", "num_scored", "num_tokens", "num_documents", "rows", "given")
+HOST_KEYS = ("labels", "num_items", "num_scored", "num_tokens", "num_documents", "rows", "stream_digests")
 
 
 @dataclass
@@ -65,7 +65,7 @@ class StepRows:
     examples: np.ndarray | list[Pack]
     num_items: int | float
     tokens_per_pass: int
-    given: tuple[int, str, str] | None = None
+    stream_digests: tuple[int, str, str] | None = None
 
 
 def document_lengths(batch: Mapping[str, Any]) -> Any:

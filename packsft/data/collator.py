@@ -12,7 +12,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from packsft.data.batch import StepRows
 from packsft.data.document import IGNORE_INDEX, Document, Pack, documents_of
-from packsft.data.streams import given_by
+from packsft.data.streams import stream_digests
 
 
 @dataclass
@@ -49,7 +49,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
     def torch_call(self, examples: Sequence[Any]) -> dict[str, Any]:
         if not isinstance(examples[0], StepRows):
             documents = [document for row, item in enumerate(examples) for document in self._pack(row, item)]
-            return self._batch(documents) | _given(given_by(list(examples)))
+            return self._batch(documents) | _known(stream_digests(list(examples)))
         (step,) = examples
         passes = [self._batch(documents) for documents in step.passes]
         return {
@@ -58,7 +58,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
             "examples": step.examples,
             "num_items": step.num_items,
             "tokens_per_pass": step.tokens_per_pass,
-        } | _given(step.given)
+        } | _known(step.stream_digests)
 
     def _pack(self, row: int, item: Any) -> Pack:
         return item if isinstance(item, list) else documents_of(item, f"row {row} of the batch", self.vocab_size)
@@ -145,8 +145,8 @@ class PackingCollator(DataCollatorForLanguageModeling):
         return {key: torch.from_numpy(values) for key, values in positions.items()}
 
 
-def _given(given: tuple[int, str, str] | None) -> dict[str, Any]:
-    return {} if given is None else {"given": given}
+def _known(digests: tuple[int, str, str] | None) -> dict[str, Any]:
+    return {} if digests is None else {"stream_digests": digests}
 
 
 def rounded_size(size: int) -> int:

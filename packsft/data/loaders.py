@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,7 +75,8 @@ class PackedLoaders(Trainer):
     def _packs_of(self, dataset: Any) -> Packs | None:
         """None for a data set of another library."""
         if isinstance(dataset, Dataset):
-            return UserPacks(dataset, self.data_collator.vocab_size)
+            self._user_packs = getattr(self, "_user_packs", {})
+            return self._user_packs.setdefault(id(dataset), UserPacks(dataset, self.data_collator.vocab_size))
         return dataset if isinstance(dataset, (PackedDataset, PackedStream)) else None
 
     def _loader(self, dataset: Packs, batch_size: int, training: bool = False) -> DataLoader:
@@ -135,11 +138,10 @@ def packed_loader(
         if not isinstance(sampler, BatchRebalanceSampler):
             whole = batch_size * (1 if args.accelerator_config.split_batches else ranks_of_batches.size)
             options = {"batch_sampler": RankBatches(sampler, whole, ranks_of_batches, args.dataloader_drop_last)}
-    if training:
-        options["worker_init_fn"] = functools.partial(
-            _start_worker,
-            seed=None if isinstance(source, IterableDataset) else (args.dataloader_num_workers, args.process_index),
-        )
+    seeds_workers = training and not isinstance(source, IterableDataset)
+    options["worker_init_fn"] = functools.partial(
+        _start_worker, seed=(args.dataloader_num_workers, args.process_index) if seeds_workers else None
+    )
     loader = DataLoader(
         source,
         collate_fn=collator,
@@ -166,10 +168,18 @@ def packed_loader(
 
 
 def _start_worker(worker: int, seed: tuple[int, int] | None) -> None:
-    """Leaves SIGTERM to the training process, which may save a checkpoint first, and ends its workers itself."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Obeys SIGTERM only from the training process: that saves a checkpoint first, if all processes receive it."""
+    if hasattr(signal, "sigwaitinfo"):  # not on Windows and macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     if seed is not None:
         seed_worker(worker, *seed)
+
+
+def _end_with(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _sampler(
@@ -188,7 +198,8 @@ def _sampler(
     strategy, accumulation = args.train_sampling_strategy, args.gradient_accumulation_steps
     if strategy == "group_by_length":
         size = args.train_batch_size * accumulation if training else args.eval_batch_size
-        return GroupedByLength(order.setdefault("group", size), dataset.lengths.tolist(), ranks, order)
+        own_generator = not training or ranks.size > 1
+        return GroupedByLength(order.setdefault("group", size), dataset.lengths.tolist(), own_generator, order)
     if strategy == "sequential" or not training:
         return SequentialSampler(dataset)
     if strategy == "batch_rebalance":
@@ -222,7 +233,9 @@ class RankBatches(BatchSampler):
 
     def __init__(self, sampler: Sampler, size: int, ranks: Ranks, drop_last: bool) -> None:
         if size % ranks.size:
-            raise ValueError(f"per_device_train_batch_size={size} with split_batches=True: {ranks.size} ranks share it")
+            raise ValueError(
+                f"a batch size of {size} with split_batches=True must be a multiple of the {ranks.size} ranks"
+            )
         super().__init__(sampler, size // ranks.size, drop_last)
         self._size, self._rank = size, ranks.rank
 
@@ -244,13 +257,14 @@ class RankBatches(BatchSampler):
 class GroupedByLength(LengthGroupedSampler):
     """transformers' sampler, whose order a resumed run finds again.
 
-    The parent draws from PyTorch's own generator, whose state at the beginning of an epoch is kept in `order`. Several
-    ranks draw from a generator of the epoch instead: their own ones need not agree.
+    The parent draws from PyTorch's own generator, whose state at the beginning of an epoch is kept in `order`. With
+    `own_generator` it draws from one of the epoch instead: for several ranks, whose states need not agree, and for
+    evaluation, which may not change what training draws.
     """
 
-    def __init__(self, batch_size: int, lengths: list[int], ranks: Ranks, order: dict[str, Any]) -> None:
+    def __init__(self, batch_size: int, lengths: list[int], own_generator: bool, order: dict[str, Any]) -> None:
         super().__init__(batch_size, lengths=lengths)
-        self._seed, self._epoch, self._several = torch.random.initial_seed(), 0, ranks.size > 1
+        self._seed, self._epoch, self._own_generator = torch.random.initial_seed(), 0, own_generator
         self._order = order
 
     def set_epoch(self, epoch: int) -> None:
@@ -258,7 +272,7 @@ class GroupedByLength(LengthGroupedSampler):
 
     def __iter__(self) -> Iterator[int]:
         self.generator = None
-        if self._several:
+        if self._own_generator:
             self.generator = torch.Generator().manual_seed(self._seed + self._epoch)
         elif (state := self._order.pop("resumed_state", None)) is not None:
             self.generator = torch.Generator()

@@ -18,7 +18,7 @@ from packsft.data.batch import StepRows
 from packsft.data.document import Pack
 from packsft.data.packs import PackedDataset
 from packsft.data.ranks import Ranks
-from packsft.data.streams import given_by
+from packsft.data.streams import stream_digests
 from packsft.packing import plan_step
 
 
@@ -85,7 +85,7 @@ class StepStream(_Steps, torch.utils.data.IterableDataset):
         passes = [[documents[i] for i in chosen] for chosen in self._plan([len(document) for document in documents])]
         per_example = self.examples.per_example
         items = sum(document.num_scored * (document.weight if per_example else 1) for document in documents)
-        return StepRows(passes, examples, items, self.tokens_per_pass, given_by(examples))
+        return StepRows(passes, examples, items, self.tokens_per_pass, stream_digests(examples))
 
     def share(self, ranks: Ranks, *, endless: bool = False) -> StepStream:
         """The share of a rank. It ends with the stream, on all ranks at the same time, even with `endless`."""

@@ -45,8 +45,8 @@ class StreamPack(list[Document]):
         return self
 
 
-def given_by(packs: list[Pack]) -> tuple[int, str, str] | None:
-    """(worker, digest before, digest after) of consecutive packs of a stream; None for others."""
+def stream_digests(packs: list[Pack]) -> tuple[int, str, str] | None:
+    """(worker, digest before, digest after) of consecutive packs of a stream; None for other packs."""
     first, last = packs[0], packs[-1]
     if not isinstance(first, StreamPack) or not isinstance(last, StreamPack) or not last.after:
         return None

@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from packsft.step.metrics import MetricSums
 from packsft.step.sigterm import Sigterm
@@ -34,6 +36,7 @@ class _Flags:
 
     step: int
     rows: np.ndarray
+    on_device: Tensor
     values: Tensor
     arrived: Any  # torch.cuda.Event or None
 
@@ -46,7 +49,8 @@ class _Flags:
 class StepBoundary(Trainer):
     """Watches every step; mixed into a trainer before its class.
 
-    The trainer sets `_sums`, calls `_start_watching` before training and `_check_finite` before it saves.
+    The trainer sets `_sums`, calls `_start_watching` before training and `_check_finite` before it saves, and adds the
+    callback `StepCallback`.
 
     Attributes:
         skipped_steps: steps that `on_nonfinite="skip"` left out.
@@ -91,6 +95,20 @@ class StepBoundary(Trainer):
     def _has_sigterm(self) -> bool:
         return self._sigterm is not None and self._sigterm.received
 
+    def train(self, *positional: Any, **named: Any) -> TrainOutput:
+        """Adds to the parent: on SIGTERM, saves a checkpoint after the step, and ends the process."""
+        saves = str(self.args.save_strategy.value) != "no"
+        with Sigterm(self.args.enable_jit_checkpoint and saves) as self._sigterm:
+            return super().train(*positional, **named)
+
+    def _inner_training_loop(self, *positional: Any, **named: Any) -> TrainOutput:
+        """Adds to the parent: what the last steps left."""
+        output = super()._inner_training_loop(*positional, **named)
+        if self._read_flags(lag=0) and self._sigterm is not None:
+            self._sigterm.receive()
+        self._check_finite(self.model)
+        return output
+
     def _keep(self, flags: Tensor) -> None:
         rows, self._step_rows = np.concatenate(self._step_rows or [np.zeros(0, np.int64)]), []
         arrived = None
@@ -99,17 +117,18 @@ class StepBoundary(Trainer):
         if on_gpu:
             arrived = torch.cuda.Event()
             arrived.record()
-        self._flags.append(_Flags(self.state.global_step + 1, rows, host, arrived))
+        self._flags.append(_Flags(self.state.global_step + 1, rows, flags, host, arrived))
 
     def _leave_out_nonfinite(self, model: nn.Module) -> None:
         """With "skip": without gradients, the optimizer changes nothing."""
         if self._on_nonfinite != "skip" or self.accelerator.scaler is not None:  # the scaler leaves such steps out
             return
         flags = self._flags[-1]
-        if flags.read()[0] or not self._all_finite(p.grad for p in model.parameters() if p.grad is not None):
+        loss = torch.where(flags.on_device[0] == 0, 0.0, torch.nan)  # with the gradients, to read the device once
+        if not self._all_finite([loss, *(p.grad for p in model.parameters() if p.grad is not None)]):
             model.zero_grad()
             self.skipped_steps += 1
-            rows = _named(flags.rows)
+            rows = self._names_of(flags.rows)
             logger.warning("step %d is left out: its loss or a gradient is not finite (%s)", flags.step, rows)
 
     def _read_flags(self, lag: int) -> bool:
@@ -128,7 +147,7 @@ class StepBoundary(Trainer):
                 first = self._nonfinite[0]
                 steps = " and ".join(str(flags.step) for flags in self._nonfinite)
                 raise FloatingPointError(
-                    f"the loss of steps {steps} is not finite. Step {first.step} took {_named(first.rows)}. No "
+                    f"the loss of steps {steps} is not finite. Step {first.step} took {self._names_of(first.rows)}. No "
                     "checkpoint was saved since; lower learning_rate or look at these rows. "
                     'on_nonfinite="skip" leaves such steps out, "ignore" goes on'
                 )
@@ -141,8 +160,11 @@ class StepBoundary(Trainer):
             return
         weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self._all_finite(weights.values()):
-            name = next((name for name, p in weights.items() if not torch.isfinite(_local(p)).all()), "of another rank")
-            rows = f", whose loss is not finite; it took {_named(self._nonfinite[0].rows)}" if self._nonfinite else ""
+            names = (name for name, p in weights.items() if not torch.isfinite(local_shard(p)).all())
+            name = next(names, "of another rank")
+            rows = ""
+            if self._nonfinite:
+                rows = f", whose loss is not finite; it took {self._names_of(self._nonfinite[0].rows)}"
             raise FloatingPointError(
                 f"after step {self.state.global_step}{rows}, the weights {name} are not finite: nothing is saved. "
                 'on_nonfinite="ignore" saves them'
@@ -150,39 +172,56 @@ class StepBoundary(Trainer):
 
     def _all_finite(self, tensors: Iterable[Tensor]) -> bool:
         """Whether all are, on all ranks. Reads the device once."""
-        found = [torch.isfinite(_local(tensor)).all() for tensor in tensors]
+        # to one device: a model may lie on several, or be offloaded
+        found = [torch.isfinite(local_shard(tensor)).all().to(self.args.device) for tensor in tensors]
         bad = (~torch.stack(found)).any().float() if found else torch.zeros((), device=self.args.device)
         if self.accelerator.num_processes > 1:
             bad = self.accelerator.reduce(bad, reduction="sum")
         return not bad.item()
+
+    def _names_of(self, rows: np.ndarray) -> str:
+        """The rows of a step on all ranks, which all call it, in words."""
+        rows = np.unique(np.array(gather_object(rows.tolist()), np.int64))
+        rows = rows[rows >= 0]
+        if not len(rows):
+            return "rows without numbers"
+        more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
+        return f"rows {', '.join(map(str, rows[:NAMED_ROWS]))}{more} of the training set"
 
 
 class StepCallback(TrainerCallback):
     """Calls a `StepBoundary` between the backward and the optimizer, and after each step."""
 
     def __init__(self, trainer: StepBoundary) -> None:
-        self._trainer = trainer
+        self._trainer, self._stops = trainer, False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stops = False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._trainer._leave_out_nonfinite(model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._trainer._read_flags(GPU_LAG if args.device.type == "cuda" else 0):
+        if self._trainer._read_flags(lag_on(args.device)):
             logger.warning("SIGTERM: saving a checkpoint at step %d, then this process ends", state.global_step)
             assert self._trainer._sigterm is not None
             self._trainer._sigterm.receive()  # on all ranks
-            control.should_training_stop = control.should_save = True
+            self._stops = control.should_training_stop = control.should_save = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._stops:  # the epoch was left: it has not ended, and time is short
+            control.should_log = control.should_evaluate = control.should_save = False
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's shard."""
-    tensor = getattr(tensor, "ds_tensor", tensor)
+def lag_on(device: torch.device) -> int:
+    """Steps after which the flags of a step are read."""
+    return GPU_LAG if device.type == "cuda" else 0
+
+
+def local_shard(tensor: Any) -> Tensor:
+    """What this rank holds of a tensor: under FSDP2 and tensor parallelism, ZeRO-3 (without the padding), or all."""
+    if hasattr(tensor, "ds_tensor"):
+        shard = tensor.ds_tensor
+        start = shard.numel() * torch.distributed.get_rank(tensor.ds_process_group)
+        return shard[: max(0, tensor.ds_numel - start)]
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _named(rows: np.ndarray) -> str:
-    rows = np.unique(rows[rows >= 0])
-    if not len(rows):
-        return "rows without numbers"
-    more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
-    return f"rows {', '.join(map(str, rows[:NAMED_ROWS]))}{more} of the training set"

@@ -31,13 +31,14 @@ class ExactSteps(Trainer):
     The trainer sets, before training:
         _passes: the walker, made by `_make_walker`.
         _sums: metrics; `_sums["train"]` is restored when a step runs again.
+        _configured: arguments as the user set them, where the loop sees others.
     """
 
     _passes: PassWalker
     _sums: dict[str, MetricSums]
+    _configured: dict[str, Any]
     _evaluated_steps: StepDataset | StepStream | None = None
     _tokens_in_evaluation: int = sys.maxsize  # per pass
-    _configured_batch: dict[str, int] = {}  # noqa: RUF012 (replaced, never changed)
 
     def _make_walker(self, tokens_per_pass: int | str, max_length: int) -> PassWalker:
         return PassWalker(
@@ -60,17 +61,17 @@ class ExactSteps(Trainer):
         if not self._takes_exact_steps:
             return super()._inner_training_loop(batch_size, args, *positional, **named)
         with compat.one_batch_per_step(self) as (step_size, step_args):
-            self._configured_batch = compat.batch_fields(args)
+            self._configured |= compat.batch_fields(args)
             try:
                 return super()._inner_training_loop(step_size, step_args, *positional, **named)
             finally:
-                self._configured_batch = {}
+                self._configured = {k: v for k, v in self._configured.items() if k not in compat.batch_fields(args)}
 
     def save_model(self, *positional: Any, **named: Any) -> None:
-        """Adds to the parent: saves the arguments with the user's batch size and accumulation, not the loop's."""
+        """Adds to the parent: saves the user's arguments, not what the loop takes them for."""
         args: Any = self.args
-        of_the_loop = {name: getattr(args, name) for name in self._configured_batch}
-        vars(args).update(self._configured_batch)
+        of_the_loop = {name: getattr(args, name) for name in self._configured}
+        vars(args).update(self._configured)
         try:
             super().save_model(*positional, **named)
         finally:

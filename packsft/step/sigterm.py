@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any
@@ -15,8 +16,8 @@ class Sigterm:
     transformers has a handler too (5.24). It is set at construction, so a process that never trains ignores the signal;
     it waits three seconds, saves between backward and optimizer, and lets the script go on as after a whole training.
 
-    When the context ends, a signal that was received is sent again, to whoever handled it before. Without `active`, and
-    outside of the main thread, where Python handles no signals, does nothing.
+    When the context ends without an exception, a signal that was received is sent again, to whoever handled it before.
+    Without `active`, and outside of the main thread, where Python handles no signals, it does nothing.
     """
 
     def __init__(self, active: bool) -> None:
@@ -44,4 +45,6 @@ class Sigterm:
         if not self.received:
             self._restore()
         elif error is None:
+            sys.stdout.flush()
+            sys.stderr.flush()
             os.kill(os.getpid(), signal.SIGTERM)

@@ -9,7 +9,7 @@ import torch
 from runs import trainer
 
 from packsft.checkpoints import folders
-from packsft.checkpoints.folders import finish_interrupted, newest_whole, publish, rotate, why_not_whole
+from packsft.checkpoints.folders import find_whole, finish_interrupted, publish, rotate, why_not_whole
 
 
 def staged(run_dir, step, text="content"):
@@ -48,8 +48,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(damage, tmp_path):
     published(tmp_path, 9)
     harm, reason = DAMAGE[damage]
     harm(published(tmp_path, 10))
-    whole, reasons = newest_whole(tmp_path)
-    assert whole == tmp_path / "checkpoint-9"
+    whole, reasons = find_whole(tmp_path)
+    assert whole == [tmp_path / "checkpoint-9"]
     assert reasons[0].startswith("checkpoint-10 is not whole: ")
     assert reasons[0].endswith(reason)
 
@@ -80,7 +80,7 @@ def test_a_kill_between_the_renames_loses_nothing(renames, tmp_path, monkeypatch
         published(tmp_path, 3, "new")
     monkeypatch.undo()
     finish_interrupted(tmp_path)
-    whole, _ = newest_whole(tmp_path)
+    (whole,), _ = find_whole(tmp_path)
     assert (whole / "shards" / "model.bin").read_text() == "new"
     assert names(tmp_path) == ["checkpoint-3"]
 
@@ -146,6 +146,23 @@ def test_the_best_checkpoint_is_kept_loaded_and_found_under_its_name(tmp_path):
     assert state["best_model_checkpoint"] == best
 
 
+def test_the_best_checkpoint_is_known_by_its_place_and_not_by_its_spelling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for step in (1, 2, 3):
+        published(tmp_path, step)
+    rotate(tmp_path, 1, {Path("checkpoint-1"), tmp_path / "checkpoint-3"})
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-3"]
+
+
+def test_saved_arguments_are_those_of_the_user(tmp_path):
+    ours = trainer(tmp_path, gradient_accumulation_steps=2, **SAVES)
+    ours.train()
+    saved = torch.load(tmp_path / "checkpoint-3" / "training_args.bin", weights_only=False)
+    for name in ("logging_nan_inf_filter", "enable_jit_checkpoint"):
+        assert getattr(saved, name) is True
+    assert (saved.per_device_train_batch_size, saved.gradient_accumulation_steps) == (4, 2)
+
+
 def test_only_what_is_whole_is_pushed(tmp_path, monkeypatch):
     from packsft import PackedSFTTrainer
 
@@ -167,7 +184,7 @@ def test_a_run_begun_again_in_the_same_folder_replaces_the_checkpoints(tmp_path)
     for _ in range(2):
         trainer(tmp_path, **SAVES).train()
     assert names(tmp_path) == ["README.md", "checkpoint-1", "checkpoint-2", "checkpoint-3"]
-    assert newest_whole(tmp_path) == (tmp_path / "checkpoint-3", [])
+    assert find_whole(tmp_path)[0][0] == tmp_path / "checkpoint-3"
 
 
 @pytest.mark.parametrize("asked", [True, "missing", "checkpoint-2"])

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -91,8 +92,10 @@ class Killer(TrainerCallback):
         if state.global_step == self.kill.get("step"):
             die()
         if state.global_step == self.kill.get("signal"):
-            for process in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
-                os.kill(process, signal.SIGTERM)
+            # all processes of the job, as Slurm does; not from here, since workers obey their parent
+            processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+            for _ in range(self.kill.get("times", 1)):
+                subprocess.run(["kill", "-TERM", *map(str, processes)], check=True)
 
 
 def train(job, rank):
@@ -118,6 +121,7 @@ def train(job, rank):
 
     trainer = Trainer(
         model=model, args=args, train_dataset=rows, processing_class=tiny_tokenizer(),
+        eval_dataset=token_rows(4, seed=3) if job.get("evaluates") else None,
         callbacks=[killer],
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=job.get("resume"))
@@ -175,7 +179,7 @@ def run(job):
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
                 exits[running.pop(child)] = os.waitstatus_to_exitcode(status)
-                if exits[max(exits)] != 0:  # a launcher ends the others
+                if any(exits.values()):  # a launcher ends the others
                     deadline = min(deadline, time.monotonic() + 5)
         if running and (time.monotonic() > deadline or any(code == -signal.SIGKILL for code in exits.values())):
             for child in running:

@@ -27,9 +27,10 @@ class Server:
     def __init__(self):
         roots = [HERE, HERE.parent, *(Path(package.__file__).parents[1] for package in (packsft, packsft_kernels))]
         path = os.pathsep.join([*map(str, roots), os.environ.get("PYTHONPATH", "")])
+        self.environment = os.environ | {"PYTHONPATH": path}
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "server.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": path},
+            env=self.environment,
         )  # fmt: skip
 
     def run(self, folder, **job):
@@ -119,6 +120,55 @@ def test_sigterm_saves_at_the_end_of_the_step_and_ends_the_process(ranks, worker
     resumed = server.run(tmp_path / "ended", resume=True, **job)["result"]
     assert resumed["trained"] == whole["steps"] - (5 if ranks == 1 else 6)
     assert (resumed["weights"], resumed["history"]) == (whole["weights"], whole["history"])
+
+
+def test_sigterm_neither_evaluates_nor_saves_what_the_epoch_would_have(server, tmp_path):
+    job = job_of("step")
+    job["options"] |= {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    job["evaluates"] = True
+    server.run(tmp_path, kill={"signal": 2}, **job)
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert not any("eval_loss" in entry for entry in state["log_history"])
+
+
+@pytest.mark.parametrize("case", ["switched off", "saves nothing", "twice", "in the last step"])
+def test_sigterm_ends_the_process_in_any_case(case, server, tmp_path):
+    job, kill = job_of("step"), {"signal": 3}
+    if case == "switched off":
+        job["options"]["enable_jit_checkpoint"] = False
+    if case == "saves nothing":
+        job["options"]["save_strategy"] = "no"
+    if case == "twice":
+        kill["times"] = 2
+    if case == "in the last step":
+        kill["signal"] = 12
+    ended = server.run(tmp_path, kill=kill, **job)
+    assert ended["exit"] == [-15]
+    assert (tmp_path / "checkpoint-3").exists() is False
+    assert (tmp_path / "checkpoint-12").exists() == (case == "in the last step")
+
+
+SCRIPT = """
+import sys
+from runs import trainer
+ours = trainer(sys.argv[1], max_steps=2, dataloader_num_workers=1, dataloader_persistent_workers=sys.argv[2] == "ends")
+if sys.argv[2] == "fails":
+    from transformers import TrainerCallback
+    class Fails(TrainerCallback):
+        def on_step_end(self, *given, **named):
+            raise RuntimeError("of the user")
+    ours.add_callback(Fails())
+ours.train()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ends", "fails"])
+def test_workers_do_not_keep_a_process_alive(how, server, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path), how], env=server.environment, capture_output=True, timeout=120
+    )
+    assert done.returncode == (0 if how == "ends" else 1)
 
 
 @pytest.mark.slow

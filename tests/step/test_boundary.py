@@ -2,6 +2,8 @@
 
 import json
 import math
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from runs import config, losses
 from tiny import tiny_model, tiny_tokenizer, token_rows
 
 from packsft import PackedSFTTrainer
+from packsft.step import boundary
 
 NAN = float("nan")
 
@@ -97,9 +100,58 @@ def test_a_step_of_several_micro_batches_counts_once(options, tmp_path):
 
 
 def test_one_loss_alone_passes_if_the_weights_are_finite(tmp_path):
-    ours = trainer(tmp_path, bad=[3], on_nonfinite="skip")
+    class Once(PackedSFTTrainer):  # a loss that is not a number, and gradients that are
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            return loss + NAN if self.state.global_step + 1 == 3 else loss
+
+    saves = {"save_strategy": "steps", "save_steps": 1, "max_steps": 5}
+    ours = Once(
+        model=tiny_model(), args=config(tmp_path, **saves), train_dataset=token_rows(24),
+        processing_class=tiny_tokenizer(),
+    )  # fmt: skip
     ours.train()
-    assert ours.state.global_step == ours.state.max_steps == 18
+    assert ours.state.global_step == 5
+    assert [math.isnan(loss) for loss in losses(ours)] == [False, False, True, False, False]
+
+
+def test_flags_that_are_read_late_stop_the_run_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(boundary, "lag_on", lambda device: 2)  # as on a GPU
+    ours = trainer(tmp_path, bad=range(3, 99), save_strategy="no")
+    with pytest.raises(FloatingPointError, match="the loss of steps 3 and 4 is not finite"):
+        ours.train()
+    assert ours.state.global_step == 6
+    ours = trainer(tmp_path, bad=range(3, 99), save_steps=4)  # a save reads them before
+    with pytest.raises(FloatingPointError, match="the loss of steps 3 and 4 is not finite"):
+        ours.train()
+    assert (ours.state.global_step, saved(tmp_path)) == (4, [])
+    ours = trainer(tmp_path, bad=[5, 6], save_strategy="no", max_steps=6)  # and so does the end
+    with pytest.raises(FloatingPointError, match="the loss of steps 5 and 6 is not finite"):
+        ours.train()
+
+
+def test_weights_on_several_devices_are_checked_where_they_are(tmp_path):
+    ours = trainer(tmp_path)
+    meta = torch.zeros(2, device="meta")  # another device
+    assert ours._all_finite([torch.ones(2), torch.ones(3)])
+    assert not ours._all_finite([torch.ones(2), torch.tensor([1.0, NAN])])
+    with pytest.raises(NotImplementedError):  # it was moved: nothing can be copied out of "meta"
+        ours._all_finite([torch.ones(2), meta])
+
+
+def test_the_padding_of_a_shard_is_no_weight():
+    weight = SimpleNamespace(ds_tensor=torch.tensor([1.0, NAN]), ds_numel=3, ds_process_group=None)
+    for rank, expected in ((0, 2), (1, 1)):
+        with mock.patch("torch.distributed.get_rank", return_value=rank):
+            assert len(boundary.local_shard(weight)) == expected
+
+
+def test_adalora_is_not_skipped(tmp_path):
+    from peft import AdaLoraConfig
+    from runs import trainer as plain
+
+    with pytest.raises(ValueError, match="on_nonfinite='skip' leaves no gradients, but AdaLoRA"):
+        plain(tmp_path, peft_config=AdaLoraConfig(total_step=10), on_nonfinite="skip")
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["loss", "gradient"])
