@@ -243,6 +243,14 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
 
     # ---- a step: batches to loss ----
 
+    def train(self, *positional: Any, **named: Any) -> TrainOutput:
+        """Adds to the parent: NEFTune's noise also ends with a run that fails, and is not added twice by the next."""
+        try:
+            return super().train(*positional, **named)
+        finally:
+            if (hook := getattr(self, "neftune_hook_handle", None)) is not None:
+                hook.remove()
+
     def _inner_training_loop(self, *positional: Any, **named: Any) -> TrainOutput:
         """Adds to the parent: NEFTune's noise by document."""
         if self.neftune_noise_alpha is not None:

@@ -138,6 +138,9 @@ def packed_loader(
         if not isinstance(sampler, BatchRebalanceSampler):
             whole = batch_size * (1 if args.accelerator_config.split_batches else ranks_of_batches.size)
             options = {"batch_sampler": RankBatches(sampler, whole, ranks_of_batches, args.dataloader_drop_last)}
+    # The loader draws a number each epoch. From a generator of its own for evaluation, and for workers that stay: these
+    # draw once, at the first epoch or where a run resumes.
+    draws = training and not args.dataloader_persistent_workers
     seeds_workers = training and not isinstance(source, IterableDataset)
     options["worker_init_fn"] = functools.partial(
         _start_worker, seed=(args.dataloader_num_workers, args.process_index) if seeds_workers else None
@@ -151,7 +154,7 @@ def packed_loader(
         multiprocessing_context=args.dataloader_multiprocessing_context,
         prefetch_factor=args.dataloader_prefetch_factor,
         in_order=args.dataloader_in_order,
-        generator=None if training else torch.Generator(),  # whether a run evaluates changes no random number of it
+        generator=None if draws else torch.Generator(),
         **options,
     )
     return prepare_data_loader(  # as `accelerator.prepare`, without sharding: each rank already has its share
@@ -215,7 +218,7 @@ def _sampler(
         return PackSampler(dataset, order.setdefault("group", batch_size * ranks.size))
     if seedable:
         return SeedableRandomSampler(dataset, data_seed=args.data_seed)
-    return RandomSampler(dataset)
+    return RandomOrder(dataset, order)
 
 
 class RankBatches(BatchSampler):
@@ -254,11 +257,35 @@ class RankBatches(BatchSampler):
             yield group[self._rank * self.batch_size : (self._rank + 1) * self.batch_size]
 
 
+def _drawn_from(order: dict[str, Any]) -> torch.Generator | None:
+    """What draws the order of an epoch: PyTorch's own generator (None), whose state is kept in `order`; or that state,
+    if a run resumes within the epoch."""
+    if (state := order.pop("resumed_state", None)) is None:
+        order["random_state"] = torch.get_rng_state()
+        return None
+    order["random_state"] = state
+    generator = torch.Generator()
+    generator.set_state(state)
+    return generator
+
+
+class RandomOrder(RandomSampler):
+    """PyTorch's sampler, whose order a resumed run finds again."""
+
+    def __init__(self, dataset: Any, order: dict[str, Any]) -> None:
+        super().__init__(dataset)
+        self._order = order
+
+    def __iter__(self) -> Iterator[int]:
+        seed = torch.empty((), dtype=torch.int64).random_(generator=_drawn_from(self._order))
+        self.generator = torch.Generator().manual_seed(int(seed))  # as the parent does
+        return super().__iter__()
+
+
 class GroupedByLength(LengthGroupedSampler):
     """transformers' sampler, whose order a resumed run finds again.
 
-    The parent draws from PyTorch's own generator, whose state at the beginning of an epoch is kept in `order`. With
-    `own_generator` it draws from one of the epoch instead: for several ranks, whose states need not agree, and for
+    With `own_generator` it draws from one of the epoch: for several ranks, whose states need not agree, and for
     evaluation, which may not change what training draws.
     """
 
@@ -271,13 +298,6 @@ class GroupedByLength(LengthGroupedSampler):
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        self.generator = None
-        if self._own_generator:
-            self.generator = torch.Generator().manual_seed(self._seed + self._epoch)
-        elif (state := self._order.pop("resumed_state", None)) is not None:
-            self.generator = torch.Generator()
-            self.generator.set_state(state)
-            self._order["random_state"] = state
-        else:
-            self._order["random_state"] = torch.get_rng_state()
+        own = torch.Generator().manual_seed(self._seed + self._epoch) if self._own_generator else None
+        self.generator = own or _drawn_from(self._order)
         return super().__iter__()

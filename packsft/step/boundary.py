@@ -193,10 +193,10 @@ class StepCallback(TrainerCallback):
     """Calls a `StepBoundary` between the backward and the optimizer, and after each step."""
 
     def __init__(self, trainer: StepBoundary) -> None:
-        self._trainer, self._stops = trainer, False
+        self._trainer, self._stops, self._saved_step = trainer, False, -1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._stops = False
+        self._stops, self._saved_step = False, -1
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._trainer._leave_out_nonfinite(model)
@@ -208,9 +208,15 @@ class StepCallback(TrainerCallback):
             self._trainer._sigterm.receive()  # on all ranks
             self._stops = control.should_training_stop = control.should_save = True
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._saved_step = state.global_step
+        if self._stops:  # the end of training would load the best weights, and could delete this checkpoint
+            state.best_model_checkpoint = None
+
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._stops:  # the epoch was left: it has not ended, and time is short
-            control.should_log = control.should_evaluate = control.should_save = False
+        if self._stops:  # the epoch is not over; `save_strategy="best"` may have dropped the save
+            control.should_evaluate = False
+            control.should_save = self._saved_step != state.global_step
 
 
 def lag_on(device: torch.device) -> int:

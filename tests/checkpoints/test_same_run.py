@@ -357,3 +357,38 @@ def test_an_evaluation_of_groups_of_a_length_draws_nothing_from_training(tmp_pat
     whole = begun(tmp_path, **options())
     evaluates = {"eval_dataset": token_rows(6, seed=3), "eval_strategy": "steps", "eval_steps": 2}
     assert_same(begun(tmp_path, **options(), **evaluates), whole)
+
+
+def test_a_run_that_failed_adds_the_noise_of_neftune_once_when_it_resumes(tmp_path):
+    from transformers import TrainerCallback
+
+    class Fails(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                raise KeyboardInterrupt
+
+    noise = {"neftune_noise_alpha": 5.0}
+    whole = begun(tmp_path / "whole", **noise)
+    fails = Fails()
+    ours = trainer(tmp_path, callbacks=[fails], **SAVES | noise)
+    with pytest.raises(KeyboardInterrupt):
+        ours.train()
+    ours.remove_callback(fails)
+    ours.train(resume_from_checkpoint=True)
+    assert_same(ours, whole)
+
+
+OWN_DRAWS = {
+    "the order": {"accelerator_config": {"use_seedable_sampler": False}},
+    "workers that stay": {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+}
+
+
+@pytest.mark.parametrize("draws", OWN_DRAWS)
+def test_what_draws_from_the_generator_of_the_run_draws_the_same(draws, tmp_path):
+    def model():
+        return tiny_model("gpt2", resid_pdrop=0.1)
+
+    whole = begun(tmp_path, model=model(), **OWN_DRAWS[draws])
+    for checkpoint in (8, 4):  # of the second epoch, of the first
+        assert_same(resumed(tmp_path, checkpoint, model=model(), save_steps=99, **OWN_DRAWS[draws]), whole)

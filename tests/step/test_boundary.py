@@ -1,14 +1,18 @@
-"""What happens when a loss or a weight is not a number."""
+"""What happens when a loss or a weight is not a number, and what SIGTERM leaves."""
 
 import json
 import math
+import os
+import signal
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 from runs import config, losses
+from runs import trainer as make
 from tiny import tiny_model, tiny_tokenizer, token_rows
+from transformers import TrainerCallback
 
 from packsft import PackedSFTTrainer
 from packsft.step import boundary
@@ -148,10 +152,9 @@ def test_the_padding_of_a_shard_is_no_weight():
 
 def test_adalora_is_not_skipped(tmp_path):
     from peft import AdaLoraConfig
-    from runs import trainer as plain
 
     with pytest.raises(ValueError, match="on_nonfinite='skip' leaves no gradients, but AdaLoRA"):
-        plain(tmp_path, peft_config=AdaLoraConfig(total_step=10), on_nonfinite="skip")
+        make(tmp_path, peft_config=AdaLoraConfig(total_step=10), on_nonfinite="skip")
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["loss", "gradient"])
@@ -198,3 +201,56 @@ def test_a_diverging_run_is_stopped(tmp_path):
     for step in saved(tmp_path):
         state = json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text())
         assert state["global_step"] == step
+
+
+@pytest.mark.parametrize("ends", ["error", "skip", "saving"])
+def test_the_rows_of_all_ranks_are_named(ends, tmp_path, monkeypatch, caplog):
+    """The loss of another rank may be the one that is not finite. Here it took rows 98 and 99."""
+    monkeypatch.setattr(boundary, "gather_object", lambda rows: [*rows, 99, 98])
+    if ends == "skip":
+        trainer(tmp_path, bad=[3], on_nonfinite="skip").train()
+        assert ", 98, 99 of the training set)" in caplog.text
+        return
+    with pytest.raises(FloatingPointError, match=r"took rows .*, 98, 99 of the training set"):
+        trainer(tmp_path, bad=[3, 4], save_steps=1 if ends == "saving" else 9).train()
+
+
+# ---- SIGTERM ----
+
+
+def stopped(tmp_path, at, **options):
+    """A run that receives SIGTERM in the step after `at`, and whose script goes on."""
+
+    class Sends(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        ours = make(
+            tmp_path, callbacks=[Sends()], eval_dataset=token_rows(4, seed=3), per_device_train_batch_size=4, **options
+        )
+        ours.train()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ours.state.global_step == at + 1
+    return ours
+
+
+def test_sigterm_saves_also_where_only_the_best_is_saved(tmp_path):
+    best = {"save_strategy": "best", "metric_for_best_model": "eval_loss", "eval_strategy": "steps", "eval_steps": 1}
+    stopped(tmp_path, at=4, learning_rate=0.0, **best)
+    assert saved(tmp_path) == [1, 5]
+
+
+def test_sigterm_within_an_epoch_does_not_evaluate_as_at_its_end(tmp_path):
+    ours = stopped(tmp_path, at=4, save_strategy="epoch", eval_strategy="epoch")
+    assert saved(tmp_path) == [5]
+    assert [entry for entry in ours.state.log_history if "eval_loss" in entry] == []
+
+
+def test_the_checkpoint_of_sigterm_is_not_deleted_for_the_best_one(tmp_path):
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 4, "save_total_limit": 1}
+    stopped(tmp_path, at=8, save_strategy="steps", save_steps=4, learning_rate=0.0, **best)
+    assert saved(tmp_path) == [4, 9]
