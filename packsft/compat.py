@@ -44,6 +44,7 @@ PRIVATE = {
     "_load_scaler": "the same",
     "_load_rng_state": "the same",
     "_load_from_checkpoint": "weights that PEFT does not save whole; an AdaLoRA that can be resumed",
+    "_load_best_model": "weights that transformers saves under other names; a loader that converts them back",
     "_issue_warnings_after_load": "weights that a checkpoint lacks; an error instead of a warning",
     "_save_checkpoint": "whole checkpoints; a method that saves into a given folder",
     "_get_output_dir": "the same",

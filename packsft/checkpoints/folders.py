@@ -21,6 +21,8 @@ from typing import Any
 RECORD = "packsft.json"
 INCOMPLETE = "_incomplete"  # transformers uploads no name that begins with "_"
 STATE = "trainer_state.json"
+_TRAINING_STATE = ("optimizer", "scheduler", "scaler", "rng_state", "global_step", "packsft_state")
+_EDITED = (".md", ".json", ".jinja", ".txt")  # may change after the save: a model card, a tokenizer
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -106,8 +108,8 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def why_not_whole(checkpoint: Path) -> str | None:
-    """None for a whole checkpoint, otherwise what is wrong with it.
+def why_not_whole(checkpoint: Path, only_model: bool = False) -> str | None:
+    """None for a whole checkpoint, otherwise what is wrong with it; with `only_model`, apart from the training state.
 
     Compares files with the record. Without a list of files (a checkpoint of another library), reads the state of the
     trainer, which transformers writes last, and the sizes that the formats themselves state.
@@ -119,7 +121,11 @@ def why_not_whole(checkpoint: Path) -> str | None:
     except (OSError, ValueError):
         return f"{STATE} is damaged"
     files = read_record(checkpoint).get("files")
-    return next(_differences(checkpoint, files) if isinstance(files, dict) else _damages(checkpoint), None)
+    if not isinstance(files, dict):
+        return next(_damages(checkpoint), None)
+    if only_model:
+        files = {name: size for name, size in files.items() if not name.startswith(_TRAINING_STATE)}
+    return next(_differences(checkpoint, files), None)
 
 
 def _differences(checkpoint: Path, files: Mapping[str, int]) -> Iterator[str]:
@@ -127,8 +133,19 @@ def _differences(checkpoint: Path, files: Mapping[str, int]) -> Iterator[str]:
         path = checkpoint / name
         if not path.is_file():
             yield f"{name} is missing"
+        elif path.suffix in _EDITED and name != STATE:
+            if path.suffix == ".json" and not _is_json(path):
+                yield f"{name} is damaged"
         elif path.stat().st_size != size:
             yield f"{name} has {path.stat().st_size:,} of {size:,} bytes"
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _damages(checkpoint: Path) -> Iterator[str]:
@@ -172,12 +189,12 @@ def missing_state(checkpoint: Path) -> list[str]:
     return missing
 
 
-def find_whole(run_dir: Path) -> tuple[list[Path], list[str]]:
+def find_whole(run_dir: Path, only_model: bool = False) -> tuple[list[Path], list[str]]:
     """The whole checkpoints, the newest first; and of each one newer than these, why it is not whole."""
     whole: list[Path] = []
     reasons: list[str] = []
     for checkpoint in checkpoints(run_dir):
-        if (reason := why_not_whole(checkpoint)) is None:
+        if (reason := why_not_whole(checkpoint, only_model)) is None:
             whole.append(checkpoint)
         elif not whole:
             reasons.append(f"{checkpoint.name} is not whole: {reason}")

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import shutil
 import time
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
@@ -26,6 +27,7 @@ from packsft import compat
 from packsft.checkpoints.folders import (
     INCOMPLETE,
     STATE,
+    checkpoints,
     find_whole,
     finish_interrupted,
     missing_state,
@@ -82,6 +84,11 @@ class WholeCheckpoints(Trainer):
         if (saves or resume_from_checkpoint) and self.is_world_process_zero():
             self._rows = in_background(rows_of, self._packs_of(self.train_dataset))
         self._resumed, self._resumed_state, self._order = None, {}, {}
+        if saves and not resume_from_checkpoint and (found := checkpoints(output_dir)):
+            logger.warning(
+                "%s holds checkpoints of an earlier run: resume_from_checkpoint=True takes the one with the highest "
+                "step, now %s", output_dir, found[0].name,
+            )  # fmt: skip
         if resume_from_checkpoint:
             self._resumed = self._chosen(resume_from_checkpoint, output_dir)
             self._check_same_run(self._resumed)
@@ -100,12 +107,13 @@ class WholeCheckpoints(Trainer):
             checkpoint = Path(str(asked))
             if any(gather_object([not checkpoint.is_dir()])):
                 raise ValueError(f"resume_from_checkpoint={asked!r}: there is no such folder")
-            if reason := next(filter(None, gather_object([why_not_whole(checkpoint)])), None):
+            reason = why_not_whole(checkpoint, self._resumes_only_model)
+            if reason := next(filter(None, gather_object([reason])), None):
                 whole, _ = find_whole(checkpoint.parent)
                 instead = f"; the newest whole one beside it is {whole[0]}" if whole else ""
                 raise ValueError(f"resume_from_checkpoint={asked!r} is not a whole checkpoint: {reason}{instead}")
             return checkpoint
-        whole, reasons = find_whole(output_dir)
+        whole, reasons = find_whole(output_dir, self._resumes_only_model)
         on_nodes = gather_object([[path.name for path in whole]])
         common = [path for path in whole if all(path.name in names for names in on_nodes)]
         because = "".join(f"; {reason}" for reason in reasons)
@@ -197,8 +205,14 @@ class WholeCheckpoints(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Adds to the parent: not AdaLoRA's weights, see `state.py`."""
+        self._loaded_from = resume_from_checkpoint
         if "adalora" not in self._resumed_state:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """Adds to the parent: the folder, for `_issue_warnings_after_load`."""
+        self._loaded_from = str(self.state.best_model_checkpoint)
+        super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Adds to the parent: with `resume_only_model`, the schedule goes on and the optimizer begins anew."""
@@ -229,6 +243,8 @@ class WholeCheckpoints(Trainer):
         missing = [n for n in load_result.missing_keys if n not in not_saved and storage(n) not in loaded]
         if not_saved.intersection(load_result.missing_keys):
             self.model.tie_weights()
+        if (missing or load_result.unexpected_keys) and self._loads_converted():
+            return
         model = type(self.model).__name__
         for names, what in (
             (missing, f"lacks weights of {model}"),
@@ -237,6 +253,20 @@ class WholeCheckpoints(Trainer):
             if names:
                 few = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
                 raise ValueError(f"the checkpoint {what}: {few}")
+
+    def _loads_converted(self) -> bool:
+        """Load weights that transformers saves under other names, as the experts of a Mixtral; False if that fails.
+
+        Its trainer (5.24) loads the file without the conversion of `from_pretrained`.
+        """
+        if not isinstance(self.model, PreTrainedModel):
+            return False
+        widest = functools.reduce(torch.promote_types, {p.dtype for p in self.model.parameters()})
+        converted, info = type(self.model).from_pretrained(self._loaded_from, dtype=widest, output_loading_info=True)
+        if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
+            return False
+        self.model.load_state_dict(converted.state_dict())
+        return True
 
     # ---- saving ----
 

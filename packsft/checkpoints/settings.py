@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any
 
+import torch
 from torch import nn
 
 from packsft.data.packs import PackedDataset, UserPacks
@@ -24,11 +25,11 @@ from packsft.packing import resolve_overlong
 # transformers restores these with the optimizer and the scheduler, whatever the arguments say.
 OF_THE_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 _FIELDS = (
-    "packing", "max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss", "shuffle_dataset",
-    "train_sampling_strategy", "seed", "data_seed", "dataloader_drop_last", "loss_type", "label_smoothing_factor",
-    "neftune_noise_alpha", "max_grad_norm", "optim", "optim_args", *OF_THE_OPTIMIZER, "lr_scheduler_type",
-    "lr_scheduler_kwargs", "warmup_steps", "bf16", "fp16",
+    "packing", "max_length", "truncation_mode", "shuffle_dataset", "train_sampling_strategy", "seed", "data_seed",
+    "dataloader_drop_last", "loss_type", "label_smoothing_factor", "neftune_noise_alpha", "max_grad_norm", "optim",
+    "optim_args", *OF_THE_OPTIMIZER, "lr_scheduler_type", "warmup_steps", "bf16", "fp16",
 )  # fmt: skip
+SAMPLED = 16  # values of a frozen weight
 _OF_PEFT = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "rank_pattern")
 
 
@@ -54,12 +55,16 @@ def settings_of(
         "loss_normalization": getattr(args, "loss_normalization", "token"),
         "total batch": total_batch,
         "tokenizer": digest_of_tokenizer(tokenizer),
-        "chat_template": _digest(json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True)),
+        "chat_template": _digest(json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True, default=str)),
+        "use_seedable_sampler": args.accelerator_config.use_seedable_sampler,
+        "lr_scheduler_kwargs": args.lr_scheduler_kwargs or None,
         "model": {
             "class": type(getattr(model, "get_base_model", lambda: model)()).__name__,
             "dtypes": sorted({str(p.dtype) for p in parameters}),
             "parameters": sum(sizes),
             "trainable parameters": sum(size for p, size in zip(parameters, sizes, strict=True) if p.requires_grad),
+            "frozen weights": digest_of_frozen(model),
+            "config": _of_training(getattr(model, "config", None)),
         },
         "peft_config": {
             name: {key: value for key, value in config.to_dict().items() if key not in _OF_PEFT}
@@ -90,6 +95,30 @@ def digest_of_tokenizer(tokenizer: Any) -> str | None:
     return _digest(json.dumps([sorted(tokenizer.get_vocab().items()), str(tokenizer.special_tokens_map)]))
 
 
+def _of_training(config: Any) -> dict[str, Any]:
+    """The settings of a model that change its training: numbers, texts and rotary embeddings, not ids of tokens."""
+    known = {} if config is None else config.get_text_config().to_dict()
+    return {
+        name: value
+        for name, value in known.items()
+        if (isinstance(value, (int, float, str)) or name == "rope_parameters")
+        and not name.startswith(("_", "output_", "return_"))
+        and not name.endswith("_token_id")
+        and name not in ("transformers_version", "dtype", "use_cache")
+    }
+
+
+def digest_of_frozen(model: nn.Module) -> str | None:
+    """Of the names of all frozen weights and a few values of each; None if there are none. Reads the device once."""
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad and p.numel()}
+    if not frozen:
+        return None
+    values = [p.detach().flatten()[:: max(1, p.numel() // SAMPLED)][:SAMPLED] for p in frozen.values()]
+    device = values[0].device
+    sample = torch.cat([value.to(device, torch.float64) for value in values if value.device.type != "meta"])
+    return _digest(json.dumps([sorted(frozen), sample.tolist()]))
+
+
 def rows_of(dataset: Any) -> dict[str, Any] | None:
     """The number of rows, and digests of what they hold, in order; None if they cannot be read ahead.
 
@@ -117,12 +146,15 @@ def in_background(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """ "old -> new" by name, for each setting that differs. A name that only one side knows is not compared."""
-    return dict(_differing({name: saved[name] for name in now if name in saved}, now))
+    """By name of each setting that differs: "old -> new".
+
+    A setting that only one side knows is of another version, and is not compared; an adapter or a column is.
+    """
+    return dict(_differing(saved, now))
 
 
 def _differing(saved: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
-    for name in saved if not path else {**now, **saved}:
+    for name in {**now, **saved} if path in ("peft_config, ", "training set, ") else [n for n in now if n in saved]:
         old, new, label = saved.get(name), now.get(name), f"{path}{name}"
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _differing(old, new, f"{label}, ")

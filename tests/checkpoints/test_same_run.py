@@ -56,6 +56,7 @@ CHANGES = {
     "learning rate": ({"learning_rate": 1e-3}, r"learning_rate: 0.01 -> 0.001\n.*keeps the value of the checkpoint"),
     "schedule": ({"lr_scheduler_type": "linear"}, "lr_scheduler_type: 'constant' -> 'linear'"),
     "model": ({"model": tiny_model(num_hidden_layers=1)}, "model, parameters: "),
+    "dropout": ({"model": tiny_model(attention_dropout=0.1)}, "model, config, attention_dropout: 0.0 -> 0.1"),
 }  # fmt: skip
 
 
@@ -392,3 +393,57 @@ def test_what_draws_from_the_generator_of_the_run_draws_the_same(draws, tmp_path
     whole = begun(tmp_path, model=model(), **OWN_DRAWS[draws])
     for checkpoint in (8, 4):  # of the second epoch, of the first
         assert_same(resumed(tmp_path, checkpoint, model=model(), save_steps=99, **OWN_DRAWS[draws]), whole)
+
+
+def test_other_frozen_weights_are_named(tmp_path):
+    def frozen(layer, shift=0.0):
+        model = tiny_model()
+        for parameter in model.model.layers[layer].parameters():
+            parameter.requires_grad_(False)
+            parameter.data += shift
+        return model
+
+    begun(tmp_path, model=frozen(0), max_steps=2)
+    assert resumed(tmp_path, model=frozen(0), max_steps=4).state.global_step == 4
+    for other in (frozen(1), frozen(0, 1e-3)):
+        with pytest.raises(ValueError, match=r"model, frozen weights: \w+\.\.\. -> \w+\.\.\."):
+            resumed(tmp_path, 2, model=other, max_steps=4)
+
+
+def test_experts_that_are_saved_under_other_names_are_resumed(tmp_path):
+    options = {"eval_dataset": token_rows(4, seed=3), "eval_strategy": "steps", "eval_steps": 2}
+    whole = begun(tmp_path, model=tiny_model("mixtral"), load_best_model_at_end=True, **options)
+    again = resumed(tmp_path, 4, model=tiny_model("mixtral"), load_best_model_at_end=True, **options)
+    assert_same(again, whole)
+
+
+def test_what_says_the_same_in_other_words_is_no_change(tmp_path):
+    begun(tmp_path, max_steps=2, lr_scheduler_kwargs=None, completion_only_loss=None)
+    card = tmp_path / "checkpoint-2" / "README.md"
+    card.write_text("edited")
+    tiny_tokenizer().save_pretrained(tmp_path / "checkpoint-2")
+    same = {"lr_scheduler_kwargs": {}, "completion_only_loss": False}
+    assert resumed(tmp_path, max_steps=4, **same).state.global_step == 4
+
+
+def test_only_the_model_is_resumed_where_the_optimizer_was_deleted(tmp_path):
+    begun(tmp_path, max_steps=2)
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-2 is not whole: optimizer\.pt is missing"):
+        resumed(tmp_path, max_steps=4)
+    assert resumed(tmp_path, max_steps=4, resume_only_model=True).state.global_step == 4
+
+
+def test_a_run_in_the_folder_of_another_is_told_so(tmp_path, caplog):
+    begun(tmp_path, max_steps=2)
+    with caplog.at_level(logging.WARNING, "packsft"):
+        begun(tmp_path, max_steps=2)
+    assert "resume_from_checkpoint=True takes the one with the highest step, now checkpoint-2" in caplog.text
+
+
+def test_a_setting_that_only_one_version_knows_is_no_change():
+    old, new = {"model": {"config": {"a": 1}}, "b": 1}, {"model": {"config": {"a": 1, "new": 2}}, "c": 1}
+    assert settings.differences(old, new) == settings.differences(new, old) == {}
+    assert settings.differences({"training set": {"rows": 1, "labels": "x"}}, {"training set": {"rows": 2}}) == {
+        "training set, rows": "1 -> 2", "training set, labels": "'x' -> None"
+    }  # fmt: skip
