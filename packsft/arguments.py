@@ -27,6 +27,8 @@ logger = logging.getLogger("packsft")
 def own_arguments(arguments: dict[str, Any]) -> SFTConfig:
     """A copy of the configuration: the trainer adjusts it, and the caller may use the original again."""
     args = arguments.get("args")
+    if args is not None and not isinstance(args, TrainingArguments):
+        raise ValueError(f"args is a {type(args).__name__}, expected a PackedSFTConfig or an SFTConfig")
     if args is None:
         model = arguments["model"]
         name = model if isinstance(model, str) else (getattr(model.config, "_name_or_path", "") or "model")
@@ -49,6 +51,9 @@ def own_arguments(arguments: dict[str, Any]) -> SFTConfig:
 
 def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
     """Raises ValueError for anything wrong with the call that can be known before a row is tokenised."""
+    for name in ("packing", "eval_packing"):
+        if getattr(args, name) not in (True, False, *([None] if name == "eval_packing" else [])):
+            raise ValueError(f"{name}={getattr(args, name)!r}: expected True or False")  # a text would be true
     if args.packing and args.max_length is None:
         raise ValueError("max_length=None: packing=True needs max_length, the number of tokens in a pack")
     if args.packing and args.packing_strategy not in PACKING_STRATEGIES:

@@ -20,7 +20,8 @@ def never_fires(args: TrainingArguments, max_steps: int, *, has_eval_dataset: bo
     if has_eval_dataset and evaluates == "no":
         notices.append('an eval_dataset was given, but eval_strategy="no": it is never evaluated')
     if evaluates == "steps" and args.eval_steps is not None and _interval(args.eval_steps, max_steps) > max_steps:
-        notices.append(f"eval_steps={args.eval_steps} is more than the {max_steps} steps: no evaluation runs")
+        which = "only the last is evaluated" if args.eval_delay <= max_steps else "none is evaluated"
+        notices.append(f"eval_steps={args.eval_steps} is more than the {max_steps} steps: {which}")
     if saves == "steps" and _interval(args.save_steps, max_steps) > max_steps:
         notices.append(
             f"save_steps={args.save_steps} is more than the {max_steps} steps: the only checkpoint is the last"

@@ -76,6 +76,8 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
 
     def __init__(self, *positional: Any, **named: Any) -> None:
         compat.check_versions()
+        if "tokenizer" in named:
+            raise ValueError("tokenizer=...: TRL has renamed this argument, pass it as processing_class")
         call = inspect.signature(SFTTrainer.__init__).bind(self, *positional, **named)
         call.arguments["args"] = args = own_arguments(call.arguments)
         check_arguments(args, call.arguments)

@@ -79,5 +79,7 @@ class Account:
 
 def check_max_lost_fraction(max_lost_fraction: float) -> None:
     """Raises ValueError unless it lies between 0 and 1."""
-    if not 0 <= max_lost_fraction <= 1:
-        raise ValueError(f"max_lost_fraction={max_lost_fraction!r}: must be between 0 and 1, a share of all tokens")
+    if not isinstance(max_lost_fraction, (int, float)) or not 0 <= max_lost_fraction <= 1:
+        raise ValueError(
+            f"max_lost_fraction={max_lost_fraction!r}: must be a number from 0 to 1, a share of all tokens"
+        )

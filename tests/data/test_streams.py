@@ -221,7 +221,7 @@ def test_an_overlong_example_that_must_not_be_and_too_much_lost_stop_the_stream(
         list(PackedStream(LONG, 5, max_lost_fraction=0.5))
     with pytest.raises(ValueError, match="overlong='drop' contradicts the strategy 'wrapped'"):
         PackedStream(LONG, 5, strategy="wrapped", overlong="drop")
-    with pytest.raises(ValueError, match="max_lost_fraction=2: must be between 0 and 1"):
+    with pytest.raises(ValueError, match="max_lost_fraction=2: must be a number from 0 to 1"):
         PackedStream(LONG, 5, max_lost_fraction=2)
     assert list(PackedStream(LONG, 5, max_lost_fraction=0.6))
 

@@ -8,6 +8,7 @@ from tiny import ROWS, tiny_model, tiny_tokenizer, token_rows
 from transformers import DataCollatorWithPadding, LlamaForSequenceClassification
 from trl import SFTConfig
 
+from packsft import PackedSFTTrainer
 from packsft.data.packs import pack_dataset
 
 
@@ -89,7 +90,7 @@ def test_flash_attention_2_without_its_package_is_named(tmp_path):
         ({"on_unpackable": "stop"}, "on_unpackable"),
         ({"overlong": "cut"}, "overlong='cut' is unknown"),
         ({"overlong": "drop", "packing_strategy": "bfd_split"}, "overlong='drop' contradicts the strategy 'bfd_split'"),
-        ({"max_lost_fraction": 1.5}, "max_lost_fraction=1.5: must be between 0 and 1"),
+        ({"max_lost_fraction": 1.5}, "max_lost_fraction=1.5: must be a number from 0 to 1"),
     ],
 )
 def test_a_bad_field_of_the_configuration_is_named(options, message, tmp_path):
@@ -121,3 +122,20 @@ def test_a_missing_column_is_named(column):
     dataset = rows().remove_columns(column)
     with pytest.raises(ValueError, match=f"the data set has no column '{column}'"):
         pack_dataset(dataset, 8, strategy="bfd", name="train")
+
+
+def test_a_name_of_older_versions_is_said():
+    with pytest.raises(ValueError, match="pass it as processing_class"):
+        PackedSFTTrainer(tiny_model(), train_dataset=rows(), tokenizer=tiny_tokenizer())
+
+
+def test_arguments_of_another_type_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="args is a dict, expected a PackedSFTConfig or an SFTConfig"):
+        trainer(tmp_path, args={"output_dir": str(tmp_path)})
+    for options, message in (
+        ({"packing": "false"}, "packing='false': expected True or False"),
+        ({"eval_packing": "no"}, "eval_packing='no': expected True or False"),
+        ({"max_lost_fraction": "5%"}, "max_lost_fraction='5%': must be a number from 0 to 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, **options)

@@ -35,7 +35,7 @@ def test_what_never_fires_is_said(tmp_path):
         str(tmp_path), use_cpu=True, eval_strategy="steps", eval_steps=200, save_steps=500, logging_steps=10
     )
     notices = never_fires(args, 46, has_eval_dataset=True)
-    assert any("eval_steps=200 is more than the 46 steps" in notice for notice in notices)
+    assert any("eval_steps=200 is more than the 46 steps: only the last is evaluated" in notice for notice in notices)
     assert any("save_steps=500 is more than the 46 steps" in notice for notice in notices)
     assert never_fires(args, 500, has_eval_dataset=True) == []
 
