@@ -223,6 +223,16 @@ def trainer_in_place(trainer_class: type) -> ExitStack:
     return undo
 
 
+def is_script_of_trl(path: str) -> bool:
+    """Whether this is a file of `trl/scripts`, which asks `trl` for the class of its configuration."""
+    return Path(path).resolve().parent == Path(str(resources.files("trl.scripts"))).resolve()
+
+
+def config_in_place(config_class: type) -> AbstractContextManager:
+    """Within the context, the command line of TRL's own script reads `config_class` in the place of `SFTConfig`."""
+    return mock.patch.object(trl, "SFTConfig", config_class)
+
+
 def trl_command(arguments: Sequence[str], *, through: tuple[str, str]) -> int:
     """Run the command `trl`, with its training scripts started by `python -m MODULE COMMAND script.py ...`.
 

@@ -29,12 +29,16 @@ def patch_trl() -> ExitStack:
 def run_script(path: str, arguments: Sequence[str]) -> int:
     """Run a Python file like `python path arguments...`, under `patch_trl`. An error is shown as Python shows it.
 
+    TRL's own script reads the fields of `PackedSFTConfig`, with its defaults.
+
     Returns the exit code: 0, or 1 after an error. A `SystemExit` and a `KeyboardInterrupt` of the script pass.
 
     Raises:
         ValueError: there is no such file.
         OSError: the file cannot be read.
     """
+    from packsft.config import PackedSFTConfig
+
     if not Path(path).is_file():
         raise ValueError(f"{path}: there is no such file")
     source = Path(path).read_bytes()
@@ -42,7 +46,9 @@ def run_script(path: str, arguments: Sequence[str]) -> int:
     # makes `__file__` and `sys.argv[0]` equal, of which Python makes only the first absolute.
     script = ModuleType("__main__")
     script.__file__ = os.path.abspath(path)
-    with patch_trl():
+    with patch_trl() as patches:
+        if compat.is_script_of_trl(path):
+            patches.enter_context(compat.config_in_place(PackedSFTConfig))
         sys.modules["__main__"] = script
         sys.argv = [path, *arguments]
         if not getattr(sys.flags, "safe_path", False):  # python -P, since Python 3.11
@@ -61,7 +67,10 @@ def run_trl(arguments: Sequence[str]) -> int:
 
     Returns the exit code of `trl`, or of the script that it launched: its traceback is printed already.
     """
+    from packsft.config import PackedSFTConfig
+
     try:
-        return compat.trl_command(arguments, through=("packsft", "run"))
+        with compat.config_in_place(PackedSFTConfig):
+            return compat.trl_command(arguments, through=("packsft", "run"))
     except subprocess.CalledProcessError as error:
         return error.returncode if error.returncode > 0 else 128 - error.returncode  # killed by a signal

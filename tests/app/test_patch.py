@@ -154,7 +154,7 @@ def folder(tmp_path_factory):
 def test_trl_sft_trains_with_packsft(folder):
     done = packsft(
         "trl", "sft", "--model_name_or_path", str(folder / "model"), "--dataset_name", str(folder / "data"),
-        "--output_dir", str(folder / "out"), "--packing", "true", "--max_length", "32", "--max_steps", "2",
+        "--output_dir", str(folder / "out"), "--packing_strategy", "bfd", "--max_length", "32", "--max_steps", "2",
         "--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--dtype", "float32",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -167,3 +167,17 @@ def test_the_help_is_that_of_trl(folder):
     done = packsft("trl", "sft", "--help")
     assert done.returncode == 0, done.stderr
     assert "--packing_strategy" in done.stdout
+    assert "--tokens_per_pass" in done.stdout  # with the fields of PackedSFTConfig
+
+
+@pytest.mark.slow
+def test_trl_sft_takes_our_fields_and_our_defaults(folder):
+    (folder / "config.yaml").write_text("packing_strategy: step\ntokens_per_pass: 64\n")
+    for arguments in (["--config", str(folder / "config.yaml")], ["--tokens_per_pass", "auto"], []):
+        done = packsft(
+            "trl", "sft", "--model_name_or_path", str(folder / "model"), "--dataset_name", str(folder / "data"),
+            "--output_dir", str(folder / "exact"), "--max_length", "32", "--max_steps", "2", "--use_cpu", "true",
+            "--bf16", "false", "--report_to", "none", "--dtype", "float32", *arguments,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "passes of an epoch (step)" in done.stdout + done.stderr
