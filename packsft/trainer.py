@@ -37,7 +37,7 @@ from packsft.data.collator import PackingCollator, mark_sizes
 from packsft.data.loaders import PackedLoaders
 from packsft.data.packs import PackedDataset, pack_dataset
 from packsft.data.ranks import Ranks
-from packsft.data.raw import checked_rows
+from packsft.data.raw import checked_rows, formatted_rows
 from packsft.data.streams import PackedStream
 from packsft.model.head import count_embeddings
 from packsft.model.isolation import IsolationVerdict
@@ -169,9 +169,12 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         # The parent only tokenises and labels. The plan cuts, drops and shuffles, and counts what is lost.
         tokenise = copy.copy(args)
         tokenise.max_length, tokenise.shuffle_dataset = None, False
+        if formatting_func is not None and "input_ids" not in next(iter(dataset), {}):  # else the parent warns
+            dataset = formatted_rows(dataset, formatting_func, args.dataset_num_proc, dataset_name)
+            formatting_func, tokenise.dataset_text_field = None, "text"
         dataset = checked_rows(
             dataset,
-            text_field=None if formatting_func else args.dataset_text_field,
+            text_field=tokenise.dataset_text_field,
             completion_only=self.completion_only_loss,
             name=dataset_name,
         )

@@ -7,11 +7,12 @@ Knows which columns TRL reads, not what it makes of them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow.compute as pc
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 
 from packsft.data.document import check_mask, checked_tokens, short
@@ -21,12 +22,12 @@ TEXT, MESSAGES = "a text", "a list of messages with the key {!r}"
 Rows = TypeVar("Rows", Dataset, IterableDataset)
 
 
-def checked_rows(dataset: Rows, *, text_field: str | None, completion_only: bool, name: str) -> Rows:
+def checked_rows(dataset: Rows, *, text_field: str, completion_only: bool, name: str) -> Rows:
     """The same rows, as plain Python values whatever the data set's format.
 
     Args:
         dataset: rows of any form that TRL takes.
-        text_field: the column of texts, if the rows hold neither tokens nor messages; None if a function makes it.
+        text_field: the column of texts, if the rows hold neither tokens nor messages.
         completion_only: whether `completion_mask` applies.
         name: names the data set in messages.
 
@@ -39,7 +40,7 @@ def checked_rows(dataset: Rows, *, text_field: str | None, completion_only: bool
     visible = dataset.select_columns(dataset.format["columns"]) if isinstance(dataset, Dataset) else dataset
     plain = visible.with_format(None)
     sample: dict[str, Any] = next(iter(plain), {})
-    if not sample or ("input_ids" not in sample and text_field is None):
+    if not sample:
         return dataset
     dataset = plain
     if "input_ids" in sample:
@@ -50,7 +51,6 @@ def checked_rows(dataset: Rows, *, text_field: str | None, completion_only: bool
         if isinstance(dataset, Dataset):
             return masked_rows(dataset, masks)
         return dataset.map(functools.partial(_check_tokens, masks=masks, name=name), with_indices=True)
-    assert text_field is not None
     texts, expected = _form(sample, text_field)
     if isinstance(dataset, IterableDataset):
         return dataset.map(
@@ -61,6 +61,28 @@ def checked_rows(dataset: Rows, *, text_field: str | None, completion_only: bool
         if (row := _first_missing(dataset, text)) is not None:
             raise ValueError(f"row {row} of the {name} data set: {text} is missing, or holds no message or a null")
     return dataset
+
+
+def formatted_rows(dataset: Rows, function: Callable[[dict], str], num_proc: int | None, name: str) -> Rows:
+    """Rows with the column `text` alone, made by `formatting_func` from rows without `input_ids`.
+
+    TRL (1.16) keeps the other columns, and then trains on messages, or on the column of `dataset_text_field`, if there
+    are any. Raises ValueError, naming the row, for what is not a text.
+    """
+    columns = list(next(iter(dataset), {}))
+    options = {"num_proc": num_proc} if isinstance(dataset, Dataset) else {}
+    format_row = functools.partial(_format, function=function, name=name)
+    with PartialState().main_process_first():  # the others find the result in the cache
+        return dataset.map(format_row, with_indices=True, remove_columns=columns, **options)
+
+
+def _format(row: dict[str, Any], index: int, function: Callable[[dict], str], name: str) -> dict[str, str]:
+    text = function(row)
+    if not isinstance(text, str):
+        raise ValueError(
+            f"row {index} of the {name} data set: formatting_func gives {short(text)}, expected a text: one per row"
+        )
+    return {"text": text}
 
 
 def _check_tokens(row: dict[str, Any], index: int, masks: Sequence[str], name: str) -> dict[str, Any]:

@@ -139,3 +139,24 @@ def test_arguments_of_another_type_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             trainer(tmp_path, **options)
+
+
+def test_a_formatting_function_that_gives_no_text_is_named(tmp_path):
+    texts = Dataset.from_list([{"q": "what is"}, {"q": "tell me"}])
+    for given, shown in ((["a", "b"], r"\['a', 'b'\]"), (None, "None")):
+        with pytest.raises(ValueError, match=rf"row 0 of the train data set: formatting_func gives {shown}, expected"):
+            trainer(tmp_path, train_dataset=texts, formatting_func=lambda row, given=given: given)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize(
+    "columns", [{"q": "joke"}, {"messages": [{"role": "user", "content": "joke"}]}], ids=["q", "m"]
+)
+def test_what_a_formatting_function_gives_is_what_is_trained_on(columns, stream, tmp_path):
+    data = Dataset.from_list([columns] * 4)
+    ours = trainer(
+        tmp_path, train_dataset=data.to_iterable_dataset() if stream else data, dataset_text_field="q", max_steps=1,
+        formatting_func=lambda row: "tell me",
+    )  # fmt: skip
+    batch = next(iter(ours.get_train_dataloader()))
+    assert batch["passes"][0]["input_ids"][0, :3].tolist() == [*tiny_tokenizer()("tell me")["input_ids"], 1]
