@@ -24,4 +24,5 @@ ours.evaluate()
 torch.save(
     {"train": found, "eval": evaluated, "losses": losses(ours)}, f"{output}/rank{ours.accelerator.process_index}.pt"
 )
+PartialState().wait_for_everyone()  # a rank that aborts below ends the others
 PartialState().destroy_process_group()  # gloo's threads, still running at the end, now and then abort the process

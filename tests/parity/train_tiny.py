@@ -59,4 +59,5 @@ def trained(options):
 results = {name: trained(options) for name, options in json.loads(sys.argv[2]).items()}
 if PartialState().is_main_process:
     torch.save(results, sys.argv[1])
+PartialState().wait_for_everyone()  # a rank that aborts below ends the others
 PartialState().destroy_process_group()  # gloo's threads, still running at the end, now and then abort the process
