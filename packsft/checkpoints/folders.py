@@ -39,12 +39,13 @@ def _step(checkpoint: Path) -> int:
 def publish(staged: Path, record: Mapping[str, Any]) -> Path:
     """Add the record to a folder of `_incomplete/`, put the folder in its place, and return the place.
 
-    Every file that this machine wrote is on the disk before the rename. A folder that is already there is replaced.
+    The other files are on the disk already (`sync_folder`). A folder that is already there is replaced.
     """
     paths = sorted(path for path in staged.rglob("*") if path.is_file() and path != staged / RECORD)
     files = {path.relative_to(staged).as_posix(): path.stat().st_size for path in paths}
     (staged / RECORD).write_text(json.dumps({**record, "files": files}, indent=2), encoding="utf-8")
-    sync_folder(staged)
+    _sync(staged / RECORD)
+    _sync(staged)
     return _put_in_place(staged)
 
 
@@ -75,11 +76,10 @@ def _sync(path: Path) -> None:
 
 
 def finish_interrupted(run_dir: Path) -> None:
-    """After a crash: publish what was whole but not yet in its place, and delete what was not."""
+    """After a crash: publish what was whole but not yet in its place, and delete what was not. One process per disk."""
     for staged in checkpoints(run_dir / INCOMPLETE):
         if "files" in read_record(staged) and why_not_whole(staged) is None:
-            with contextlib.suppress(FileNotFoundError):  # another node was first
-                _put_in_place(staged)
+            _put_in_place(staged)
     shutil.rmtree(run_dir / INCOMPLETE, ignore_errors=True)
 
 

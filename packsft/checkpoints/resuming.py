@@ -68,7 +68,7 @@ class WholeCheckpoints(Trainer):
             ValueError: there is no whole checkpoint, it lacks state, or it is of a run with other settings.
         """
         output_dir = Path(self.args.output_dir or ".")
-        if self.args.local_process_index == 0:
+        if self.args.should_save:  # one rank, or one of each node with `save_on_each_node`
             finish_interrupted(output_dir)
         self.accelerator.wait_for_everyone()
         self._settings = settings_of(
@@ -298,7 +298,7 @@ class WholeCheckpoints(Trainer):
         if self.args.local_process_index == 0:
             sync_folder(staged)  # what this node has written
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:  # one rank, or one of each node with `save_on_each_node`
+        if self.args.should_save:
             publish(staged, record)
             best = self.state.best_model_checkpoint
             rotate(run_dir, self.args.save_total_limit, {place, *([Path(best)] if best else [])})

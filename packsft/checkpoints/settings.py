@@ -109,21 +109,21 @@ def _of_training(config: Any) -> dict[str, Any]:
 
 
 def digest_of_frozen(model: nn.Module) -> str | None:
-    """Of the names of all frozen weights and a few values of each; None if there are none. Reads the device once."""
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad and p.numel()}
+    """Of the names of all frozen weights, and a few values of those that are plain tensors; None if there are none.
+
+    A shard or a quantised tensor has no values of its own. Reads the device once.
+    """
+    frozen = {name: p.data for name, p in model.named_parameters() if not p.requires_grad}
     if not frozen:
         return None
-    values = [p.detach().flatten()[:: max(1, p.numel() // SAMPLED)][:SAMPLED] for p in frozen.values()]
-    device = values[0].device
-    sample = torch.cat([value.to(device, torch.float64) for value in values if value.device.type != "meta"])
-    return _digest(json.dumps([sorted(frozen), sample.tolist()]))
+    plain = [weight for weight in frozen.values() if type(weight) is torch.Tensor and weight.device.type != "meta"]
+    values = [weight.flatten()[:: max(1, weight.numel() // SAMPLED)][:SAMPLED] for weight in plain]
+    sample = torch.cat([value.to(values[0].device, torch.float64) for value in values]).tolist() if values else []
+    return _digest(json.dumps([sorted(frozen), sample]))
 
 
 def rows_of(dataset: Any) -> dict[str, Any] | None:
-    """The number of rows, and digests of what they hold, in order; None if they cannot be read ahead.
-
-    About a second for a hundred million tokens.
-    """
+    """The number of rows, and digests of what they hold, in order; None if they cannot be read ahead."""
     if isinstance(dataset, PackedDataset):
         return {"rows": len(dataset.rows.lengths), "tokens and labels": dataset.rows.digest}
     if isinstance(dataset, UserPacks):

@@ -76,8 +76,7 @@ class StepBoundary(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._step_loss = loss if self._step_loss is None else self._step_loss + loss
         self._step_rows += [batch["rows"] for batch in inputs.get("passes", [inputs]) if "rows" in batch]
-        is_last = self.accelerator.sync_gradients
-        if is_last:
+        if self.accelerator.sync_gradients:  # the last micro-batch of the step
             step_loss, self._step_loss = self._step_loss, None
             flags = torch.stack(
                 [(~torch.isfinite(step_loss)).float(), torch.full_like(step_loss, self._has_sigterm).float()]
