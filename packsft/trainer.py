@@ -37,7 +37,7 @@ from packsft.data.collator import PackingCollator, mark_sizes
 from packsft.data.loaders import PackedLoaders
 from packsft.data.packs import PackedDataset, pack_dataset
 from packsft.data.ranks import Ranks
-from packsft.data.raw import checked_rows, formatted_rows
+from packsft.data.raw import checked_rows, formatted_rows, holds_texts, tokenizer_without_nulls
 from packsft.data.streams import PackedStream
 from packsft.model.head import count_embeddings
 from packsft.model.isolation import IsolationVerdict
@@ -169,16 +169,23 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         # The parent only tokenises and labels. The plan cuts, drops and shuffles, and counts what is lost.
         tokenise = copy.copy(args)
         tokenise.max_length, tokenise.shuffle_dataset = None, False
-        if formatting_func is not None and "input_ids" not in next(iter(dataset), {}):  # else the parent warns
+        tokenised = "input_ids" in next(iter(dataset.with_format(None)), {})
+        if formatting_func is not None and tokenised:
+            logger.warning("%s data set: formatting_func is not called, since rows have input_ids", dataset_name)
+        elif formatting_func is not None:
             dataset = formatted_rows(dataset, formatting_func, args.dataset_num_proc, dataset_name)
-            formatting_func, tokenise.dataset_text_field = None, "text"
-        dataset = checked_rows(
+            tokenise.dataset_text_field = "text"
+        rows = checked_rows(
             dataset,
             text_field=tokenise.dataset_text_field,
             completion_only=self.completion_only_loss,
+            eos_token=self._tokenizer.eos_token,
             name=dataset_name,
         )
-        rows = super()._prepare_dataset(dataset, processing_class, tokenise, False, formatting_func, dataset_name)
+        once = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id) if holds_texts(rows) else (None, None)
+        if not (tokenised and isinstance(rows, Dataset)):
+            without_nulls = tokenizer_without_nulls(processing_class)
+            rows = super()._prepare_dataset(rows, without_nulls, tokenise, False, None, dataset_name)
         strategy = args.packing_strategy if packing else "none"
         options: dict[str, Any] = {
             "strategy": strategy,
@@ -188,6 +195,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             "vocab_size": self._vocab_size,
             "keep_end": args.truncation_mode == "keep_end",
             "per_example": self._per_example,
+            "once": once,
         }
         seed = args.seed if args.data_seed is None else args.data_seed
         if isinstance(rows, IterableDataset):

@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Value, load_dataset, load_from_disk
 from datasets.data_files import DataFilesDict, DataFilesList
 from rich.console import Console
 
 from packsft.app.json_lines import check_json, parse_json
 from packsft.app.tables import print_table
-from packsft.data.document import IGNORE_INDEX
-from packsft.data.packs import flat_rows, is_list, masked_rows, pack_dataset
+from packsft.data.columns import is_list
+from packsft.data.packs import pack_dataset
+from packsft.data.raw import label_rows
 from packsft.packing import (
     MaxLength,
     PackingReport,
@@ -279,36 +279,7 @@ def _form(rows: Dataset, data: str) -> tuple[str, ...]:
 _TEXT = (Value("string"), Value("large_string"))
 
 
-# ---- rows: input ids and labels ----
-
-
-def label_rows(rows: Dataset, completion_only_loss: bool | None = None) -> Dataset:
-    """Columns `input_ids` and `labels` of tokenised rows, labelled by their masks as in TRL, but whole columns at once.
-
-    Existing `labels` do not change. Otherwise a label is -100 where `assistant_masks` is 0, or `completion_mask` if
-    `completion_only_loss`.
-
-    Raises ValueError, naming the row, if a mask does not have a 0 or 1 for each of the input ids.
-    """
-    names = set(rows.column_names)
-    if "labels" in names:
-        return flat_rows(rows).select_columns(["input_ids", "labels"])
-    if completion_only_loss is None:  # TRL's default looks only at the text columns
-        completion_only_loss = {"prompt", "completion"} <= names
-    masks = {"completion_mask": completion_only_loss, "assistant_masks": True}
-    mask_names = [name for name, applies in masks.items() if applies and name in names]
-    table = masked_rows(rows, mask_names).data.table.select(["input_ids", *mask_names])
-    labels = []
-    for batch in table.to_batches() if mask_names else ():  # views that hold the same rows of each column
-        ids = batch.column("input_ids")
-        values = ids.flatten().to_numpy(zero_copy_only=False).astype(np.int64)  # a copy; -100 fits
-        for name in mask_names:
-            values[batch.column(name).flatten().to_numpy(zero_copy_only=False) == 0] = IGNORE_INDEX
-        lengths = pc.list_value_length(ids).to_numpy(zero_copy_only=False)
-        labels.append(pa.LargeListArray.from_arrays(np.append(0, np.cumsum(lengths, dtype=np.int64)), values))
-    column = pa.chunked_array(labels) if mask_names else table.column("input_ids")
-    # a given fingerprint: computing one would read all data, and nothing here is cached
-    return Dataset(pa.table({"input_ids": table.column("input_ids"), "labels": column}), fingerprint="labelled")
+# ---- rows: texts to input ids and labels ----
 
 
 def _tokenise(

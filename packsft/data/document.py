@@ -1,7 +1,7 @@
 """A document: a run of tokens that attends only to itself. It is checked once, where it enters.
 
-Documents enter in three places, and each calls this file: the columns of a tokenised data set (`packs.py`), the rows of
-a stream (`streams.py`), and packs that the user made (`documents_of`, called by the collator).
+Documents enter in three places, and each calls this file: the columns of a tokenised data set (`columns.py`,
+`packs.py`), the rows of a stream (`streams.py`), and packs that the user made (`documents_of`).
 """
 
 from __future__ import annotations
@@ -61,24 +61,33 @@ def documents_of(row: Mapping[str, Any], where: str, vocab_size: int | None = No
 
     Args:
         row: `input_ids`; optionally `labels` (default: the input ids), `seq_lengths` (the lengths of its documents;
-            default: the row is one document) and `loss_weights` (one `Document.weight` per document). None is not a
-            default: a data set of rows with and without a column has None where it is left out.
+            default: a document begins where `position_ids` are 0; without both, the row is one document),
+            `attention_mask` (0 for padding, which is left out) and `loss_weights` (one `Document.weight` per document).
+            None is not a default: a data set of rows with and without a column has None where it is left out.
         where: names the row in messages.
         vocab_size: ids and labels must be below it; None for no check.
         number: of the row, if known.
 
     Raises:
-        ValueError: as in `checked_tokens`, or `seq_lengths` or `loss_weights` do not fit.
+        ValueError: as in `checked_tokens`, or one of the other columns does not fit.
     """
     check_row(row, where)
     ids, labels = checked_tokens(row.get("input_ids"), row.get("labels", row.get("input_ids")), where, vocab_size)
-    lengths = np.array([len(ids)])
+    span = unpadded(row["attention_mask"], len(ids), where) if "attention_mask" in row else (0, len(ids))
+    if "position_ids" in row:
+        lengths = lengths_of(row["position_ids"], len(ids), span, where)
+    else:
+        lengths = np.array([span[1] - span[0]])
+    ids, labels = ids[slice(*span)], labels[slice(*span)]
     if "seq_lengths" in row:
-        lengths = _integers(row["seq_lengths"], f"{where}: seq_lengths")
-        if (lengths < 0).any():
-            raise ValueError(f"{where}: seq_lengths holds {lengths.min()}, expected 0 or more")
-        if (total := sum(lengths.tolist())) != len(ids):
+        given = _integers(row["seq_lengths"], f"{where}: seq_lengths")
+        if (given < 0).any():
+            raise ValueError(f"{where}: seq_lengths holds {given.min()}, expected 0 or more")
+        if (total := sum(given.tolist())) != len(ids):
             raise ValueError(f"{where}: seq_lengths sum to {total}, but there are {len(ids)} input_ids")
+        if "position_ids" in row and not np.array_equal(given[given > 0], lengths):
+            raise ValueError(f"{where}: position_ids begin anew at other places than seq_lengths says")
+        lengths = given
     weights: list[float] | list[None] = [None] * len(lengths)
     if "loss_weights" in row:
         weights = _weights(row["loss_weights"], len(lengths), f"{where}: loss_weights")
@@ -104,13 +113,54 @@ def checked_tokens(
         if values is None:
             raise ValueError(f"{where} has no {name}")
         column = _integers(values, f"{where}: {name}")
-        if vocab_size is not None and (at := first_outside(column, name, vocab_size)) is not None:
-            raise ValueError(outside_vocabulary(where, name, column[at], vocab_size))
+        if vocab_size is not None and (bad := is_outside(column, name, vocab_size)).any():
+            raise ValueError(outside_vocabulary(where, name, column[bad][0], vocab_size))
         columns.append(column)
     ids, checked = columns
     if len(ids) != len(checked):
         raise ValueError(f"{where}: {len(checked)} labels for {len(ids)} input_ids")
     return ids, checked
+
+
+def unpadded(attention_mask: Any, count: int, where: str) -> tuple[int, int]:
+    """(start, stop) of the tokens of a row that are no padding.
+
+    Raises ValueError unless the mask has a 0 or 1 for each of `count` input ids, and all its 1 are in one run.
+    """
+    check_mask(attention_mask, count, where, "attention_mask")
+    (ones,) = np.nonzero(_array(attention_mask))
+    if not len(ones):
+        return 0, 0
+    start, stop = int(ones[0]), int(ones[-1]) + 1
+    if stop - start > len(ones):
+        raise ValueError(f"{where}: attention_mask has a 0 between its 1: padding must be at the start or at the end")
+    return start, stop
+
+
+def lengths_of(position_ids: Any, count: int, span: tuple[int, int], where: str) -> np.ndarray:
+    """`[D]`: the lengths of the documents in a row: one begins at each position 0 within `span` (start, stop).
+
+    Raises ValueError unless there is an integer for each of `count` input ids that counts from 0 in each document.
+    """
+    positions = _integers(position_ids, f"{where}: position_ids")
+    if len(positions) != count:
+        raise ValueError(f"{where}: {len(positions)} position_ids for {count} input_ids")
+    positions = positions[slice(*span)]
+    (begins,) = np.nonzero(positions == 0)
+    lengths = np.diff(begins, append=len(positions))
+    counted = np.arange(lengths.sum()) - np.repeat(begins - begins[:1], lengths)
+    if not np.array_equal(positions, counted):
+        raise ValueError(f"{where}: position_ids is {short(positions.tolist())}, expected to count 0, 1, 2, ...")
+    return lengths
+
+
+def check_single(lengths: np.ndarray, where: str) -> None:
+    """Raises ValueError if there are several documents."""
+    if len(lengths) > 1:
+        raise ValueError(
+            f"{where}: its position_ids begin anew, so it holds {len(lengths)} documents, but is taken as one: set "
+            "dataset_kwargs={'skip_prepare_dataset': True}, for packs of your own"
+        )
 
 
 def check_row(row: Any, where: str) -> None:
@@ -157,12 +207,10 @@ def short(values: Any) -> str:
     return " ".join(reprlib.repr(values).split())
 
 
-def first_outside(values: np.ndarray, name: str, vocab_size: int) -> int | None:
-    """The index of the first value outside the vocabulary, or None; labels may be -100."""
+def is_outside(values: np.ndarray, name: str, vocab_size: int) -> np.ndarray:
+    """Which values are outside the vocabulary; labels may be -100."""
     bad = (values < 0) | (values >= vocab_size)
-    if name == "labels":
-        bad &= values != IGNORE_INDEX
-    return int(np.argmax(bad)) if bad.any() else None
+    return bad & (values != IGNORE_INDEX) if name == "labels" else bad
 
 
 def outside_vocabulary(where: str, name: str, value: int, vocab_size: int) -> str:

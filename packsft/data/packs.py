@@ -6,23 +6,24 @@ Knows Arrow columns of token ids, not text, models or devices.
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from datasets import Dataset
 
+from packsft.data.columns import INTEGERS, MASK, WEIGHTS, ListColumn, check_no_transform
 from packsft.data.document import (
     IGNORE_INDEX,
     Pack,
+    check_single,
     documents_of,
-    first_outside,
+    lengths_of,
     make_document,
     outside_vocabulary,
+    unpadded,
 )
 from packsft.packing import (
     STRATEGIES,
@@ -34,44 +35,75 @@ from packsft.packing import (
     pack_segments,
 )
 
-BLOCK = 1 << 22  # values counted at once
-
 
 class TokenRows:
-    """The list columns `input_ids` and `labels` of a data set, read in place: a row is a view, never a copy.
+    """The tokens and labels of a data set's rows, read in place: a row is a view, never a copy.
 
     Args:
-        dataset: has `input_ids`, and `labels` of the same lengths (-100 = not scored).
+        dataset: list columns `input_ids` and `labels` (-100 = not scored). Optionally `attention_mask` (padding, 0, is
+            no part of a row) and `position_ids`, which must be what they are by default.
+        once: the tokens with which a row begins and ends at most once, or None: a text may hold the token that its
+            tokenizer adds.
+
+    Attributes:
+        lengths: `[rows]` int64, tokens in each row.
+        tokens_padding, texts_with_doubles: as in `Account`.
 
     Raises:
-        ValueError: a column is missing, as a whole or in a row, or holds anything but integers, a row's labels and
-            input ids differ in length, or the data set has a transform.
+        ValueError: a column is missing, as a whole or in a row, or holds anything else, a row's columns differ in
+            length, or the data set has a transform.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
-        self._dataset = flat_rows(dataset)
+    def __init__(self, dataset: Dataset, once: tuple[int | None, int | None] = (None, None)) -> None:
+        check_no_transform(dataset)
+        self._dataset = dataset
         self._read_columns()
         self._ids.check_lengths("labels", self._labels)
+        self._starts, stops = np.zeros_like(self._ids.lengths), self._ids.lengths.copy()
+        if "attention_mask" in dataset.column_names:
+            self._leave_out_padding(ListColumn(dataset, "attention_mask", MASK), stops)
+        unpadded_lengths = stops - self._starts
+        self._leave_out_doubles(*once, stops)
+        self.lengths = stops - self._starts
+        self.tokens_padding = int((self._ids.lengths - unpadded_lengths).sum())
+        self.texts_with_doubles = int(np.count_nonzero(unpadded_lengths - self.lengths))
+        if "position_ids" in dataset.column_names:
+            self._check_positions(ListColumn(dataset, "position_ids"))
 
     def _read_columns(self) -> None:
-        self._ids = _ListColumn(self._dataset, "input_ids")
-        self._labels = _ListColumn(self._dataset, "labels")
+        self._ids = ListColumn(self._dataset, "input_ids")
+        self._labels = ListColumn(self._dataset, "labels")
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """`[rows]` int64, tokens in each row."""
-        return self._ids.lengths
+    def _leave_out_padding(self, mask: ListColumn, stops: np.ndarray) -> None:
+        self._ids.check_lengths("attention_mask", mask)
+        rows = np.flatnonzero(mask.lengths)
+        ones = mask.count_not(0, rows, self._starts[rows], stops[rows])
+        for row in rows[ones < mask.lengths[rows]]:
+            where = f"row {row} of the data set"
+            self._starts[row], stops[row] = unpadded(mask.row(row), mask.lengths[row], where)
+
+    def _leave_out_doubles(self, first: int | None, last: int | None, stops: np.ndarray) -> None:
+        for token, bound, step in ((first, self._starts, 1), (last, stops, -1)):
+            rows = np.flatnonzero(stops - self._starts > 1) if token is not None else np.zeros(0, np.int64)
+            end = bound[rows] if step > 0 else bound[rows] - 1
+            doubled = (self._ids.at(rows, end) == token) & (self._ids.at(rows, end + step) == token)
+            bound[rows[doubled]] += step
+
+    def _check_positions(self, positions: ListColumn) -> None:
+        for row, (start, length) in enumerate(zip(self._starts, self.lengths, strict=True)):
+            where = f"row {row} of the data set"
+            span = (start, start + length)
+            check_single(lengths_of(positions.row(row), self._ids.lengths[row], span, where), where)
 
     def tokens(self, row: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Input ids and labels `start:stop` of a row."""
-        return self._ids.row(row)[start:stop], self._labels.row(row)[start:stop]
+        span = slice(self._starts[row] + start, self._starts[row] + stop)
+        return self._ids.row(row)[span], self._labels.row(row)[span]
 
     def count_scored(self, examples: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-        """`[S]` integers: scored labels in `start + 1 : stop` of each segment (nothing predicts its first token).
-
-        The segments `[S]` must not be empty, and must be sorted by row and start.
-        """
-        return self._labels.count_not(IGNORE_INDEX, examples, starts, stops)
+        """`[S]` integers: scored labels in `start + 1 : stop` of each segment (nothing predicts its first token)."""
+        begins = self._starts[examples]
+        return self._labels.count_not(IGNORE_INDEX, examples, begins + starts + 1, begins + stops)
 
     def check_ids(self, vocab_size: int) -> None:
         """Raises ValueError, naming the row, for an id or a label outside the vocabulary."""
@@ -83,147 +115,27 @@ class TokenRows:
     @cached_property
     def digest(self) -> str:
         """SHA-256 in hex over the tokens and labels of all rows, in order; their integer type does not matter."""
-        return hashlib.sha256((self._ids.digest() + self._labels.digest()).encode()).hexdigest()
+        stops = self._starts + self.lengths
+        digests = [column.digest(self._starts, stops) for column in (self._ids, self._labels)]
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_dataset": self._dataset}  # without the views: a worker maps the Arrow file itself
+        views = ("_ids", "_labels")  # a worker maps the Arrow file itself
+        return {name: value for name, value in vars(self).items() if name not in views}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._dataset = state["_dataset"]
+        vars(self).update(state)
         self._read_columns()
 
 
-class _ListColumn:
-    """One Arrow list column as (offsets, values) arrays per chunk, the values zero-copy.
-
-    Raises ValueError, naming the row, for a list that is missing and a value that is not an int64, or with `mask`,
-    is not 0 or 1 (of any type).
-    """
-
-    def __init__(self, dataset: Dataset, name: str, *, mask: bool = False) -> None:
-        if name not in dataset.column_names:
-            raise ValueError(f"the data set has no column {name!r}, only {', '.join(dataset.column_names)}")
-        column = dataset.data.column(name)
-        expected = "0 or 1" if mask else "integers (int64)"
-        if not is_list(column.type):
-            raise ValueError(f"the data set's column {name!r} holds {column.type}, expected lists of {expected}")
-        self._chunks: list[tuple[np.ndarray, np.ndarray]] = []
-        first = 0
-        for chunk in column.chunks:
-            if chunk.null_count:
-                row = first + chunk.is_null().index(True).as_py()
-                raise ValueError(f"row {row} of the data set: {name} is missing")
-            if len(chunk) == 0:  # may have no offsets
-                continue
-            if pa.types.is_fixed_size_list(chunk.type):
-                offsets = np.arange(len(chunk) + 1) * chunk.type.list_size
-            else:
-                offsets = chunk.offsets.to_numpy().astype(np.int64)
-                offsets -= offsets[0]  # a slice of an array begins later
-            values, unfit = _as_numpy(chunk.flatten(), mask)
-            if unfit is not None:
-                at, given = unfit
-                row = first + np.searchsorted(offsets, at, side="right") - 1
-                raise ValueError(f"row {row} of the data set: {name} holds {given}, expected {expected}")
-            self._chunks.append((offsets, values))
-            first += len(chunk)
-        counts = [len(offsets) - 1 for offsets, _ in self._chunks]
-        self._first_rows = np.cumsum([0, *counts])
-        self.lengths = np.concatenate([np.diff(offsets) for offsets, _ in self._chunks] or [np.zeros(0, np.int64)])
-
-    def check_lengths(self, name: str, other: _ListColumn) -> None:
-        """Raises ValueError for a row of `other`, a column of that name, with more or fewer values."""
-        differ = np.flatnonzero(self.lengths != other.lengths)
-        if len(differ):
-            row = differ[0]
-            raise ValueError(
-                f"row {row} of the data set: {other.lengths[row]} {name} for {self.lengths[row]} input_ids"
-            )
-
-    def row(self, row: int) -> np.ndarray:
-        chunk = int(np.searchsorted(self._first_rows, row, side="right")) - 1
-        offsets, values = self._chunks[chunk]
-        local = row - self._first_rows[chunk]
-        return values[offsets[local] : offsets[local + 1]]
-
-    def count_not(self, ignored: int, rows: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-        counts = np.zeros(len(rows), np.int32)
-        of_chunk = np.searchsorted(rows, self._first_rows)
-        for i, (offsets, values) in enumerate(self._chunks):
-            segments = slice(of_chunk[i], of_chunk[i + 1])
-            begin = offsets[rows[segments].astype(np.int64) - self._first_rows[i]]
-            begin, end = begin + starts[segments] + 1, begin + stops[segments]
-            # a running count per block, extended to the end of a segment: a chunk may hold billions of values
-            cuts = np.flatnonzero(np.diff(begin // BLOCK, prepend=-1, append=-1))
-            for first, last in itertools.pairwise(cuts):
-                block, low = slice(first, last), begin[first]
-                running = np.cumsum(np.append(False, values[low : end[last - 1]] != ignored), dtype=np.int32)
-                counts[segments][block] = running[end[block] - low] - running[begin[block] - low]
-        return counts
-
-    def digest(self) -> str:
-        """SHA-256 in hex over the lengths of all rows and their values."""
-        digest = hashlib.sha256()
-        digest.update(self.lengths.astype("<i8", copy=False).data)
-        for offsets, values in self._chunks:
-            for start in range(int(offsets[0]), int(offsets[-1]), BLOCK):
-                block = values[start : min(start + BLOCK, int(offsets[-1]))]
-                narrow = block.astype("<i4")  # half the bytes to hash, for every vocabulary that exists
-                digest.update((narrow if (narrow == block).all() else block.astype("<i8")).data)
-        return digest.hexdigest()
-
-    def first_outside(self, name: str, vocab_size: int) -> tuple[int, int] | None:
-        """(row, value) of the first value outside the vocabulary, or None."""
-        for (offsets, values), first in zip(self._chunks, self._first_rows, strict=False):
-            begin, end = offsets[0], offsets[-1]
-            if (at := first_outside(values[begin:end], name, vocab_size)) is not None:
-                return int(first + np.searchsorted(offsets, begin + at, side="right") - 1), int(values[begin + at])
-        return None
-
-
-def _as_numpy(values: pa.Array, mask: bool) -> tuple[np.ndarray, tuple[int, Any] | None]:
-    """`values` as an array, and the index of the first that does not fit, with what it is."""
-    kind, none = values.type, np.zeros(0, np.int64)
-    if values.null_count:
-        return none, (values.is_null().index(True).as_py(), "null")
-    if len(values) == 0:  # of any type: `datasets` types lists that are all empty as lists of null
-        return none, None
-    if not (pa.types.is_integer(kind) or (mask and (pa.types.is_boolean(kind) or pa.types.is_floating(kind)))):
-        return none, (0, kind)
-    array = values.to_numpy(zero_copy_only=not pa.types.is_boolean(kind))
-    if mask:
-        unfit = (array != 0) & (array != 1)
-    elif array.dtype == np.uint64:
-        unfit = array > np.iinfo(np.int64).max
-    else:
-        return array, None
-    return array, (int(np.argmax(unfit)), array[np.argmax(unfit)]) if unfit.any() else None
-
-
-def is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-
-
-def flat_rows(dataset: Dataset) -> Dataset:
-    """The data set without an index: a selection or a shuffle is written out once, to make rows slices again."""
-    if dataset.format["type"] == "custom":
-        raise ValueError(
-            "the data set has a transform (with_transform), but packsft reads its columns, which a transform does not "
-            "change: apply it with map() first"
-        )
-    return dataset.flatten_indices() if dataset._indices is not None else dataset
-
-
-def masked_rows(dataset: Dataset, masks: Sequence[str]) -> Dataset:
-    """The data set as `flat_rows`, its `input_ids` and `masks` checked: before labels are made of them.
-
-    Raises ValueError, naming the row, unless `input_ids` are lists of integers and each mask has a 0 or 1 for each.
-    """
-    dataset = flat_rows(dataset)
-    ids = _ListColumn(dataset, "input_ids")
-    for name in masks:
-        ids.check_lengths(name, _ListColumn(dataset, name, mask=True))
-    return dataset
+USER_COLUMNS = {
+    "input_ids": INTEGERS,
+    "labels": INTEGERS,
+    "seq_lengths": INTEGERS,
+    "position_ids": INTEGERS,
+    "attention_mask": MASK,
+    "loss_weights": WEIGHTS,
+}
 
 
 class UserPacks(torch.utils.data.Dataset):
@@ -232,6 +144,9 @@ class UserPacks(torch.utils.data.Dataset):
     Args:
         rows: the packs.
         vocab_size: ids and labels must be below it; None for no check.
+
+    Raises:
+        ValueError: a row is not well formed. Rows with a transform are checked when they are read.
     """
 
     strategy, repacks = STRATEGIES["none"], False
@@ -239,24 +154,24 @@ class UserPacks(torch.utils.data.Dataset):
 
     def __init__(self, rows: Dataset, vocab_size: int | None) -> None:
         self.rows, self._vocab_size = rows, vocab_size
+        self._transforms = rows.format["type"] == "custom"
+        self._read_columns()
+        for index in range(0 if self._transforms else len(rows)):
+            self[index]
+
+    def _read_columns(self) -> None:
+        names = [] if self._transforms else [name for name in USER_COLUMNS if name in self.rows.column_names]
+        self._columns = {name: ListColumn(self.rows, name, USER_COLUMNS[name]) for name in names}
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """`[P]` int64, the tokens of each pack."""
-        return _ListColumn(flat_rows(self.rows), "input_ids").lengths
+        return ListColumn(self.rows, "input_ids").lengths
 
     @cached_property
     def digests(self) -> dict[str, str]:
         """SHA-256 in hex of each column that is read; empty if the rows have a transform."""
-        if self.rows.format["type"] == "custom":
-            return {}
-        rows = flat_rows(self.rows)
-        names = [name for name in ("input_ids", "labels", "seq_lengths") if name in rows.column_names]
-        digests = {name: _ListColumn(rows, name).digest() for name in names}
-        if "loss_weights" in rows.column_names:
-            weights = repr(rows.with_format(None)["loss_weights"][:])
-            digests["loss_weights"] = hashlib.sha256(weights.encode()).hexdigest()
-        return digests
+        return {name: column.digest() for name, column in self._columns.items()}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -265,7 +180,15 @@ class UserPacks(torch.utils.data.Dataset):
         """Item `index`; [] for None."""
         if index is None:
             return []
-        return documents_of(self.rows[index], f"row {index} of the data set", self._vocab_size, index)
+        row = {name: column.row(index) for name, column in self._columns.items()}
+        return documents_of(row or self.rows[index], f"row {index} of the data set", self._vocab_size, index)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_columns": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._read_columns()
 
 
 class PackedDataset(torch.utils.data.Dataset):
@@ -370,11 +293,12 @@ def pack_dataset(
     seed: int | None = None,
     keep_end: bool = False,
     per_example: bool = False,
+    once: tuple[int | None, int | None] = (None, None),
 ) -> PackedDataset:
     """Plan the packs of a tokenised data set. Segments without a scored token are left out.
 
     Args:
-        dataset: columns `input_ids` and `labels`.
+        dataset: see `TokenRows`.
         max_length: tokens a pack holds, and where an example is cut; None only with `strategy="none"`.
         strategy: as in `plan_packs`; "none" for one example per item.
         name: names the data set in messages.
@@ -384,6 +308,7 @@ def pack_dataset(
         seed: for the examples that meet in a pack, and the order of packs; with a seed, every epoch is packed anew.
         keep_end: a truncated example keeps its last tokens instead of its first.
         per_example: examples weigh the same in the loss, instead of scored tokens.
+        once: see `TokenRows`.
 
     Raises:
         ValueError: the data set is empty, has no scored token or loses more than `max_lost_fraction`, a row is not
@@ -392,13 +317,16 @@ def pack_dataset(
     check_max_lost_fraction(max_lost_fraction)
     if len(dataset) == 0:
         raise ValueError(f"the {name} data set is empty")
-    rows = TokenRows(dataset)
+    rows = TokenRows(dataset, once)
     if vocab_size is not None:
         rows.check_ids(vocab_size)
     longest = max(int(rows.lengths.max()), 1) if max_length is None else max_length
     segments = cut_examples(rows.lengths, longest, strategy=strategy, overlong=overlong, keep_end=keep_end)
     scored = rows.count_scored(segments.examples, segments.starts, segments.stops)
-    packed = PackedDataset(rows, segments.keep_scored(scored), scored[scored > 0], seed=seed, per_example=per_example)
+    segments = segments.keep_scored(scored)
+    segments.account.tokens_padding = rows.tokens_padding
+    segments.account.texts_with_doubles = rows.texts_with_doubles
+    packed = PackedDataset(rows, segments, scored[scored > 0], seed=seed, per_example=per_example)
     plan = packed.plan
     if not len(plan):
         raise ValueError(

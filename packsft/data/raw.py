@@ -1,65 +1,130 @@
-"""Rows as the user gives them, checked before TRL tokenises and labels them.
+"""Rows as the user gives them, checked and brought into one of TRL's forms before TRL tokenises and labels them.
 
-TRL stops at a bad row without naming it, or goes on: it cuts a mask that is too long, and reads a null in a mask as 0.
-Knows which columns TRL reads, not what it makes of them.
+TRL stops at a bad row without naming it, or goes on: it cuts a mask that is too long, reads a null in a mask as 0, and
+renders a null in a message. Knows which columns TRL reads, not what it makes of them.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
+import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 
-from packsft.data.document import check_mask, checked_tokens, short
-from packsft.data.packs import is_list, masked_rows
+from packsft.data.columns import MASK, ListColumn, check_no_transform, first_of, is_list, order_of, where
+from packsft.data.document import IGNORE_INDEX, check_mask, checked_tokens, short
 
-TEXT, MESSAGES = "a text", "a list of messages with the key {!r}"
+logger = logging.getLogger("packsft")
+
+TEXT = "a text"
+MESSAGES = "a list of messages, each with a {} and {}"
+ROLE_CONTENT, FROM_VALUE = MESSAGES.format("role", "content"), MESSAGES.format("from", "value")
+KEYS = {ROLE_CONTENT: ("role", "content"), FROM_VALUE: ("from", "value")}
+FORMS = "expected input_ids, prompt and completion, messages, or the texts {!r} (dataset_text_field)"
+CHATS, BESIDE = ("messages", "conversations"), ("tools", "chat_template_kwargs")
+OF_TOKENS = ("labels", "attention_mask", "position_ids", "completion_mask", "assistant_masks")
 Rows = TypeVar("Rows", Dataset, IterableDataset)
 
 
-def checked_rows(dataset: Rows, *, text_field: str, completion_only: bool, name: str) -> Rows:
-    """The same rows, as plain Python values whatever the data set's format.
+def one_form(dataset: Rows, text_field: str, name: str) -> Rows:
+    """The rows with the columns of one form, and those that go with it.
+
+    If rows have several forms, the first of these is trained on, and a notice says so: `input_ids`; `prompt` and
+    `completion`; `messages`; `conversations`; a text.
+
+    Raises ValueError if the rows have none, or have columns that go with `input_ids` and no `input_ids`.
+    """
+    sample: dict[str, Any] = next(iter(dataset.with_format(None)), {})
+    if not sample or "input_ids" in sample:
+        return dataset
+    if of_tokens := [column for column in OF_TOKENS if column in sample]:
+        raise ValueError(
+            f"the {name} data set has the column {of_tokens[0]!r}, which goes with input_ids, but it has none: rename "
+            "or remove the column"
+        )
+    forms: list[tuple[str, ...]] = [("prompt", "completion"), ("messages",), ("conversations",), (text_field,)]
+    forms = [form for form in forms if sample.keys() >= set(form)]
+    readable = [form for form in forms if form[0] not in CHATS or not isinstance(sample[form[0]], str)]
+    if not readable:
+        raise ValueError(f"the {name} data set has only the columns {', '.join(sample)}: {FORMS.format(text_field)}")
+    chosen: tuple[str, ...] = readable[0]
+    if left := [column for other in readable[1:] for column in other]:
+        logger.warning("%s data set: %s is trained on; %s is not read", name, " and ".join(chosen), " and ".join(left))
+    rows = dataset.select_columns([*chosen, *(column for column in BESIDE if column in sample)])
+    if chosen[0] in CHATS:  # TRL reads the keys by the name of the column
+        column = "conversations" if _kind(sample[chosen[0]]) == FROM_VALUE else "messages"
+        rows = rows if chosen == (column,) else rows.rename_column(chosen[0], column)
+    return rows
+
+
+def holds_texts(rows: Rows) -> bool:
+    """Whether rows of `one_form` are texts, not tokens and not messages."""
+    sample: dict[str, Any] = next(iter(rows), {})
+    return "input_ids" not in sample and any(isinstance(sample[name], str) for name in sample if name not in BESIDE)
+
+
+def checked_rows(dataset: Rows, *, text_field: str, completion_only: bool, eos_token: str, name: str) -> Rows:
+    """Rows of `one_form` as plain Python values, whatever the data set's format.
+
+    Rows of a data set with `input_ids` get their labels here, as in `label_rows`.
 
     Args:
         dataset: rows of any form that TRL takes.
         text_field: the column of texts, if the rows hold neither tokens nor messages.
         completion_only: whether `completion_mask` applies.
+        eos_token: what TRL adds to a text that does not end with it. Blanks after one are left out.
         name: names the data set in messages.
 
     Raises:
         ValueError: a row has no text, no messages or no ids, or its masks do not fit. A stream raises it when the row
             is read. Rows with `labels` are not checked here: `packs.py` and `streams.py` do it.
     """
-    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
-        return dataset  # TRL refuses it
-    visible = dataset.select_columns(dataset.format["columns"]) if isinstance(dataset, Dataset) else dataset
-    plain = visible.with_format(None)
-    sample: dict[str, Any] = next(iter(plain), {})
+    if isinstance(dataset, Dataset):
+        check_no_transform(dataset)
+        dataset = dataset.select_columns(dataset.format["columns"])
+    dataset = one_form(dataset, text_field, name).with_format(None)
+    sample: dict[str, Any] = next(iter(dataset), {})
     if not sample:
         return dataset
-    dataset = plain
     if "input_ids" in sample:
+        if isinstance(dataset, Dataset):
+            return label_rows(dataset, completion_only)
         if "labels" in sample:
             return dataset
         masks = [*(["completion_mask"] if completion_only else []), "assistant_masks"]
         masks = [mask for mask in masks if mask in sample]
-        if isinstance(dataset, Dataset):
-            return masked_rows(dataset, masks)
         return dataset.map(functools.partial(_check_tokens, masks=masks, name=name), with_indices=True)
-    texts, expected = _form(sample, text_field)
+    texts = [column for column in sample if column not in BESIDE]
+    first = texts[0]
+    kinds: tuple[str, ...] = (TEXT, ROLE_CONTENT)
+    if first != "prompt":
+        kinds = (ROLE_CONTENT, FROM_VALUE) if first in CHATS else (TEXT,)
+    kind = _kind(sample[first])
+    expected = kind if kind in kinds else " or ".join(kinds)
+    check = functools.partial(_check_texts, texts=texts, expected=expected, name=name)
+    strip = functools.partial(_without_blanks_at_end, text=texts[-1], eos_token=eos_token)
     if isinstance(dataset, IterableDataset):
-        return dataset.map(
-            functools.partial(_check_texts, texts=texts, expected=expected, name=f"{name} stream"), with_indices=True
-        )
-    _check_texts(sample, 0, texts, expected, f"{name} data set")  # the others have the same type, if any
+        dataset = dataset.map(functools.partial(check, kind="stream"), with_indices=True)
+        return dataset.map(strip) if expected == TEXT else dataset
+    check(sample, 0, kind="data set")  # the others have the same type, if any
     for text in texts:
-        if (row := _first_missing(dataset, text)) is not None:
-            raise ValueError(f"row {row} of the {name} data set: {text} is missing, or holds no message or a null")
+        if (row := _first_unfit(dataset, text, expected)) is not None:
+            check(dataset[row], row, kind="data set")
+    if "chat_template_kwargs" in sample and dataset.data.column("chat_template_kwargs").null_count:
+        dataset = dataset.map(_with_kwargs)
+    if expected == TEXT:
+        blanks = pc.match_substring_regex(dataset.data.column(texts[-1]), re.escape(eos_token) + r"\s+$")
+        if first_of(order_of(dataset), where(blanks)) is not None:
+            logger.warning("%s data set: blanks after an eos_token at the end of a text are left out", name)
+            dataset = dataset.map(strip)
     return dataset
 
 
@@ -85,6 +150,48 @@ def _format(row: dict[str, Any], index: int, function: Callable[[dict], str], na
     return {"text": text}
 
 
+# ---- tokens ----
+
+
+def label_rows(rows: Dataset, completion_only_loss: bool | None = None) -> Dataset:
+    """Columns `input_ids` and `labels` of tokenised rows, labelled by their masks as in TRL, but whole columns at once.
+
+    Existing `labels` do not change. Otherwise a label is -100 where `assistant_masks` is 0, or `completion_mask` if
+    `completion_only_loss`. Other columns that `TokenRows` reads stay.
+
+    Raises ValueError, naming the row, if a mask does not have a 0 or 1 for each of the input ids.
+    """
+    check_no_transform(rows)
+    names = set(rows.column_names)
+    kept = ["input_ids", *(name for name in ("attention_mask", "position_ids") if name in names)]
+    if "labels" in names:
+        return rows.select_columns([*kept, "labels"])
+    if completion_only_loss is None:  # TRL's default looks only at the text columns
+        completion_only_loss = {"prompt", "completion"} <= names
+    applies = {"completion_mask": completion_only_loss, "assistant_masks": True}
+    masks = [name for name in applies if applies[name] and name in names]
+    ids = ListColumn(rows, "input_ids")
+    for name in masks:
+        ids.check_lengths(name, ListColumn(rows, name, MASK))
+    if masks and rows._indices is not None:
+        rows = rows.flatten_indices()  # rows that were not selected may be anything
+    table = rows.data.table
+    labels = []
+    for batch in table.select(["input_ids", *masks]).to_batches() if masks else ():  # the same rows of each column
+        ids_of_batch = batch.column("input_ids")
+        values = ids_of_batch.flatten().to_numpy(zero_copy_only=False).astype(np.int64)  # a copy; -100 fits
+        for name in masks:
+            values[batch.column(name).flatten().to_numpy(zero_copy_only=False) == 0] = IGNORE_INDEX
+        lengths = pc.list_value_length(ids_of_batch).to_numpy(zero_copy_only=False)
+        labels.append(pa.LargeListArray.from_arrays(np.append(0, np.cumsum(lengths, dtype=np.int64)), values))
+    column = pa.chunked_array(labels) if masks else table.column("input_ids")
+    columns = {name: table.column(name) for name in kept} | {"labels": column}
+    # a given fingerprint: computing one would read all data, and nothing here is cached
+    labelled = Dataset(pa.table(columns), fingerprint="labelled")
+    labelled._indices = rows._indices
+    return labelled
+
+
 def _check_tokens(row: dict[str, Any], index: int, masks: Sequence[str], name: str) -> dict[str, Any]:
     where = f"row {index} of the {name} stream"
     ids, _ = checked_tokens(row.get("input_ids"), row.get("input_ids"), where)
@@ -93,46 +200,103 @@ def _check_tokens(row: dict[str, Any], index: int, masks: Sequence[str], name: s
     return row
 
 
-def _form(sample: Mapping[str, Any], text_field: str) -> tuple[tuple[str, ...], str]:
-    """The columns that TRL reads, by the first row, and what each row must hold there: a `_kind`."""
-    if "prompt" in sample:
-        return ("prompt", "completion"), _kind("prompt", sample["prompt"]) or f"{TEXT} or {MESSAGES.format('role')}"
-    for name in ("conversations", "messages"):
-        if name in sample and (text_field not in sample or _kind(name, sample[name]) not in (TEXT, None)):
-            return (name,), MESSAGES.format(_key(name))
-    return (text_field,), TEXT
+# ---- texts and messages ----
 
 
-def _key(name: str) -> str:
-    return "from" if name == "conversations" else "role"
+def tokenizer_without_nulls(tokenizer: Any) -> Any:
+    """A copy whose chat template sees no key that is None, in messages, tools and its own arguments.
+
+    A data set of Arrow has all keys of all rows in each: None where a row had no such key. A template renders such a
+    None, or takes it for a value. The content of a message with tool calls stays: there, None is what others write.
+    """
+    own = copy.copy(tokenizer)
+    own.apply_chat_template = functools.partial(_apply_without_nulls, tokenizer)
+    return own
 
 
-def _kind(name: str, value: Any) -> str | None:
+def _apply_without_nulls(tokenizer: Any, conversation: Sequence[Mapping[str, Any]], **options: Any) -> Any:
+    messages = []
+    for message in conversation:
+        messages.append(without_nulls(message))
+        if message.get("tool_calls") and message.get("content", "") is None:
+            messages[-1]["content"] = None
+    return tokenizer.apply_chat_template(messages, **without_nulls(options))
+
+
+def without_nulls(value: Any) -> Any:
+    """The same value without the keys, at any depth, that are None."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _kind(value: Any) -> str | None:
     """What the value of a column is; None for what TRL cannot read there."""
     if isinstance(value, str):
         return TEXT
-    messages = isinstance(value, list) and all(isinstance(each, dict) and _key(name) in each for each in value)
-    return MESSAGES.format(_key(name)) if messages and value else None
+    for kind, keys in KEYS.items():
+        if isinstance(value, list) and value and all(_is_message(message, *keys) for message in value):
+            return kind
+    return None
 
 
-def _check_texts(row: dict[str, Any], index: int, texts: Sequence[str], expected: str, name: str) -> dict[str, Any]:
+def _is_message(message: Any, role: str, content: str) -> bool:
+    """Whether it has a role, and a content or something else to say, such as tool calls."""
+    if not isinstance(message, dict) or not isinstance(message.get(role), str):
+        return False
+    others = (value for key, value in message.items() if key not in (role, content, "name"))
+    return isinstance(message.get(content), (str, list, dict)) or (
+        message.get(content) is None and any(value not in (None, []) for value in others)
+    )
+
+
+def _check_texts(
+    row: dict[str, Any], index: int, texts: Sequence[str], expected: str, name: str, kind: str
+) -> dict[str, Any]:
     for text in texts:
-        if text not in row:
-            raise ValueError(f"the {name} has no column {text!r}, only {', '.join(row)}")
-        if _kind(text, row[text]) != expected:
-            raise ValueError(f"row {index} of the {name}: {text} is {short(row[text])}, expected {expected}")
-    return row
+        if _kind(row.get(text)) != expected:
+            raise ValueError(f"row {index} of the {name} {kind}: {text} is {short(row.get(text))}, expected {expected}")
+    return _with_kwargs(row) if "chat_template_kwargs" in row else row
 
 
-def _first_missing(dataset: Dataset, name: str) -> int | None:
-    """The first row without a text, or with a list that is empty or holds a null."""
+def _without_blanks_at_end(row: dict[str, Any], text: str, eos_token: str) -> dict[str, Any]:
+    """TRL would add a second `eos_token` behind them."""
+    stripped = row[text].rstrip()
+    return row | {text: stripped} if stripped.endswith(eos_token) else row
+
+
+def _with_kwargs(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"chat_template_kwargs": row["chat_template_kwargs"] or {}}
+
+
+def _first_unfit(dataset: Dataset, name: str, expected: str) -> int | None:
+    """The first row without a text, or whose list of messages is empty or has one that is none."""
     column = dataset.data.column(name)
-    missing = column.is_null()
-    if is_list(column.type):
-        missing = pc.or_(missing, pc.equal(pc.fill_null(pc.list_value_length(column), 0), 0))
-    rows = np.flatnonzero(missing.to_numpy())
-    if is_list(column.type) and (messages := pc.list_flatten(column)).null_count:
-        rows = np.union1d(rows, pc.list_parent_indices(column).filter(messages.is_null()).to_numpy())
-    if dataset._indices is not None and len(rows):
-        rows = np.flatnonzero(np.isin(dataset._indices.column(0).to_numpy(), rows))
-    return int(rows[0]) if len(rows) else None
+    if expected != TEXT and not (is_list(column.type) and pa.types.is_struct(column.type.value_type)):
+        values = (row[name] for row in dataset.select_columns([name]))  # of a type that Arrow does not know
+        return next((row for row, value in enumerate(values) if _kind(value) != expected), None)
+    first, unfit = 0, [np.zeros(0, np.int64)]
+    for chunk in column.chunks:
+        unfit.append(first + where(chunk.is_null()))
+        if expected != TEXT:
+            unfit.append(first + where(pc.equal(pc.list_value_length(chunk), 0)))
+            of_row = pc.list_parent_indices(chunk).to_numpy()
+            unfit.append(first + of_row[where(_no_message(chunk.flatten(), *KEYS[expected]))])
+        first += len(chunk)
+    return first_of(order_of(dataset), np.unique(np.concatenate(unfit)))
+
+
+def _no_message(messages: pa.StructArray, role: str, content: str) -> pa.BooleanArray:
+    """Which messages have no role, or nothing to say, as in `_is_message`."""
+    fields = {field.name: pc.struct_field(messages, field.name) for field in messages.type}
+    silent = [
+        pc.equal(pc.fill_null(pc.list_value_length(values), 0), 0) if is_list(values.type) else values.is_null()
+        for name, values in fields.items()
+        if name not in (role, content, "name")
+    ]
+    said = fields[content] if content in fields else pa.nulls(len(messages))
+    if pa.types.is_primitive(said.type):  # numbers, dates
+        nothing_said = pc.invert(said.is_null())
+    else:
+        nothing_said = functools.reduce(pc.and_, silent, said.is_null())
+    return functools.reduce(pc.or_, [messages.is_null(), fields[role].is_null(), nothing_said])

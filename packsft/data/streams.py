@@ -18,7 +18,16 @@ import numpy as np
 import torch
 from datasets import IterableDataset
 
-from packsft.data.document import Document, Pack, check_row, checked_tokens, make_document
+from packsft.data.document import (
+    Document,
+    Pack,
+    check_row,
+    check_single,
+    checked_tokens,
+    lengths_of,
+    make_document,
+    unpadded,
+)
 from packsft.data.ranks import Ranks
 from packsft.packing import STRATEGIES, Account, Strategy, check_max_lost_fraction, cut_examples, resolve_overlong
 from packsft.packing.buffer import PackingBuffer
@@ -77,6 +86,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         vocab_size: ids and labels must be below it; None for no check.
         keep_end: a truncated example keeps its last tokens instead of its first.
         per_example: examples weigh the same in the loss, instead of scored tokens.
+        once: the tokens with which a row begins and ends at most once, or None: as in `TokenRows`.
 
     Attributes:
         account: for the current epoch; in a worker, for its rows. Under "wrapped", whole examples without a scored
@@ -101,6 +111,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         vocab_size: int | None = None,
         keep_end: bool = False,
         per_example: bool = False,
+        once: tuple[int | None, int | None] = (None, None),
     ) -> None:
         check_max_lost_fraction(max_lost_fraction)
         self._overlong, self._max_lost_fraction = resolve_overlong(strategy, overlong), max_lost_fraction
@@ -112,7 +123,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         self._buffer = PackingBuffer(max_length, self.buffer_tokens, strategy)  # raises for an unknown strategy
         self.strategy: Strategy = STRATEGIES[strategy]
         self._vocab_size = vocab_size
-        self._keep_end = keep_end
+        self._keep_end, self._once = keep_end, once
         self._ranks = self._reading_ranks = Ranks()  # the second: the ranks that read the same rows
         self._endless = False
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
@@ -267,6 +278,8 @@ class PackedStream(torch.utils.data.IterableDataset):
         account, where = self.account, f"row {self.account.examples_in} of the {self.name} stream"
         check_row(row, where)
         ids, labels = checked_tokens(row.get("input_ids"), row.get("labels"), where, self._vocab_size)
+        start, stop = self._span(row, ids, where)
+        ids, labels = ids[start:stop], labels[start:stop]
         account.examples_in += 1
         account.tokens_in += len(ids)
         documents = [
@@ -300,6 +313,20 @@ class PackedStream(torch.utils.data.IterableDataset):
             account.tokens_truncated += cut
         if account.examples_in >= ROWS_BEFORE_JUDGEMENT:
             self._check_losses()
+
+    def _span(self, row: Mapping[str, Any], ids: np.ndarray, where: str) -> tuple[int, int]:
+        """Start and stop of the tokens of a row, without padding and doubled tokens."""
+        span = unpadded(row["attention_mask"], len(ids), where) if "attention_mask" in row else (0, len(ids))
+        if "position_ids" in row:
+            check_single(lengths_of(row["position_ids"], len(ids), span, where), where)
+        (start, stop), (first, last) = span, self._once
+        self.account.tokens_padding += len(ids) - (stop - start)
+        if stop - start > 1 and ids[start] == ids[start + 1] == first:
+            start += 1
+        if stop - start > 1 and ids[stop - 1] == ids[stop - 2] == last:
+            stop -= 1
+        self.account.texts_with_doubles += stop - start < span[1] - span[0]
+        return start, stop
 
     def _cut(self, length: int, where: str) -> list[tuple[int, int]]:
         """Start and stop of each segment of an example. Under "wrapped" the buffer cuts, where its packs end."""

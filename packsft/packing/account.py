@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 @dataclass
 class Account:
-    """Counts of examples, segments and tokens, without padding.
+    """Counts of examples, segments and tokens.
 
     - `examples_in` = `examples_packed` + `examples_empty` (length 0) + `examples_unscored` (no segment has a scored
       token) + `examples_overlong_dropped` (longer than `max_length`, and left out)
     - of the packed examples, `examples_truncated` lost tokens to `max_length`, and `examples_split` lie in more than
       one segment
+    - `tokens_padding` and `texts_with_doubles`: what was left out of rows before they were counted: padding, and in
+      so many texts a bos_token or eos_token that the tokenizer adds as well
     - `segments_unscored`: segments of packed examples that were left out because they have no scored token
     - `tokens_in` = `tokens_kept` + `tokens_truncated` + `tokens_unscored` (of whole examples, and of segments)
       + `tokens_dropped` (of overlong examples)
@@ -30,6 +32,8 @@ class Account:
     tokens_truncated: int = 0
     tokens_unscored: int = 0
     tokens_dropped: int = 0
+    tokens_padding: int = 0
+    texts_with_doubles: int = 0
 
     @property
     def tokens_lost(self) -> int:
@@ -42,7 +46,7 @@ class Account:
         return self.tokens_in - self.tokens_lost
 
     def describe_losses(self, max_length: int | None) -> list[str]:
-        """One clause for each reason why something was lost."""
+        """One clause for each reason why something was lost, or left out."""
         of_examples, of_tokens = f"of {self.examples_in} examples", f"of {self.tokens_in} tokens are lost"
         losses = []
         if self.examples_empty:
@@ -63,6 +67,13 @@ class Account:
             losses.append(
                 f"{self.examples_truncated} examples are cut at max_length={max_length}, "
                 f"{self.tokens_truncated} {of_tokens}"
+            )
+        if self.tokens_padding:
+            losses.append(f"{self.tokens_padding} tokens of padding (attention_mask is 0) are left out")
+        if self.texts_with_doubles:
+            losses.append(
+                f"{self.texts_with_doubles} texts hold the bos_token or eos_token that the tokenizer adds: one of the "
+                "two is left out"
             )
         return losses
 

@@ -232,7 +232,7 @@ def test_labels_follow_a_mask_of_0_and_1_or_its_row_is_named(drawn):
         if len(row) != len(mask) or any(isinstance(bit, str | None) or bit not in (0, 1) for bit in mask)
     ]
     labels = [[token if bit else -100 for token, bit in zip(row, mask, strict=False)] for row, mask in pairs]
-    raw = {"text_field": "text", "completion_only": False, "name": "train"}
+    raw = {"text_field": "text", "completion_only": False, "eos_token": "", "name": "train"}
     of_stream = lambda: list(checked_rows(dataset.to_iterable_dataset(), **raw))  # noqa: E731
     ways = [lambda: label_rows(dataset), lambda: checked_rows(dataset, **raw), of_stream]
     for read, where in zip(ways, ["data set", "data set", "train stream"], strict=True):
@@ -310,7 +310,7 @@ BAD_ROWS = {
     "no messages": ({"messages": [chat("no"), None]}, "row 1 of the train {}: messages is"),
     "an empty chat": ({"messages": [chat("no"), []]}, "row 1 of the train {}: messages is"),
     "a null message": ({"messages": [chat("no"), [None]]}, "row 1 of the train {}: messages is"),
-    "no column": ({"question": ["why"]}, "the train {} has no column 'text', only question"),
+    "no column": ({"question": ["why"]}, "the train data set has only the columns question: expected"),
     "no ids": ({"input_ids": [[3, 4], None]}, "row 1 of the"),
     "a long mask": ({"input_ids": [[3, 4]], "assistant_masks": [[1, 1, 0]]}, "3 assistant_masks for 2 input_ids"),
 }
@@ -328,7 +328,7 @@ def test_the_trainer_names_a_row_that_trl_cannot_read_or_would_cut(case, tmp_pat
 def test_a_row_that_was_not_selected_may_be_bad(tmp_path):
     rows = Dataset.from_dict({"messages": [[], chat("no"), None, chat("yes")]}).select([3, 1])
     assert sum(map(len, trainer(tmp_path, train_dataset=rows).train_dataset)) == 2
-    with pytest.raises(ValueError, match="row 1 of the train data set: messages is missing"):
+    with pytest.raises(ValueError, match="row 1 of the train data set: messages is None"):
         trainer(
             tmp_path, train_dataset=rows.flatten_indices().select([0, 1]).add_item({"messages": None}).select([0, 2])
         )

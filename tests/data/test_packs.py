@@ -141,7 +141,7 @@ def test_overlong_examples_go_where_they_are_sent(tmp_path, caplog, packing, ove
 
 
 def test_scored_tokens_are_counted_by_segment_over_chunks_and_blocks(monkeypatch):
-    monkeypatch.setattr("packsft.data.packs.BLOCK", 4_000)
+    monkeypatch.setattr("packsft.data.columns.BLOCK", 4_000)
     rng = np.random.default_rng(0)
     table = [
         Dataset.from_dict({"input_ids": rows, "labels": rows})

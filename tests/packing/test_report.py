@@ -34,6 +34,8 @@ def test_counts_of_the_example_of_trl():
         "tokens_truncated": 1,
         "tokens_unscored": 6,
         "tokens_dropped": 0,
+        "tokens_padding": 0,
+        "texts_with_doubles": 0,
         "tokens_kept": 10,
         "tokens_lost": 7,
         "packs": 3,
