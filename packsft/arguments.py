@@ -200,20 +200,22 @@ def _check_dataset(name: str, dataset: Dataset | IterableDataset, args: SFTConfi
     check_row(first, f"row 0 of {name}")
     if pictures := {"image", "images"} & first.keys():
         raise ValueError(f"{name} has the column {min(pictures)!r}: packsft trains on text only")
-    if "seq_lengths" in first and not skips_preparation(args):
-        logger.warning(
-            "%s has the column seq_lengths, which is read only from packs of your own "
-            "(dataset_kwargs={'skip_prepare_dataset': True}): each row is taken as one document",
-            name,
+    own = skips_preparation(args)
+    if "seq_lengths" in first and not own:
+        raise ValueError(
+            f"{name} has the column seq_lengths, so its rows are packs of your own: set "
+            "dataset_kwargs={'skip_prepare_dataset': True}, or remove the column to take each row as one document"
         )
-    if "loss_weights" in first and not (
-        skips_preparation(args) and getattr(args, "loss_normalization", "token") == "example"
-    ):
-        logger.warning(
-            "%s has the column loss_weights: it has an effect only in packs of your own with "
-            "loss_normalization='example'",
-            name,
-        )
+    if "input_ids" not in first:
+        return
+    read = {"input_ids", "labels", "attention_mask", "position_ids", "seq_lengths"}
+    if own and getattr(args, "loss_normalization", "token") == "example":
+        read.add("loss_weights")
+    if not own and "labels" not in first:
+        read |= {"completion_mask", "assistant_masks"}
+    lists = {column for column, value in first.items() if not isinstance(value, str) and hasattr(value, "__len__")}
+    if unread := sorted(lists - read):
+        logger.warning("%s: %s beside input_ids: not read", name, " and ".join(unread))
 
 
 def _check_adapter(config: Any, args: SFTConfig) -> None:

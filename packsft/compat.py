@@ -52,6 +52,7 @@ PRIVATE = {
     "_prepare_inputs": "moves a batch to the device; a public method",
     "_track_num_input_tokens": "counts tokens of passes, without padding; a public method",
     "_train_batch_size": "the batch size per device that `auto_find_batch_size` may change; a public attribute",
+    "_formatting_func": "rows given to `predict`; a public attribute",
     "_tokenizer": "the pad token; a public attribute",
     "_total_train_tokens": "`num_tokens` of the logs; a public attribute",
 }

@@ -13,6 +13,7 @@ import functools
 import inspect
 import itertools
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -24,7 +25,7 @@ from datasets import Dataset, IterableDataset
 from packsft_kernels import LossOptions
 from packsft_kernels.version import __version__
 from torch import Tensor, nn
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import PredictionOutput, TrainOutput
 from trl import SFTConfig, SFTTrainer
 
 from packsft import compat
@@ -34,13 +35,14 @@ from packsft.checkpoints.stream_place import CountsEpochs
 from packsft.config import has_bf16
 from packsft.data.batch import document_lengths
 from packsft.data.collator import PackingCollator, mark_sizes
-from packsft.data.loaders import PackedLoaders
-from packsft.data.packs import PackedDataset, pack_dataset
-from packsft.data.ranks import Ranks
-from packsft.data.raw import checked_rows, formatted_rows, holds_texts, tokenizer_without_nulls
+from packsft.data.loaders import PackedLoaders, Packs
+from packsft.data.packs import USER_COLUMNS, PackedDataset, UserPacks, pack_dataset
+from packsft.data.ranks import Ranks, check_same_on_all_ranks
+from packsft.data.raw import checked_rows, formatted_rows, holds_texts, in_one_form, tokenizer_without_nulls
 from packsft.data.streams import PackedStream
 from packsft.model.head import count_embeddings
 from packsft.model.isolation import IsolationVerdict
+from packsft.model.positions import check_document_lengths, max_positions
 from packsft.model.prepared import PreparedModel, any_rank_of, base_model_of
 from packsft.notices import PackingNotice, cost_of_logits
 from packsft.packing import STRATEGIES, PackingReport, packing_report
@@ -88,6 +90,10 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         saves_on_sigterm, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False  # the parent's, see `Sigterm`
         self._per_example = getattr(args, "loss_normalization", "token") == "example"
         self._vocab_size: int | None = None
+        if not skips_preparation(args) and call.arguments.get("formatting_func") is None:
+            for name in ("train", "eval"):  # the parent looks at the first row
+                if (rows := call.arguments.get(f"{name}_dataset")) is not None:
+                    call.arguments[f"{name}_dataset"] = in_one_form(rows, args.dataset_text_field, name)
         with compat.own_head_during_init():
             super().__init__(*call.args[1:], **call.kwargs)
         self.args.enable_jit_checkpoint = saves_on_sigterm
@@ -103,8 +109,6 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         self._document_lengths: Tensor | None = None  # of the micro-batch, for NEFTune's noise
         self._said_logits = False
         self._vocab_size = count_embeddings(base_model_of(self.model))
-        for dataset in self._packed_datasets():
-            dataset.check_ids(self._vocab_size)
         dft = self.args.loss_type == "dft"
         self._prepared = PreparedModel(
             self.model,
@@ -135,6 +139,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             per_example=self._per_example,
             masked=self.aux_loss_enabled,
         )
+        self._check_data(self._vocab_size)
         max_length = self.args.max_length or sys.maxsize
         self._passes = self._make_walker(getattr(self.args, "tokens_per_pass", None) or max_length, max_length)
         self.add_callback(
@@ -187,6 +192,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             without_nulls = tokenizer_without_nulls(processing_class)
             rows = super()._prepare_dataset(rows, without_nulls, tokenise, False, None, dataset_name)
         strategy = args.packing_strategy if packing else "none"
+        packs: PackedDataset | PackedStream
         options: dict[str, Any] = {
             "strategy": strategy,
             "name": dataset_name,
@@ -199,25 +205,36 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         }
         seed = args.seed if args.data_seed is None else args.data_seed
         if isinstance(rows, IterableDataset):
-            return PackedStream(rows.shuffle(seed=seed) if args.shuffle_dataset else rows, args.max_length, **options)
-        # a seeded plan mixes examples: not if the user asks for an order
-        sampled = dataset_name == "train" and args.train_sampling_strategy == "random"
-        seeded = args.shuffle_dataset or (sampled and STRATEGIES[strategy].repacks)
-        packed = pack_dataset(rows, args.max_length, seed=seed if seeded else None, **options)
-        for loss in packed.plan.account.describe_losses(args.max_length):
-            logger.warning("%s data set: %s", dataset_name, loss)
-        return packed
+            packs = PackedStream(rows.shuffle(seed=seed) if args.shuffle_dataset else rows, args.max_length, **options)
+        else:  # a seeded plan mixes examples: not if the user asks for an order
+            sampled = dataset_name == "train" and args.train_sampling_strategy == "random"
+            seeded = args.shuffle_dataset or (sampled and STRATEGIES[strategy].repacks)
+            packs = pack_dataset(rows, args.max_length, seed=seed if seeded else None, **options)
+            for loss in packs.plan.account.describe_losses(args.max_length):
+                logger.warning("%s data set: %s", dataset_name, loss)
+        if self._vocab_size is not None:  # after the constructor, which checks its own
+            self._check_packs(packs, args.eval_batch_size, dataset_name)
+        return packs
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Adds to the parent: a column of packs that the user made."""
+        """Adds to the parent: the columns of packs that the user made."""
         super()._set_signature_columns_if_needed()
-        if "loss_weights" not in self._signature_columns:
-            self._signature_columns.append("loss_weights")
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *USER_COLUMNS]))
 
-    def _packed_datasets(self) -> list[PackedDataset | PackedStream]:
-        evals = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        datasets = (self.train_dataset, *evals)
-        return [dataset for dataset in datasets if isinstance(dataset, (PackedDataset, PackedStream))]
+    def _check_data(self, vocab_size: int) -> None:
+        """Raises ValueError for rows that this model or these ranks cannot train on."""
+        evals = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        for name, rows in [("train", self.train_dataset), *evals.items()]:
+            if (packs := self._packs_of(rows)) is not None:
+                if not isinstance(packs, UserPacks):
+                    packs.check_ids(vocab_size)
+                batch_size = self._train_batch_size if rows is self.train_dataset else self.args.eval_batch_size
+                self._check_packs(packs, batch_size, name)
+
+    def _check_packs(self, packs: Packs, batch_size: int, name: str) -> None:
+        check_document_lengths(base_model_of(self.model), packs.document_lengths, f"{name} data set")
+        check_same_on_all_ranks(self.accelerator, packs.sample(), f"{name} data set")
+        self._check_last_batch(packs, batch_size, f"{name} data set")
 
     # ---- reports ----
 
@@ -229,7 +246,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         return packing_report(
             self.train_dataset.plan,
             effective_batch_size=self.get_total_train_batch_size(self.args),
-            num_train_epochs=self.args.num_train_epochs,
+            num_train_epochs=epochs if 0 < (epochs := self.args.num_train_epochs) < math.inf else 1,  # unless max_steps
             ranks=num_ranks,
             packs_at_once=self._train_batch_size * num_ranks if self.train_dataset.repacks else None,
             tokens_per_pass=self._passes.tokens_per_pass,
@@ -241,7 +258,8 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         Each claim is compared with its allowed difference, see `claims.py`. Parameters, gradients, modes and random
         state do not change. Call it before FSDP or ZeRO shards the parameters.
         """
-        documents = first_documents(self.train_dataset, self.args.max_length)
+        limits = [n for n in (self.args.max_length, max_positions(base_model_of(self.model))) if n]
+        documents = first_documents(self.train_dataset, min(limits, default=None))
         self._check = check_packing(self.model, self._prepared, documents, self.data_collator, self._prepare_inputs)
         return self._check
 
@@ -258,6 +276,8 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
 
     def train(self, *positional: Any, **named: Any) -> TrainOutput:
         """Adds to the parent: NEFTune's noise also ends with a run that fails, and is not added twice by the next."""
+        if self.args.max_steps <= 0 and not 0 < self.args.num_train_epochs < math.inf:
+            raise ValueError(f"num_train_epochs={self.args.num_train_epochs}: must be above 0, unless max_steps is set")
         try:
             return super().train(*positional, **named)
         finally:
@@ -328,6 +348,15 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             return loss
         with torch.no_grad():
             return loss, self._prepared.logits(model, inputs)
+
+    def predict(self, test_dataset: Any, *positional: Any, **named: Any) -> PredictionOutput:
+        """Adds to the parent: rows are prepared as in `evaluate`."""
+        if isinstance(test_dataset, (Dataset, IterableDataset)) and not skips_preparation(self.args):
+            packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
+            test_dataset = self._prepare_dataset(
+                test_dataset, self.processing_class, self.args, packing, self._formatting_func, "test"
+            )
+        return super().predict(test_dataset, *positional, **named)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None

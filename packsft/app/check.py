@@ -23,6 +23,7 @@ from packsft.config import PackedSFTConfig
 from packsft.data.collator import PackingCollator
 from packsft.data.packs import pack_dataset
 from packsft.model.head import count_embeddings
+from packsft.model.positions import max_positions
 from packsft.model.prepared import PreparedModel
 from packsft.proof.claims import PackingCheck, check_packing, first_documents, random_documents
 from packsft.proof.invariance import InvarianceResult, certify_by_name, train_layouts
@@ -87,6 +88,7 @@ def check_model(
         needs_aux_loss=routes,
     )
     vocab_size = count_embeddings(prepared.base_model)
+    max_length = min(max_length, max_positions(prepared.base_model) or max_length)
     if rows is None:
         documents = random_documents(vocab_size, max_length)
     else:

@@ -79,6 +79,15 @@ class PackedLoaders(Trainer):
             return self._user_packs.setdefault(id(dataset), UserPacks(dataset, self.data_collator.vocab_size))
         return dataset if isinstance(dataset, (PackedDataset, PackedStream)) else None
 
+    def _check_last_batch(self, packs: Packs, batch_size: int, name: str) -> None:
+        """Raises ValueError if `dataloader_drop_last` leaves no batch."""
+        batch_size *= 1 if self.args.accelerator_config.split_batches else Ranks.of(self.accelerator).size
+        if self.args.dataloader_drop_last and not isinstance(packs, PackedStream) and len(packs) < batch_size:
+            raise ValueError(
+                f"dataloader_drop_last=True leaves nothing of the {name}: {len(packs)} packs, and a batch on all "
+                f"ranks takes {batch_size}"
+            )
+
     def _loader(self, dataset: Packs, batch_size: int, training: bool = False) -> DataLoader:
         tokens_per_pass = self._passes.tokens_per_pass
         return packed_loader(

@@ -6,7 +6,7 @@ Knows Arrow columns of token ids, not text, models or devices.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -34,6 +34,8 @@ from packsft.packing import (
     cut_examples,
     pack_segments,
 )
+
+SAMPLED_ROWS = 64
 
 
 class TokenRows:
@@ -105,6 +107,10 @@ class TokenRows:
         begins = self._starts[examples]
         return self._labels.count_not(IGNORE_INDEX, examples, begins + starts + 1, begins + stops)
 
+    def sample(self) -> str:
+        """SHA-256 in hex over the number of rows and the tokens and labels of some of them."""
+        return sample_of(len(self.lengths), lambda row: self.tokens(row, 0, self.lengths[row]))
+
     def check_ids(self, vocab_size: int) -> None:
         """Raises ValueError, naming the row, for an id or a label outside the vocabulary."""
         for name, column in (("input_ids", self._ids), ("labels", self._labels)):
@@ -128,6 +134,12 @@ class TokenRows:
         self._read_columns()
 
 
+def sample_of(num_rows: int, read: Callable[[int], Sequence[np.ndarray]]) -> str:
+    """SHA-256 in hex over the number of rows and what `read` gives for some of them."""
+    rows = np.unique(np.linspace(0, num_rows - 1, SAMPLED_ROWS).astype(int))
+    return hashlib.sha256(repr([num_rows, *([x.tolist() for x in read(row)] for row in rows)]).encode()).hexdigest()
+
+
 USER_COLUMNS = {
     "input_ids": INTEGERS,
     "labels": INTEGERS,
@@ -145,6 +157,9 @@ class UserPacks(torch.utils.data.Dataset):
         rows: the packs.
         vocab_size: ids and labels must be below it; None for no check.
 
+    Attributes:
+        document_lengths: `[documents]` int64; empty if the rows have a transform.
+
     Raises:
         ValueError: a row is not well formed. Rows with a transform are checked when they are read.
     """
@@ -156,8 +171,8 @@ class UserPacks(torch.utils.data.Dataset):
         self.rows, self._vocab_size = rows, vocab_size
         self._transforms = rows.format["type"] == "custom"
         self._read_columns()
-        for index in range(0 if self._transforms else len(rows)):
-            self[index]
+        packs = (self[index] for index in range(0 if self._transforms else len(rows)))
+        self.document_lengths = np.array([len(document) for pack in packs for document in pack], np.int64)
 
     def _read_columns(self) -> None:
         names = [] if self._transforms else [name for name in USER_COLUMNS if name in self.rows.column_names]
@@ -172,6 +187,13 @@ class UserPacks(torch.utils.data.Dataset):
     def digests(self) -> dict[str, str]:
         """SHA-256 in hex of each column that is read; empty if the rows have a transform."""
         return {name: column.digest() for name, column in self._columns.items()}
+
+    def sample(self) -> str:
+        """SHA-256 in hex over the number of packs and the tokens and labels of some of them; without them if the rows
+        have a transform."""
+        if self._transforms:
+            return str(len(self))
+        return sample_of(len(self), lambda row: [x for d in self[row] for x in (d.input_ids, d.labels)])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -258,6 +280,15 @@ class PackedDataset(torch.utils.data.Dataset):
     @property
     def strategy(self) -> Strategy:
         return STRATEGIES[self.plan.strategy]
+
+    @property
+    def document_lengths(self) -> np.ndarray:
+        """`[documents]` integers, the tokens of each document of the plan."""
+        return self.plan.stops - self.plan.starts
+
+    def sample(self) -> str:
+        """SHA-256 in hex over the number of rows and the tokens and labels of some of them."""
+        return self.rows.sample()
 
     def check_ids(self, vocab_size: int) -> None:
         self.rows.check_ids(vocab_size)

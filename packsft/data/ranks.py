@@ -1,9 +1,14 @@
-"""Which ranks share a batch: the ranks of a tensor-parallel group. All other ranks take different batches."""
+"""Which ranks share a batch: the ranks of a tensor-parallel group. All other ranks take different batches.
+
+All ranks hold the same data set, and each takes its share of it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+
+from accelerate.utils import gather_object
 
 
 @dataclass(frozen=True)
@@ -25,3 +30,13 @@ class Ranks:
         parallelism = getattr(accelerator, "parallelism_config", None)
         sharing = 1 if parallelism is None else parallelism.tp_size
         return cls(accelerator.process_index // sharing, accelerator.num_processes // sharing, sharing)
+
+
+def check_same_on_all_ranks(accelerator: Any, sample: str, name: str) -> None:
+    """Raises ValueError, on all ranks, unless every rank has the same sample of this data."""
+    samples = gather_object([sample]) if accelerator.num_processes > 1 else []
+    if others := [rank for rank, given in enumerate(samples) if given != samples[0]]:
+        raise ValueError(
+            f"the {name} holds other rows on rank {others[0]} than on rank 0, but packsft deals the rows to the ranks "
+            "itself: give every rank the whole data set, without shard() or split_dataset_by_node()"
+        )

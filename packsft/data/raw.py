@@ -65,6 +65,14 @@ def one_form(dataset: Rows, text_field: str, name: str) -> Rows:
     return rows
 
 
+def in_one_form(datasets: Any, text_field: str, name: str) -> Any:
+    """`one_form` of a data set, or of each in a dictionary; anything else as it is."""
+    if isinstance(datasets, dict):
+        return {key: in_one_form(rows, text_field, key) for key, rows in datasets.items()}
+    of_datasets = isinstance(datasets, (Dataset, IterableDataset))
+    return one_form(datasets, text_field, name) if of_datasets else datasets
+
+
 def holds_texts(rows: Rows) -> bool:
     """Whether rows of `one_form` are texts, not tokens and not messages."""
     sample: dict[str, Any] = next(iter(rows), {})
@@ -256,6 +264,8 @@ def _check_texts(
     for text in texts:
         if _kind(row.get(text)) != expected:
             raise ValueError(f"row {index} of the {name} {kind}: {text} is {short(row.get(text))}, expected {expected}")
+    if expected == FROM_VALUE:  # TRL renames the keys in place
+        row = row | {text: [dict(message) for message in row[text]] for text in texts}
     return _with_kwargs(row) if "chat_template_kwargs" in row else row
 
 

@@ -26,6 +26,7 @@ from packsft.data.document import (
     checked_tokens,
     lengths_of,
     make_document,
+    short,
     unpadded,
 )
 from packsft.data.ranks import Ranks
@@ -133,6 +134,16 @@ class PackedStream(torch.utils.data.IterableDataset):
     def check_ids(self, vocab_size: int) -> None:
         """Check every row from now on for ids and labels outside the vocabulary."""
         self._vocab_size = vocab_size
+
+    @property
+    def document_lengths(self) -> np.ndarray:
+        """`[1]`: the most tokens of a document, or `[0]` if there is no limit."""
+        return np.array([self.max_length or 0])
+
+    def sample(self) -> str:
+        """The first row. A stream that `datasets` has split by node has another one on each."""
+        first = {name: short(value) for name, value in next(iter(self.stream), {}).items()}
+        return repr((getattr(self.stream, "_distributed", None), first))
 
     def share(self, ranks: Ranks, *, endless: bool = False) -> PackedStream:
         """The share of a rank. The union of all shares is the stream.

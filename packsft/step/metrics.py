@@ -151,13 +151,11 @@ class DeviceMetrics(Trainer):
         if totals:
             aux_loss = self.router_aux_loss_coef * totals.get("aux_loss", 0.0) if self.aux_loss_enabled else 0.0
             output.metrics[f"{metric_key_prefix}_loss"] = totals["loss"] + aux_loss
-            # TRL's keys start with "eval_" for each of several evaluation sets
-            prefix = "eval" if metric_key_prefix.startswith("eval") else metric_key_prefix
             for name in ("entropy", "mean_token_accuracy", "aux_loss"):
                 if name in totals:
-                    output.metrics[f"{prefix}_{name}"] = totals[name]
+                    output.metrics[f"{metric_key_prefix}_{name}"] = totals[name]
             pending = self._sums["train"].pending_tokens(self.accelerator) // Ranks.of(self.accelerator).sharing
-            output.metrics[f"{prefix}_num_tokens"] = self._total_train_tokens + pending
+            output.metrics[f"{metric_key_prefix}_num_tokens"] = self._total_train_tokens + pending
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -350,16 +350,19 @@ def test_a_data_set_that_gives_tables_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "unread"),
     [
-        ({}, ["seq_lengths, which is read only from packs of your own", "loss_weights: it has an effect only"]),
-        ({"dataset_kwargs": {"skip_prepare_dataset": True}}, ["loss_weights: it has an effect only"]),
-        ({"dataset_kwargs": {"skip_prepare_dataset": True}, "loss_normalization": "example"}, []),
+        ({}, "completion_mask and loss_mask and loss_weights"),
+        ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "completion_mask and loss_mask and loss_weights"),
+        (
+            {"dataset_kwargs": {"skip_prepare_dataset": True}, "loss_normalization": "example"},
+            "completion_mask and loss_mask",
+        ),
     ],
 )
-def test_columns_of_a_users_packs_that_are_not_read_are_announced(options, said, tmp_path, caplog):
-    pack = {"input_ids": [3, 4, 5, 6], "labels": [3, 4, 5, 6], "seq_lengths": [2, 2], "loss_weights": [1.0, 0.5]}
-    trainer(tmp_path, train_dataset=Dataset.from_list([pack]), **options)
-    found = [record.message for record in caplog.records if "has the column" in record.message]
-    assert len(found) == len(said)
-    assert all(part in message for part, message in zip(said, found, strict=True))
+def test_columns_of_tokens_that_are_not_read_are_announced(options, unread, tmp_path, caplog):
+    ids = [3, 4, 5, 6]
+    row = {"input_ids": ids, "labels": ids, "loss_weights": [1.0], "loss_mask": ids, "completion_mask": ids, "id": "a"}
+    trainer(tmp_path, train_dataset=Dataset.from_list([row]), **options)
+    found = [record.message for record in caplog.records if "not read" in record.message]
+    assert found == [f"train_dataset: {unread} beside input_ids: not read"]

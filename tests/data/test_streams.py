@@ -409,3 +409,5 @@ def test_two_ranks_share_a_stream_and_none_waits_for_the_other(tmp_path, strateg
     )
     assert len(ranks[0]["eval"]) == len(ranks[1]["eval"])
     assert len(ranks[0]["losses"]) == batches
+    split = "the train data set holds other rows on rank 1 than on rank 0, but packsft deals the rows to the ranks"
+    assert [[message.startswith(split) for message in rank["refused"]] for rank in ranks] == [[True] * 6] * 2

@@ -1,0 +1,403 @@
+"""Rows as users give them: of several forms, with nulls, padding, doubled tokens, or split by rank: right or named."""
+
+import pytest
+from datasets import Dataset, Features, IterableDataset, List, Value
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from runs import trainer
+from tiny import ROWS, VOCAB, tiny_model, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from packsft.data.document import documents_of
+from packsft.data.packs import pack_dataset
+from packsft.data.streams import PackedStream
+
+QUESTION, ANSWER = {"role": "user", "content": "why"}, {"role": "assistant", "content": "no"}
+CHAT = [QUESTION, ANSWER]
+
+
+def ids_of(packs):
+    """The documents of packs or steps, as lists of ids."""
+    return [document.input_ids.tolist() for pack in packs for document in pack]
+
+
+def documents(packs):
+    return [(d.input_ids.tolist(), d.labels.tolist()) for pack in packs for d in pack]
+
+
+def streamed(rows):
+    return IterableDataset.from_generator(lambda: iter(rows))
+
+
+def words(text):
+    return [VOCAB.index(word) for word in text.split()]
+
+
+def said(caplog, part):
+    return [record.message for record in caplog.records if part in record.message]
+
+
+# ---- forms ----
+
+FORMS = {
+    "text": {"text": "tell me a joke"},
+    "prompt": {"prompt": "two plus two", "completion": " four"},
+    "messages": {"messages": CHAT},
+    "conversations": {"conversations": [{"from": "user", "value": "hello"}, {"from": "assistant", "value": "yes"}]},
+}
+IDS = {
+    "text": words("tell me a joke <eos>"),
+    "prompt": words("two plus two four <eos>"),
+    "messages": words("user why assistant no <eos>"),
+    "conversations": words("user hello assistant yes <eos>"),
+}
+
+
+@pytest.mark.parametrize("source", [Dataset.from_list, streamed], ids=["map", "stream"])
+@pytest.mark.parametrize(
+    ("forms", "trained", "left"),
+    [
+        (["text", "prompt", "messages"], "prompt", "prompt and completion is trained on; messages and text is not"),
+        (["text", "messages"], "messages", "messages is trained on; text is not"),
+        (["conversations", "text"], "conversations", "conversations is trained on; text is not"),
+        (["messages"], "messages", ""),
+    ],
+)
+def test_of_several_forms_one_is_trained_on_and_a_notice_names_the_others(
+    forms, trained, left, source, tmp_path, caplog
+):
+    row = {key: value for form in forms for key, value in FORMS[form].items()}
+    ours = trainer(tmp_path, train_dataset=source([row, row]), max_steps=1)
+    assert ids_of(ours.train_dataset) == [IDS[trained]] * 2
+    assert "".join(said(caplog, "is trained on")).removeprefix("train data set: ").removesuffix(" read") == left
+
+
+@pytest.mark.parametrize("row", [{"prompt": "why", "messages": CHAT}, {"completion": "no", "messages": CHAT}], ids=str)
+def test_a_prompt_or_completion_alone_is_no_form(row, tmp_path):
+    assert ids_of(trainer(tmp_path, train_dataset=Dataset.from_list([row])).train_dataset) == [IDS["messages"]]
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+@pytest.mark.parametrize("keys", [("role", "content"), ("from", "value")], ids=str)
+def test_both_keys_of_messages_work_in_both_columns(column, keys, tmp_path):
+    chat = [dict(zip(keys, message.values(), strict=True)) for message in CHAT]
+    rows = Dataset.from_list([{column: chat}])
+    assert ids_of(trainer(tmp_path, train_dataset=rows).train_dataset) == [IDS["messages"]]
+
+
+@pytest.mark.parametrize("column", ["labels", "attention_mask", "position_ids", "completion_mask", "assistant_masks"])
+@pytest.mark.parametrize("value", [1, [0, 1]], ids=["a class", "one-hot"])
+def test_a_column_of_tokens_beside_a_text_is_refused(column, value, tmp_path):
+    rows = Dataset.from_list([{"text": "why", column: value}])
+    with pytest.raises(ValueError, match=f"the train data set has the column '{column}', which goes with input_ids"):
+        trainer(tmp_path, train_dataset=rows)
+
+
+def test_rows_of_no_form_are_named_with_their_columns(tmp_path):
+    rows = Dataset.from_list([{"question": "why", "answer": "no"}])
+    with pytest.raises(ValueError, match="eval data set has only the columns question, answer: expected input"):
+        trainer(tmp_path, eval_dataset=rows)
+
+
+# ---- nulls ----
+
+SILENT = [
+    [{"role": "user", "content": None}],
+    [{"role": None, "content": "why"}],
+    [{"role": "user", "content": "why", "tool_calls": None}, {"role": "assistant", "content": None, "tool_calls": []}],
+    [{"role": "user", "content": "why", "name": "a"}, {"role": "assistant", "content": None, "name": "b"}],
+]
+
+
+@pytest.mark.parametrize("chat", SILENT, ids=str)
+@pytest.mark.parametrize("column", ["messages", "prompt"])
+@pytest.mark.parametrize("source", [Dataset.from_list, streamed], ids=["map", "stream"])
+def test_a_message_without_a_role_or_anything_to_say_is_named_by_its_row(chat, column, source, tmp_path):
+    beside = {"completion": [ANSWER]} if column == "prompt" else {}
+    rows = [{column: CHAT} | beside, {column: CHAT} | beside, {column: chat} | beside]
+    with pytest.raises(
+        ValueError, match=rf"row 2 of the train (data set|stream): {column} is \[.*, expected a list of"
+    ):
+        list(trainer(tmp_path, train_dataset=source(rows), max_steps=1).train_dataset)
+
+
+def test_a_number_is_no_content_and_a_call_needs_none(tmp_path):
+    with pytest.raises(ValueError, match="row 0 of the train data set: messages is"):
+        trainer(tmp_path, train_dataset=Dataset.from_list([{"messages": [{"role": "user", "content": 5}]}]))
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "joke"}}]}
+    ours = trainer(tmp_path, train_dataset=Dataset.from_list([{"messages": [QUESTION, call]}]))
+    assert len(ids_of(ours.train_dataset)) == 1
+
+
+TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool | tojson }} {% endfor %}"
+    "{% if flag is defined %}{{ flag }} {% endif %}"
+    "{% for message in messages %}{% for key, value in message.items() %}{{ key }} {{ value | tojson }} {% endfor %}"
+    "{% endfor %}"
+)
+CALL = {"role": "assistant"}
+ARROW_ROWS = [
+    {
+        "messages": [
+            QUESTION,
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]},
+        ],
+        "tools": [{"name": "f", "parameters": {"a": {"type": "integer"}}}],
+        "chat_template_kwargs": {"flag": "yes"},
+    },
+    {
+        "messages": [{"role": "user", "content": "why", "name": "me"}, ANSWER],
+        "tools": [{"name": "g", "parameters": {"b": {"type": "string"}}}],
+        "chat_template_kwargs": {"other": 1},
+    },
+    {"messages": CHAT},
+]
+
+
+def character_tokenizer():
+    """Every character that the template may render is a token."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([chr(code) for code in range(33, 127)])
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.mark.parametrize("source", [Dataset.from_list, lambda rows: Dataset.from_list(rows).to_iterable_dataset()])
+def test_ids_are_those_of_the_original_messages_and_not_of_the_nulls_that_arrow_fills_in(source, tmp_path):
+    tokenizer = character_tokenizer()
+    expected = []
+    for row in ARROW_ROWS:
+        kwargs = row.get("chat_template_kwargs", {})
+        messages = [{"content": None} | message for message in row["messages"]]  # of a call, content is null or absent
+        messages = [
+            {key: message[key] for key in ("role", "content", *message) if key in message} for message in messages
+        ]
+        expected.append(
+            tokenizer.apply_chat_template(messages, tools=row.get("tools"), return_dict=True, **kwargs)["input_ids"]
+        )
+    model = tiny_model(vocab_size=len(tokenizer))
+    ours = trainer(
+        tmp_path, model=model, train_dataset=source(ARROW_ROWS), processing_class=tokenizer, max_length=400, max_steps=1
+    )
+    assert sorted(ids_of(ours.train_dataset)) == sorted(expected)
+    assert "null" not in tokenizer.decode(expected[2])
+
+
+# ---- tokens that come twice ----
+
+
+def bos_and_eos_tokenizer():
+    """Adds `hello` before and `<eos>` after a text."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = "hello"
+    ends = [("hello", VOCAB.index("hello")), ("<eos>", VOCAB.index("<eos>"))]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="hello $A <eos>", special_tokens=ends)
+    return tokenizer
+
+
+@pytest.mark.parametrize("source", [Dataset.from_list, streamed], ids=["map", "stream"])
+@pytest.mark.parametrize("form", ["text", "prompt and completion"])
+def test_a_text_begins_and_ends_with_one_token_that_the_tokenizer_adds(source, form, tmp_path, caplog):
+    texts = ["hello why no <eos>", "why no", "why no <eos> \n ", "hello hello no <eos>"]
+    rows = [{"text": text} for text in texts]
+    if form != "text":
+        rows = [{"prompt": text.rsplit("no", 1)[0], "completion": "no" + text.rsplit("no", 1)[1]} for text in texts]
+    tokenizer = bos_and_eos_tokenizer()
+    ours = trainer(tmp_path, train_dataset=source(rows), processing_class=tokenizer, max_steps=1)
+    found = documents(ours.train_dataset)
+    whole = words("hello why no <eos>")
+    assert [ids for ids, _ in found] == [whole, whole, whole, words("hello hello no <eos>")]
+    unscored = 1 if form == "text" else 2
+    assert found[0][1] == [-100] * unscored + whole[unscored:]
+    assert len(said(caplog, "4 texts hold the bos_token or eos_token that the tokenizer adds")) == 1
+
+
+def test_tokens_that_the_user_doubled_stay(tmp_path):
+    tokenizer = bos_and_eos_tokenizer()
+    ids = words("hello hello why <eos> <eos>")
+    rows = Dataset.from_list([{"input_ids": ids, "labels": ids}])
+    ours = trainer(tmp_path, train_dataset=rows, processing_class=tokenizer)
+    assert ids_of(ours.train_dataset) == [ids]
+
+
+# ---- padding and positions ----
+
+
+@st.composite
+def padded_rows(draw):
+    """(rows with padding at both ends, the same rows without)."""
+    rows, plain = [], []
+    for _ in range(draw(st.integers(1, 5))):
+        ids = draw(st.lists(st.integers(0, 9), min_size=0, max_size=4))
+        labels = [draw(st.sampled_from([token, -100])) for token in ids]
+        left, right = (draw(st.sampled_from([0, 0, 1, 3])) for _ in range(2))
+        plain.append((ids, labels))
+        rows.append(
+            {
+                "input_ids": [9] * left + ids + [9] * right,
+                "labels": [9] * left + labels + [9] * right,
+                "attention_mask": [0] * left + [1] * len(ids) + [0] * right,
+                "position_ids": [1] * left + list(range(len(ids))) + [0] * right,
+            }
+        )
+    return rows, plain
+
+
+@settings(max_examples=100, deadline=None)
+@given(padded_rows(), st.booleans())
+def test_padding_is_no_part_of_a_document(drawn, streams):
+    rows, plain = drawn
+    expected = [(ids, [-100, *labels[1:]]) for ids, labels in plain if any(label != -100 for label in labels[1:])]
+    features = Features({name: List(Value("int64")) for name in rows[0]})
+    dataset = Dataset.from_list(rows, features=features)
+    whole = [documents_of(row, "row 0") for row in rows]
+    assert [d.input_ids.tolist() for pack in whole for d in pack] == [ids for ids, _ in plain if ids]
+    if not expected:
+        return
+    if streams:
+        packs = PackedStream(dataset.to_iterable_dataset(), None, strategy="none")
+        found, account = documents(packs), packs.account
+    else:
+        packs = pack_dataset(dataset, None, strategy="none", name="train")
+        found, account = documents(packs), packs.plan.account
+    assert found == expected
+    assert account.tokens_in == sum(len(ids) for ids, _ in plain)
+    assert account.tokens_padding == sum(row["attention_mask"].count(0) for row in rows)
+
+
+SPOILT = {
+    "a hole": ({"attention_mask": [1, 0, 1]}, "attention_mask has a 0 between its 1: padding must be at the start or"),
+    "a short mask": ({"attention_mask": [1, 1]}, "2 attention_mask for 3 input_ids"),
+    "numbers of documents": ({"attention_mask": [1, 1, 2]}, "attention_mask (holds|is) .*expected .*0 or 1"),
+    "two documents": ({"position_ids": [0, 1, 0]}, "its position_ids begin anew, so it holds 2 documents"),
+    "an offset": ({"position_ids": [1, 2, 3]}, r"position_ids is \[1, 2, 3\], expected to count 0, 1, 2"),
+    "few positions": ({"position_ids": [0, 1]}, "2 position_ids for 3 input_ids"),
+    "null positions": ({"position_ids": None}, "position_ids (is missing|is None, expected a list of integers)"),
+}
+
+
+@pytest.mark.parametrize("source", [Dataset.from_list, streamed], ids=["map", "stream"])
+@pytest.mark.parametrize("case", list(SPOILT))
+def test_padding_and_positions_that_make_no_document_are_named(case, source, tmp_path):
+    spoilt, message = SPOILT[case]
+    good = {"input_ids": [3, 4, 5], "labels": [3, 4, 5]} | {
+        name: [0, 1, 2] if name == "position_ids" else [1, 1, 1] for name in spoilt
+    }
+    with pytest.raises(ValueError, match=f"row 1 of the (data set|train stream): {message}"):
+        list(trainer(tmp_path, train_dataset=source([good, good | spoilt]), max_steps=1).train_dataset)
+
+
+def test_packs_of_ones_own_are_divided_where_their_positions_begin_anew():
+    row = {"input_ids": [3, 4, 5, 6, 9], "position_ids": [0, 1, 2, 0, 0]}
+    assert ids_of([documents_of(row, "row 0")]) == [[3, 4, 5], [6], [9]]
+    assert ids_of([documents_of(row | {"attention_mask": [1, 1, 1, 1, 0]}, "row 0")]) == [[3, 4, 5], [6]]
+    with pytest.raises(ValueError, match="row 0: position_ids begin anew at other places than seq_lengths says"):
+        documents_of(row | {"seq_lengths": [4, 1]}, "row 0")
+
+
+@pytest.mark.parametrize("source", [Dataset.from_list, streamed], ids=["map", "stream"])
+def test_padding_and_positions_of_ones_own_packs_reach_the_batch(source, tmp_path):
+    ids = [3, 4, 5, 6, 9]
+    row = {"input_ids": ids, "labels": ids, "position_ids": [0, 1, 2, 0, 0], "attention_mask": [1, 1, 1, 1, 0]}
+    own = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_steps": 1, "per_device_train_batch_size": 2}
+    (batch,) = trainer(tmp_path, train_dataset=source([row, row]), **own).get_train_dataloader()
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 4, 7, 8]
+
+
+def test_rows_with_seq_lengths_are_packs_of_ones_own_or_refused(tmp_path):
+    rows = Dataset.from_list([{"input_ids": [3, 4, 5], "labels": [3, 4, 5], "seq_lengths": [2, 1]}])
+    for packing in (True, False):
+        with pytest.raises(ValueError, match="train_dataset has the column seq_lengths, so its rows are packs of your"):
+            trainer(tmp_path, train_dataset=rows, packing=packing)
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "message"),
+    [
+        ({"seq_lengths": [2, 2]}, "seq_lengths sum to 4, but there are 3 input_ids"),
+        ({"input_ids": [3, 4, 24]}, "input_ids holds 24, but the vocabulary has 24 entries"),
+        ({"labels": [3, 4]}, "2 labels for 3 input_ids"),
+        ({"labels": [3, None, 4]}, "labels holds null, expected integers"),
+        ({"loss_weights": [1.0, -1.0]}, "loss_weights holds -1.0, expected numbers of 0 or more"),
+        ({"seq_lengths": None}, "seq_lengths is missing"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("which", ["train_dataset", "eval_dataset"])
+def test_packs_of_ones_own_are_checked_before_the_first_step(which, spoilt, message, tmp_path):
+    good = {"input_ids": [3, 4, 5], "labels": [3, 4, 5], "seq_lengths": [2, 1], "loss_weights": [1.0, 1.0]}
+    rows = Dataset.from_list([good] * 97 + [good | spoilt])
+    sets = {"train_dataset": Dataset.from_list([good])} | {which: rows}
+    with pytest.raises(ValueError, match=f"row 97 of the data set: {message}"):
+        trainer(tmp_path, dataset_kwargs={"skip_prepare_dataset": True}, **sets)
+
+
+# ---- too long, too few ----
+
+
+@pytest.mark.parametrize("which", ["train", "eval"])
+def test_documents_beyond_a_table_of_positions_are_counted_and_refused(which, tmp_path):
+    rows = Dataset.from_list([{"input_ids": [3] * n, "labels": [3] * n} for n in (50, 20, 33, 32)])
+    for family in ("gpt2", "opt"):
+        positions = {"n_positions" if family == "gpt2" else "max_position_embeddings": 32}
+        model = tiny_model(family, **positions)
+        message = rf"2 of 4 documents of the {which} data set have more tokens \(up to 50\) than the 32 positions of"
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, model=model, max_length=64, **{f"{which}_dataset": rows})
+        ours = trainer(tmp_path, model=model, max_length=32, **{f"{which}_dataset": rows})
+        assert ours.isolation.isolated
+        ours.train()
+        ours.evaluate(rows.select([1, 3]))
+        assert ours.check_packing().holds
+
+
+def test_documents_beyond_the_positions_of_a_rotary_model_are_noticed(tmp_path, caplog):
+    rows = Dataset.from_list([{"input_ids": [3] * n, "labels": [3] * n} for n in (50, 20)])
+    trainer(tmp_path, model=tiny_model(max_position_embeddings=32), train_dataset=rows, max_length=64).train()
+    assert len(said(caplog, "1 of 2 documents of the train data set have more tokens (up to 50) than the 32")) == 1
+
+
+def test_a_last_batch_that_is_dropped_and_is_the_only_one_is_refused(tmp_path):
+    options = {"packing": True, "packing_strategy": "bfd", "dataloader_drop_last": True, "max_length": 8}
+    few, many = Dataset.from_list(ROWS), Dataset.from_list(ROWS * 8)
+    for sets, name in (({"train_dataset": few}, "train"), ({"train_dataset": many, "eval_dataset": few}, "eval")):
+        with pytest.raises(ValueError, match=f"leaves nothing of the {name} data set: 2 packs, and a batch .* takes 8"):
+            trainer(tmp_path, **sets, **options)
+
+
+# ---- evaluation and prediction ----
+
+
+def test_each_evaluation_set_has_its_own_metrics_and_one_chooses_the_best_model(tmp_path):
+    rows = Dataset.from_list(ROWS)
+    ours = trainer(
+        tmp_path, eval_dataset={"a": rows.select([0, 1]), "b": rows.select([2, 4])}, eval_strategy="epoch",
+        save_strategy="best", metric_for_best_model="eval_b_mean_token_accuracy", num_train_epochs=2,
+    )  # fmt: skip
+    ours.train()
+    metrics = ours.evaluate()
+    keys = ("loss", "mean_token_accuracy", "entropy", "num_tokens")
+    assert {f"eval_{name}_{key}" for name in "ab" for key in keys} <= metrics.keys()
+    assert not {f"eval_{key}" for key in keys} & metrics.keys()
+    assert metrics["eval_a_entropy"] == pytest.approx(ours.evaluate(rows.select([0, 1]))["eval_entropy"])
+    assert ours.state.best_metric is not None
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_predict_prepares_raw_rows_as_evaluate_does(packing, tmp_path):
+    rows = Dataset.from_list([{"prompt": "why", "completion": " no why two"}, {"prompt": "tell", "completion": " me"}])
+    ours = trainer(tmp_path, train_dataset=rows, packing=packing, max_length=4)
+    predicted = ours.predict(rows)
+    evaluated = ours.evaluate(rows)
+    assert predicted.metrics["test_loss"] == pytest.approx(evaluated["eval_loss"])
+    assert (predicted.label_ids != -100).sum() == 3 + 2  # within max_length, without prompts
+
+
+# ---- steps ----
+
+
+@pytest.mark.parametrize("epochs", [0, -1, float("inf")])
+def test_max_steps_needs_no_epochs(epochs, tmp_path):
+    assert trainer(tmp_path, max_steps=3, num_train_epochs=epochs).train().global_step == 3
+    with pytest.raises(ValueError, match=f"num_train_epochs={epochs}: must be above 0, unless max_steps is set"):
+        trainer(tmp_path, num_train_epochs=epochs).train()
