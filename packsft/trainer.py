@@ -219,7 +219,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
     def _set_signature_columns_if_needed(self) -> None:
         """Adds to the parent: the columns of packs that the user made."""
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *USER_COLUMNS]))
+        self._signature_columns += [name for name in USER_COLUMNS if name not in self._signature_columns]
 
     def _check_data(self, vocab_size: int) -> None:
         """Raises ValueError for rows that this model or these ranks cannot train on."""
