@@ -233,7 +233,8 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         Each claim is compared with its allowed difference, see `claims.py`. Parameters, gradients, modes and random
         state do not change. Call it before FSDP or ZeRO shards the parameters.
         """
-        documents = first_documents(self.train_dataset, self.args.max_length)
+        packs = self.train_dataset.packs() if isinstance(self.train_dataset, PackedDataset) else self.train_dataset
+        documents = first_documents(packs, self.args.max_length)
         self._check = check_packing(self.model, self._prepared, documents, self.data_collator, self._prepare_inputs)
         return self._check
 
