@@ -134,6 +134,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             max_length=self.args.max_length,
             per_example=self._per_example,
             masked=self.aux_loss_enabled,
+            virtual_tokens=self._prepared.virtual_tokens,
         )
         max_length = self.args.max_length or sys.maxsize
         self._passes = self._make_walker(getattr(self.args, "tokens_per_pass", None) or max_length, max_length)
