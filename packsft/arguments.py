@@ -199,7 +199,10 @@ def _check_dataset(name: str, dataset: Dataset | IterableDataset, args: SFTConfi
         raise ValueError(f"{name} is empty: it has 0 rows")
     check_row(first, f"row 0 of {name}")
     if pictures := {"image", "images"} & first.keys():
-        raise ValueError(f"{name} has the column {min(pictures)!r}: packsft trains on text only")
+        raise ValueError(
+            f"{name} has the column {min(pictures)!r}: a vision-related data set needs a vision-language model and "
+            "trl.SFTTrainer, packsft trains on text only"
+        )
     own = skips_preparation(args)
     if "seq_lengths" in first and not own:
         raise ValueError(
@@ -223,14 +226,26 @@ def _check_adapter(config: Any, args: SFTConfig) -> None:
     if getattr(config, "target_r", None) is not None and getattr(args, "on_nonfinite", "error") == "skip":
         raise ValueError("on_nonfinite='skip' leaves no gradients, but AdaLoRA measures them in every step")
     if getattr(config, "is_prompt_learning", False):
-        raise ValueError(
-            f"{type(config).__name__} puts virtual tokens before every row, which moves the boundaries of packed "
-            "documents: prompt learning is not supported, LoRA and its relatives are"
-        )
+        _check_prompt(config, args)
     if getattr(config, "alora_invocation_tokens", None):
         raise ValueError(
             f"alora_invocation_tokens={config.alora_invocation_tokens} starts an adapter after the last such tokens of "
             "a row, but a packed row holds many documents: activated LoRA is not supported"
+        )
+
+
+def _check_prompt(config: Any, args: SFTConfig) -> None:
+    name, kind = type(config).__name__, getattr(config.peft_type, "value", config.peft_type)
+    if kind not in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE"):
+        raise ValueError(
+            f"{name} is not supported: it needs more than the tokens and labels of a row. Of prompt learning, "
+            "PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig and CartridgeConfig are"
+        )
+    if getattr(config.task_type, "value", config.task_type) != "CAUSAL_LM":
+        raise ValueError(f"{name} has task_type={config.task_type!r}, expected 'CAUSAL_LM'")
+    if kind in ("PREFIX_TUNING", "CARTRIDGE") and args.gradient_checkpointing:
+        raise ValueError(
+            f"gradient_checkpointing=True drops the cache that {name} fills: set gradient_checkpointing=False"
         )
 
 

@@ -138,6 +138,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             max_length=self.args.max_length,
             per_example=self._per_example,
             masked=self.aux_loss_enabled,
+            virtual_tokens=self._prepared.virtual_tokens,
         )
         self._check_data(self._vocab_size)
         max_length = self.args.max_length or sys.maxsize
@@ -259,7 +260,8 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         state do not change. Call it before FSDP or ZeRO shards the parameters.
         """
         limits = [n for n in (self.args.max_length, max_positions(base_model_of(self.model))) if n]
-        documents = first_documents(self.train_dataset, min(limits, default=None))
+        packs = self.train_dataset.packs() if isinstance(self.train_dataset, PackedDataset) else self.train_dataset
+        documents = first_documents(packs, min(limits, default=None))
         self._check = check_packing(self.model, self._prepared, documents, self.data_collator, self._prepare_inputs)
         return self._check
 

@@ -22,7 +22,7 @@ def documents_alone(model, rows, dtype=None):
     count = sum(label != -100 for row in rows for label in row["labels"][1:])
     loss = 0.0
     for row in rows:
-        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, -len(row["input_ids"]) : -1]  # not virtual
         labels = torch.tensor(row["labels"][1:])
         loss = loss + F.cross_entropy(
             logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum"

@@ -36,7 +36,7 @@ def packed(tmp_path_factory) -> PackedSFTTrainer:
 
 @pytest.fixture(scope="module")
 def batches(packed):
-    return [packed.data_collator([packed.train_dataset[i]]) for i in range(2)]
+    return [packed.data_collator([packed.train_dataset.pack(i)]) for i in range(2)]
 
 
 def test_rows_to_plan():
@@ -54,7 +54,7 @@ def test_the_trainer_leaves_out_the_row_without_a_scored_token(packed):
 
 
 def test_plan_to_packs(packed):
-    packs = [[(d.input_ids.tolist(), d.labels.tolist()) for d in pack] for pack in packed.train_dataset]
+    packs = [[(d.input_ids.tolist(), d.labels.tolist()) for d in pack] for pack in packed.train_dataset.packs()]
     assert packs == [
         [([3, 4, 5, 6, 1], [-100, -100, 5, 6, 1]), ([8, 9, 1], [-100, 9, 1])],
         [

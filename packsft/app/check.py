@@ -93,7 +93,7 @@ def check_model(
         documents = random_documents(vocab_size, max_length)
     else:
         packs = pack_dataset(rows, max_length, strategy="none", name="train", vocab_size=vocab_size)
-        documents = first_documents(packs, max_length)
+        documents = first_documents(packs.packs(), max_length)
     collator = PackingCollator(pad_token_id=0, padded=prepared.padded, max_length=max_length, masked=routes)
     return check_packing(network, prepared, documents, collator, lambda batch: send_to_device(batch, device))
 

@@ -204,14 +204,18 @@ class WholeCheckpoints(Trainer):
             self._say_changed(self._resumed, {"rows read so far": f"{saved[:12]}... -> {read[:12]}..."})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Adds to the parent: not AdaLoRA's weights, see `state.py`."""
+        """Adds to the parent: not the weights of AdaLoRA and of a prompt, see `state.py`."""
         self._loaded_from = resume_from_checkpoint
-        if "adalora" not in self._resumed_state:
+        if not {"adalora", "prompt"} & self._resumed_state.keys():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        """Adds to the parent: the folder, for `_issue_warnings_after_load`."""
+        """Adds to the parent: the folder, for `_issue_warnings_after_load`, and the encoder of a prompt."""
         self._loaded_from = str(self.state.best_model_checkpoint)
+        file = Path(self._loaded_from) / FILE
+        state = torch.load(file, weights_only=True) if file.exists() else {}
+        if "prompt" in state:
+            return load_model_state(self.model, {"prompt": state["prompt"]})
         super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -3,6 +3,7 @@
 - Rotary embeddings of type "dynamic" grow with the longest document seen.
 - AdaLoRA's rank allocator averages the importance of each rank over the steps. PEFT saves it not at all, and of the
   weights only the ranks in use, which no longer fit the adapter that is trained (PEFT 0.21).
+- Of a prompt or prefix PEFT saves what its encoder gives, not the encoder that is trained.
 """
 
 from __future__ import annotations
@@ -24,13 +25,19 @@ def model_state(model: nn.Module) -> dict[str, Any]:
     allocator: Any = getattr(getattr(model, "base_model", None), "rankallocator", None)
     if allocator is not None:
         state["adalora"] = {kind: _on_cpu(getattr(allocator, kind)) for kind in _ADALORA} | {
-            "weights": _on_cpu({name: p.detach() for name, p in model.named_parameters() if p.requires_grad}),
+            "weights": _trained(model),
             "rank_pattern": allocator.peft_config.rank_pattern,
         }
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        state["prompt"] = _trained(model)
     return state
 
 
 _ADALORA = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    return _on_cpu({name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -44,17 +51,18 @@ def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
         for layer_type, length in lengths.items():
             if length:
                 _grow(modules[name], layer_type, length)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, weight in {**state.get("adalora", {}).get("weights", {}), **state.get("prompt", {})}.items():
+            parameters[name].copy_(weight)
     if "adalora" in state:
         base_model: Any = model.base_model
-        saved, parameters = state["adalora"], dict(model.named_parameters())
+        saved = state["adalora"]
         devices = {name: parameter.device for name, parameter in base_model.model.named_parameters()}
         for kind in _ADALORA:
             values = {name: value.to(devices[name]) for name, value in saved[kind].items()}
             setattr(base_model.rankallocator, kind, values)
         base_model.rankallocator.peft_config.rank_pattern = saved["rank_pattern"]
-        with torch.no_grad():
-            for name, weight in saved["weights"].items():
-                parameters[name].copy_(weight)
 
 
 def _ropes(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -23,8 +23,9 @@ The collator computes everything once, on the host. Nothing here reads from the 
 For `torch.compile` the collator pads T, D and N (`round_sizes`). Counts exclude padding.
 
 A padded batch (for models on which packed documents see each other) has `[B, S]` `input_ids` and `labels`. Its
-`loss_rows` index the flattened rows. It needs no boundaries: with causal attention, no token sees the padding on its
-right. For a mixture of experts it has an `attention_mask`, because the router's loss must exclude padding.
+`loss_rows` index the flattened rows, with the virtual tokens that a PEFT prompt puts before each. It needs no
+boundaries: with causal attention, no token sees the padding on its right. For a mixture of experts it has an
+`attention_mask`, because the router's loss must exclude padding.
 
 A batch without documents has one unscored token, and counts of 0: a rank with no work left still runs forward and
 backward, because the other ranks wait for it.

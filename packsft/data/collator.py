@@ -34,6 +34,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
         per_example: every example counts the same in the loss: each scored token gets its document's `weight` (Bai et
             al., LongAlign, arXiv 2401.18058).
         masked: adds an attention mask to a padded batch. Attention does not need it, but a router's loss does.
+        virtual_tokens: how many the model puts before each row of a padded batch; `loss_rows` count them.
 
     Raises:
         ValueError: a user row is not well formed.
@@ -45,6 +46,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
     max_length: int | None = None
     per_example: bool = False
     masked: bool = False
+    virtual_tokens: int = 0
 
     def torch_call(self, examples: Sequence[Any]) -> dict[str, Any]:
         if not isinstance(examples[0], StepRows):
@@ -134,7 +136,10 @@ class PackingCollator(DataCollatorForLanguageModeling):
         The first label of every document is -100, so no position predicts a token of the next document.
         """
         scored = np.flatnonzero(labels != IGNORE_INDEX)
-        positions = {"loss_rows": (scored - 1).astype(np.int32), "loss_targets": labels[scored]}
+        rows = scored - 1
+        if self.virtual_tokens:
+            rows += self.virtual_tokens * (document_of[scored] + 1)
+        positions = {"loss_rows": rows.astype(np.int32), "loss_targets": labels[scored]}
         if self.per_example:
             weights = np.array([document.weight for document in documents])
             positions["loss_weights"] = weights[document_of[scored]]

@@ -6,13 +6,13 @@ Knows Arrow columns of token ids, not text, models or devices.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 
 from packsft.data.columns import INTEGERS, MASK, WEIGHTS, ListColumn, check_no_transform
 from packsft.data.document import (
@@ -213,8 +213,32 @@ class UserPacks(torch.utils.data.Dataset):
         self._read_columns()
 
 
+class Column(Sequence):
+    """One column of a `PackedDataset`, read item by item.
+
+    `column[i]` is the list of integers of item i, a slice a list of them.
+    """
+
+    def __init__(self, packs: PackedDataset, name: str) -> None:
+        self._packs, self._name = packs, name
+
+    def __len__(self) -> int:
+        return len(self._packs)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._packs[index][self._name]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+
 class PackedDataset(torch.utils.data.Dataset):
-    """A plan over rows. Item i is pack i: a list of `Document`s, gathered when it is read.
+    """A plan over rows. Item i is pack i, gathered when it is read.
+
+    `pack(i)` and `packs()` give lists of `Document`s; the data loader takes these. Everything else reads as a
+    `datasets.Dataset` of TRL: `dataset[i]` is a dict of lists with the keys `column_names`, `dataset[2:5]` and
+    `dataset[[0, 3]]` are dicts of lists of them, `dataset["labels"]` is a `Column`. `labels` are those of the rows: the
+    collator leaves out the first of each document.
 
     Args:
         rows: the tokens.
@@ -296,7 +320,47 @@ class PackedDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, index: int | tuple[int, int] | None) -> Pack:
+    @property
+    def column_names(self) -> list[str]:
+        return ["input_ids", "labels"] + (["seq_lengths"] if self.plan.strategy != "none" else [])
+
+    @property
+    def features(self) -> Features:
+        return Features({name: List(Value("int64")) for name in self.column_names})
+
+    def __getitem__(self, key: Any) -> Any:
+        """A `Column` for a name, otherwise as in the class's description. Raises KeyError and IndexError."""
+        if isinstance(key, str):
+            if key not in self.column_names:
+                raise KeyError(f"column {key!r} does not exist, only {', '.join(self.column_names)}")
+            return Column(self, key)
+        if isinstance(key, slice):
+            key = range(len(self))[key]
+        if isinstance(key, Iterable):
+            rows = [self._row(index) for index in key]
+            return {name: [row[name] for row in rows] for name in self.column_names}
+        return self._row(key)
+
+    def _row(self, index: int) -> dict[str, list[int]]:
+        number = range(len(self))[index]  # raises IndexError
+        segments = self.plan.segments(number)
+        tokens = [self.rows.tokens(*segment) for segment in segments]
+        ids, labels = (np.concatenate(parts).astype(np.int64).tolist() for parts in zip(*tokens, strict=True))
+        row = {"input_ids": ids, "labels": labels, "seq_lengths": [len(ids) for ids, _ in tokens]}
+        return {name: row[name] for name in self.column_names}
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        return map(self._row, range(len(self)))
+
+    def packs(self) -> Iterator[Pack]:
+        """All items, in order."""
+        return map(self.pack, range(len(self)))
+
+    def __getitems__(self, indices: Sequence[int | tuple[int, int] | None]) -> list[Pack]:
+        """What a data loader reads: the packs of a batch."""
+        return [self.pack(index) for index in indices]
+
+    def pack(self, index: int | tuple[int, int] | None) -> Pack:
         """Item `index`, or (epoch, index): this tells a persistent worker when a new epoch begins; [] for None."""
         if index is None:
             return []

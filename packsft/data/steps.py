@@ -53,7 +53,7 @@ class StepDataset(_Steps, torch.utils.data.Dataset):
         """The passes of this rank in the step with these examples, `[B]`."""
         packed: PackedDataset = self.examples
         passes = [
-            [document for index in examples[chosen] for document in packed[index]]
+            [document for index in examples[chosen] for document in packed.pack(index)]
             for chosen in self._plan(packed.lengths[examples])
         ]
         return StepRows(passes, examples, packed.items[examples].sum().item(), self.tokens_per_pass)

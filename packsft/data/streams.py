@@ -41,9 +41,28 @@ END: Any = object()  # a row may be anything, None as well
 
 
 class StreamPack(list[Document]):
-    """A pack of a stream, with the digests of all packs of this epoch and worker up to it and up to its end."""
+    """A pack of a stream, with the digests of all packs of this epoch and worker up to it and up to its end.
+
+    It also reads as a row of TRL: `pack["input_ids"]`, `pack["labels"]` (the first of each document is -100) and
+    `pack["seq_lengths"]` are lists of integers, `"labels" in pack` and `dict(pack)` work.
+    """
 
     before = after = ""
+
+    def keys(self) -> list[str]:
+        return ["input_ids", "labels", "seq_lengths"]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.keys() if isinstance(key, str) else super().__contains__(key)
+
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(key, str):
+            return super().__getitem__(key)
+        if key == "seq_lengths":
+            return [len(document) for document in self]
+        if key not in self.keys():
+            raise KeyError(f"a pack of a stream has no {key!r}, only {', '.join(self.keys())}")
+        return [token for document in self for token in getattr(document, key).tolist()]
 
     def chained(self, before: str) -> StreamPack:
         digest = hashlib.sha256(before.encode())
@@ -165,6 +184,10 @@ class PackedStream(torch.utils.data.IterableDataset):
             mine.stream = self.stream.shard(ranks.size, ranks.rank, contiguous=False)
             mine._reading_ranks, mine._endless = Ranks(), True
         return mine
+
+    @property
+    def column_names(self) -> list[str]:
+        return StreamPack().keys()
 
     @property
     def epoch(self) -> int:

@@ -43,6 +43,8 @@ class PreparedModel:
     Attributes:
         base_model: the model without its PEFT wrapper.
         isolation: the verdict of the isolation check.
+        prompt: PEFT's configuration of a prompt or prefix, or None.
+        virtual_tokens: how many a PEFT prompt puts before the tokens of each row. Prefix tuning puts none there.
         padded: whether documents are trained as padded rows, because they see each other in a packed row.
         why_compact: None if the head is fused, otherwise the reason for compact logits.
 
@@ -68,6 +70,10 @@ class PreparedModel:
         self.base_model: Any = base_model_of(model)
         self.options, self.autocast = options, autocast
         self._max_length, self._needs_aux_loss = max_length, needs_aux_loss
+        prompt = getattr(model, "active_peft_config", None)
+        self.prompt = prompt if getattr(prompt, "is_prompt_learning", False) else None
+        fills_cache = self.prompt is not None and self.prompt.peft_type.value in ("PREFIX_TUNING", "CARTRIDGE")
+        self.virtual_tokens = 0 if self.prompt is None or fills_cache else self.prompt.num_virtual_tokens
         restore_layers(self.base_model)
         self._prepare_attention(attention_backend, check, on_unpackable, any_rank)
         self.why_compact = install_head(self.base_model, options, needs_aux_loss=needs_aux_loss)
@@ -92,7 +98,7 @@ class PreparedModel:
         if own_attention in (None, "eager", "sdpa"):  # flash and flex attention isolate documents themselves
             model.set_attn_implementation(attention.ATTENTION_NAME)
         self.padded = False
-        if not check:
+        if not check and self.prompt is None:
             self.isolation = IsolationVerdict(True, NOT_CHECKED)
             return
         self.check_isolation()
@@ -113,6 +119,10 @@ class PreparedModel:
 
     def check_isolation(self) -> IsolationVerdict:
         """Run the isolation check and store its verdict. `padded` does not change."""
+        if self.prompt is not None:
+            name = type(self.prompt).__name__
+            self.isolation = IsolationVerdict(False, f"{name} puts virtual tokens before a row, not before a document")
+            return self.isolation
         self.isolation = check_isolation(self.base_model, self.autocast, self._max_length)
         return self.isolation
 
@@ -127,9 +137,12 @@ class PreparedModel:
             return model(**model_inputs(batch), **extra, num_items=num_items)
 
     def logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
-        """The model's own output for a batch, with full logits."""
+        """The model's own output for a batch, with full logits: those of the tokens, not of virtual ones."""
         with self.packed_forward():
-            return model(**model_inputs(batch), use_cache=False)
+            outputs = model(**model_inputs(batch), use_cache=False)
+        if self.virtual_tokens:
+            outputs.logits = outputs.logits[:, self.virtual_tokens :]
+        return outputs
 
     def describe(self) -> dict[str, str]:
         """How the model is trained, and why: rows, attention, head."""

@@ -110,8 +110,10 @@ def check_packing(
         to_device: moves a batch to the device.
 
     Raises:
-        ValueError: no document has a token to score.
+        ValueError: no document has a token to score, or the model has a PEFT prompt.
     """
+    if prepared.prompt is not None:
+        raise ValueError(f"{type(prepared.prompt).__name__} trains padded rows: there is nothing to prove")
     if not prepared.padded:
         prepared.check_isolation()
     claims = _measure(Comparison(model, prepared, documents, collator, to_device), prepared.isolation)

@@ -132,7 +132,7 @@ def agrees(got, bad, documents, where):
 @given(token_rows())
 def test_a_data_set_gives_what_plain_lists_give_or_names_a_row(drawn):
     dataset, ids, labels = drawn
-    got = outcome(lambda: pack_dataset(dataset, None, strategy="none", name="train"))
+    got = outcome(lambda: pack_dataset(dataset, None, strategy="none", name="train").packs())
     agrees(got, *expected(ids, labels), "data set")
 
 
@@ -150,7 +150,7 @@ def test_a_stream_answers_as_the_data_set_does(drawn, form):
 @pytest.mark.parametrize("form", ["pandas", "arrow"])
 def test_a_stream_of_tables_is_refused_and_a_data_set_is_read_without_its_format(form):
     dataset = Dataset.from_dict({"input_ids": [[3, 4]], "labels": [[3, 4]]}).with_format(form)
-    (((document,)),) = pack_dataset(dataset, None, strategy="none", name="train")
+    (((document,)),) = pack_dataset(dataset, None, strategy="none", name="train").packs()
     assert document.input_ids.tolist() == [3, 4]
     with pytest.raises(ValueError, match=r"row 0 of the train stream is a \w+, expected a dict"):
         list(PackedStream(dataset.to_iterable_dataset(), None, strategy="none"))
@@ -190,7 +190,7 @@ def test_an_array_of_two_dimensions_is_refused_and_class_labels_are_integers():
         pack_dataset(dataset, None, strategy="none", name="train")
     classes = Features({"input_ids": List(Value("int64")), "labels": List(ClassLabel(names=["a", "b"]))})
     dataset = Dataset.from_dict({"input_ids": [[3, 4]], "labels": [[1, 0]]}, features=classes)
-    ((document,),) = pack_dataset(dataset, None, strategy="none", name="train")
+    ((document,),) = pack_dataset(dataset, None, strategy="none", name="train").packs()
     assert document.labels.tolist() == [-100, 0]
 
 
@@ -327,7 +327,7 @@ def test_the_trainer_names_a_row_that_trl_cannot_read_or_would_cut(case, tmp_pat
 
 def test_a_row_that_was_not_selected_may_be_bad(tmp_path):
     rows = Dataset.from_dict({"messages": [[], chat("no"), None, chat("yes")]}).select([3, 1])
-    assert sum(map(len, trainer(tmp_path, train_dataset=rows).train_dataset)) == 2
+    assert sum(map(len, trainer(tmp_path, train_dataset=rows).train_dataset.packs())) == 2
     with pytest.raises(ValueError, match="row 1 of the train data set: messages is None"):
         trainer(
             tmp_path, train_dataset=rows.flatten_indices().select([0, 1]).add_item({"messages": None}).select([0, 2])
@@ -338,7 +338,7 @@ def test_a_row_that_was_not_selected_may_be_bad(tmp_path):
 def test_messages_in_another_format_are_the_same_messages(form, tmp_path):
     rows = Dataset.from_dict({"messages": [chat("no"), chat("yes")]})
     of = lambda dataset: [  # noqa: E731
-        d.input_ids.tolist() for pack in trainer(tmp_path, train_dataset=dataset).train_dataset for d in pack
+        d.input_ids.tolist() for pack in trainer(tmp_path, train_dataset=dataset).train_dataset.packs() for d in pack
     ]
     assert of(rows.with_format(form)) == of(rows)
 

@@ -29,8 +29,8 @@ def test_the_packed_documents_are_those_that_trl_prepares(form, tmp_path):
     dataset, options = FORMS[form]
     packed = trainer(tmp_path, train_dataset=dataset, max_length=32, packing_strategy="bfd", **options)
     expected = [d for d in trl_documents(dataset, tmp_path, max_length=32, **options) if any(x != -100 for x in d[1])]
-    assert documents(packed.train_dataset) == expected
-    assert max(sum(map(len, item)) for item in packed.train_dataset) <= 32
+    assert documents(packed.train_dataset.packs()) == expected
+    assert max(sum(map(len, item)) for item in packed.train_dataset.packs()) <= 32
     assert len(packed.train_dataset) < len(expected)
     packed.train()
     assert losses(packed)
@@ -39,7 +39,7 @@ def test_the_packed_documents_are_those_that_trl_prepares(form, tmp_path):
 def test_a_formatting_function_is_applied(tmp_path):
     rows = Dataset.from_list([{"q": "what is two plus two", "a": "four"}] * 4)
     packed = trainer(tmp_path, train_dataset=rows, formatting_func=lambda row: f"user {row['q']} assistant {row['a']}")
-    ids, _ = documents(packed.train_dataset)[0]
+    ids, _ = documents(packed.train_dataset.packs())[0]
     assert [VOCAB[i] for i in ids] == [*["user", "what", "is", "two", "plus", "two", "assistant", "four"], "<eos>"]
 
 
@@ -82,7 +82,7 @@ def test_without_packing_no_padding_is_computed(tmp_path):
 def test_truncation_keeps_the_end_that_was_asked_for(tmp_path, keep, caplog):
     rows = Dataset.from_list([{"input_ids": [3, 4, 5, 6, 7, 8], "labels": [3, 4, 5, 6, 7, 8]}] * 2)
     ours = trainer(tmp_path, train_dataset=rows, max_length=4, packing=False, truncation_mode=keep)
-    assert ours.train_dataset[0][0].input_ids.tolist() == ([3, 4, 5, 6] if keep == "keep_start" else [5, 6, 7, 8])
+    assert ours.train_dataset.pack(0)[0].input_ids.tolist() == ([3, 4, 5, 6] if keep == "keep_start" else [5, 6, 7, 8])
     assert "2 examples are cut at max_length=4, 4 of 12 tokens are lost" in caplog.text
 
 
@@ -91,13 +91,13 @@ def test_examples_without_a_scored_token_are_counted_and_left_out(tmp_path, capl
     ours = trainer(tmp_path, train_dataset=Dataset.from_list(rows), max_length=4)
     assert "1 of 3 examples have no token to score" in caplog.text
     assert ours.packing_report.account.examples_unscored == 1
-    assert sum(map(len, ours.train_dataset)) == 2
+    assert sum(map(len, ours.train_dataset.packs())) == 2
 
 
 def test_a_shuffled_selection_of_rows_is_read_in_its_own_order(tmp_path):
     rows = Dataset.from_list(ROWS).select([4, 0, 2])
     ours = trainer(tmp_path, train_dataset=rows, packing=False)
-    assert [document.input_ids.tolist() for (document,) in ours.train_dataset] == [
+    assert [document.input_ids.tolist() for (document,) in ours.train_dataset.packs()] == [
         ROWS[i]["input_ids"] for i in (4, 0, 2)
     ]
 
@@ -106,7 +106,7 @@ def test_a_shuffled_selection_of_rows_is_read_in_its_own_order(tmp_path):
 def test_a_split_example_loses_no_token_whichever_end_truncation_would_keep(tmp_path, strategy):
     rows = Dataset.from_list([{"input_ids": [3, 4, 5, 6, 7, 8], "labels": [3, 4, 5, 6, 7, 8]}] * 2)
     ours = trainer(tmp_path, train_dataset=rows, max_length=4, packing_strategy=strategy, truncation_mode="keep_end")
-    tokens = sorted(token for item in ours.train_dataset for document in item for token in document.input_ids.tolist())
+    tokens = sorted(token for row in ours.train_dataset for token in row["input_ids"])
     assert tokens == sorted([3, 4, 5, 6, 7, 8] * 2)
     ours.train()
 
@@ -133,10 +133,10 @@ def test_overlong_examples_go_where_they_are_sent(tmp_path, caplog, packing, ove
     ours = trainer(
         tmp_path, train_dataset=LONG, eval_dataset=LONG, max_length=4, packing=packing, overlong=overlong
     )  # fmt: skip
-    assert [ids for ids, _ in documents(ours.train_dataset)] == kept
-    assert documents(ours.eval_dataset) == documents(ours.train_dataset)
+    assert [ids for ids, _ in documents(ours.train_dataset.packs())] == kept
+    assert documents(ours.eval_dataset.packs()) == documents(ours.train_dataset.packs())
     assert f"train data set: {message}" in caplog.text
-    expected = [sum(label != -100 for label in labels) for _, labels in documents(ours.train_dataset)]
+    expected = [sum(label != -100 for label in labels) for _, labels in documents(ours.train_dataset.packs())]
     assert sorted(ours.train_dataset.scored.tolist()) == sorted(expected)
 
 
@@ -158,3 +158,43 @@ def test_scored_tokens_are_counted_by_segment_over_chunks_and_blocks(monkeypatch
     ]
     assert packs.scored.tolist() == expected
     assert packs.scored.dtype == np.uint8
+
+
+@pytest.mark.parametrize("strategy", ["none", "step", "bfd", "bfd_split"])
+def test_packs_read_as_a_data_set_of_trl(strategy, tmp_path):
+    packing = {"packing": False} if strategy == "none" else {"packing_strategy": strategy}
+    packs = trainer(
+        tmp_path, train_dataset=Dataset.from_list(ROWS), eval_dataset=Dataset.from_list(ROWS), max_length=8,
+        train_sampling_strategy="sequential", **packing,
+    ).eval_dataset  # fmt: skip
+    names = ["input_ids", "labels"] + (["seq_lengths"] if strategy != "none" else [])
+    assert packs.column_names == list(packs.features) == list(packs[0]) == names
+    as_rows = [dict(row) for row in packs]
+    assert as_rows == [packs[i] for i in range(len(packs))] == [packs[i - len(packs)] for i in range(len(packs))]
+    assert packs[:] == {name: [row[name] for row in as_rows] for name in names}
+    assert packs[1:][names[0]] == packs[range(1, len(packs))][names[0]] == packs["input_ids"][1:]
+    assert list(Dataset.from_list(as_rows, features=packs.features)) == as_rows
+    # unlike the documents, rows keep the label of their first token
+    tokens = sorted(token for row in ROWS if len(row["input_ids"]) > 1 for token in row["labels"])
+    assert sorted(token for labels in packs["labels"] for token in labels) == tokens
+    for row, pack in zip(as_rows, packs.packs(), strict=True):
+        assert row["input_ids"] == [token for document in pack for token in document.input_ids.tolist()]
+        assert row.get("seq_lengths", [len(pack[0])]) == [len(document) for document in pack]
+    with pytest.raises(IndexError):
+        packs[len(packs)]
+    with pytest.raises(KeyError, match="column 'text' does not exist, only input_ids, labels"):
+        packs["text"]
+
+
+def test_an_item_of_a_stream_reads_as_a_row_of_trl(tmp_path):
+    rows = Dataset.from_list(ROWS).to_iterable_dataset()
+    stream = trainer(tmp_path, train_dataset=rows, packing_strategy="bfd", max_length=8, max_steps=1).train_dataset
+    row = next(iter(stream))
+    assert dict(row) == {
+        "input_ids": [3, 4, 5, 6, 1, 8, 9, 1], "labels": [-100, -100, 5, 6, 1, -100, 9, 1], "seq_lengths": [5, 3],
+    }  # fmt: skip
+    assert list(row.keys()) == stream.column_names
+    assert "labels" in row
+    assert "text" not in row
+    with pytest.raises(KeyError, match="a pack of a stream has no 'text'"):
+        row["text"]

@@ -9,20 +9,21 @@ from tiny import ROWS, VOCAB, tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from packsft.data.document import documents_of
-from packsft.data.packs import pack_dataset
+from packsft.data.packs import PackedDataset, pack_dataset
 from packsft.data.streams import PackedStream
 
 QUESTION, ANSWER = {"role": "user", "content": "why"}, {"role": "assistant", "content": "no"}
 CHAT = [QUESTION, ANSWER]
 
 
-def ids_of(packs):
-    """The documents of packs or steps, as lists of ids."""
-    return [document.input_ids.tolist() for pack in packs for document in pack]
-
-
 def documents(packs):
+    """(input ids, labels) of each document."""
+    packs = packs.packs() if isinstance(packs, PackedDataset) else packs
     return [(d.input_ids.tolist(), d.labels.tolist()) for pack in packs for d in pack]
+
+
+def ids_of(packs):
+    return [ids for ids, _ in documents(packs)]
 
 
 def streamed(rows):

@@ -23,7 +23,7 @@ def test_each_epoch_has_its_own_packs_as_many_and_every_example_in_them(tmp_path
         packs.set_epoch(epoch)
         plans.append(packs.plan.fingerprint)
         lengths.add(len(packs))
-        assert sorted(map(tuple, tokens_of(packs))) == expected
+        assert sorted(map(tuple, tokens_of(packs.packs()))) == expected
         assert packs.lengths.max() <= 32
     assert len(lengths) == 1
     assert len(set(plans)) == 3

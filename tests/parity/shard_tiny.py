@@ -31,7 +31,7 @@ def trained(compiled, checkpointing):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     packs, collator, losses = pack_dataset(token_rows(61), 30, strategy="bfd", name="rows"), PackingCollator(0), []
     for index in range(10):
-        batch = collator([packs[index]])
+        batch = collator([packs.pack(index)])
         loss = prepared.loss(model, batch, batch["num_items"]).loss
         loss.backward()
         optimizer.step()
