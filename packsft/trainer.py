@@ -38,7 +38,14 @@ from packsft.data.collator import PackingCollator, mark_sizes
 from packsft.data.loaders import PackedLoaders, Packs
 from packsft.data.packs import USER_COLUMNS, PackedDataset, UserPacks, pack_dataset
 from packsft.data.ranks import Ranks, check_same_on_all_ranks
-from packsft.data.raw import checked_rows, formatted_rows, holds_texts, in_one_form, tokenizer_without_nulls
+from packsft.data.raw import (
+    checked_rows,
+    formatted_rows,
+    holds_texts,
+    in_one_form,
+    tokenizer_without_nulls,
+    warn_of_unseen_roles,
+)
 from packsft.data.streams import PackedStream
 from packsft.model.head import count_embeddings
 from packsft.model.isolation import IsolationVerdict
@@ -189,6 +196,8 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             name=dataset_name,
         )
         once = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id) if holds_texts(rows) else (None, None)
+        if not tokenised and isinstance(rows, Dataset):
+            warn_of_unseen_roles(rows, processing_class, dataset_name)
         if not (tokenised and isinstance(rows, Dataset)):
             without_nulls = tokenizer_without_nulls(processing_class)
             rows = super()._prepare_dataset(rows, without_nulls, tokenise, False, None, dataset_name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -228,7 +229,51 @@ def _apply_without_nulls(tokenizer: Any, conversation: Sequence[Mapping[str, Any
         messages.append(without_nulls(message))
         if message.get("tool_calls") and message.get("content", "") is None:
             messages[-1]["content"] = None
-    return tokenizer.apply_chat_template(messages, **without_nulls(options))
+    try:
+        return tokenizer.apply_chat_template(messages, **without_nulls(options))
+    except Exception as error:  # a template may raise anything
+        raise ValueError(f"the chat template fails on {short(messages)}: {error}") from error
+
+
+def warn_of_unseen_roles(rows: Dataset, tokenizer: Any, name: str) -> None:
+    """Says so if the chat template leaves out the messages of a role: tried on the first row that has it.
+
+    Not of assistants, whose earlier thoughts a template may leave out, nor of tools. `rows` are of `checked_rows`.
+    """
+    sample = rows[0]
+    for column in set(sample) & {"prompt", *CHATS}:
+        keys = KEYS.get(_kind(sample[column]) or "")
+        if keys is None or not _is_list_of_structs(rows.data.column(column).type):
+            continue
+        for row in _first_rows_of_roles(rows, column, keys[0]):
+            messages = [{"role": m[keys[0]], "content": m.get(keys[1])} | m for m in rows[row][column]]
+            tools = rows[row].get("tools")
+            tools = json.loads(tools) if isinstance(tools, str) else tools
+            text = _apply_without_nulls(tokenizer, messages, tools=tools, tokenize=False)
+            for message in messages:
+                said, role = message["content"], message["role"]
+                if role not in ("assistant", "tool") and isinstance(said, str) and said.strip() not in text:
+                    logger.warning(
+                        "%s data set: the chat template leaves out what the role %r says, as in row %d: %s",
+                        name, role, row, short(said),
+                    )  # fmt: skip
+                    return
+
+
+def _first_rows_of_roles(rows: Dataset, column: str, key: str) -> list[int]:
+    table_rows: dict[str, list[np.ndarray]] = {}
+    first = 0
+    for chunk in rows.data.column(column).chunks:
+        roles, of_row = pc.struct_field(chunk.flatten(), key), pc.list_parent_indices(chunk).to_numpy()
+        for role in pc.unique(roles):
+            table_rows.setdefault(role.as_py(), []).append(first + np.unique(of_row[where(pc.equal(roles, role))]))
+        first += len(chunk)
+    found = {first_of(order_of(rows), np.concatenate(of_role)) for of_role in table_rows.values()}
+    return sorted(row for row in found if row is not None)
+
+
+def _is_list_of_structs(kind: pa.DataType) -> bool:
+    return is_list(kind) and pa.types.is_struct(kind.value_type)
 
 
 def without_nulls(value: Any) -> Any:
@@ -241,7 +286,7 @@ def without_nulls(value: Any) -> Any:
 def _kind(value: Any) -> str | None:
     """What the value of a column is; None for what TRL cannot read there."""
     if isinstance(value, str):
-        return TEXT
+        return TEXT if _is_unicode(value) else None
     for kind, keys in KEYS.items():
         if isinstance(value, list) and value and all(_is_message(message, *keys) for message in value):
             return kind
@@ -252,10 +297,16 @@ def _is_message(message: Any, role: str, content: str) -> bool:
     """Whether it has a role, and a content or something else to say, such as tool calls."""
     if not isinstance(message, dict) or not isinstance(message.get(role), str):
         return False
-    others = (value for key, value in message.items() if key not in (role, content, "name"))
-    return isinstance(message.get(content), (str, list, dict)) or (
-        message.get(content) is None and any(value not in (None, []) for value in others)
-    )
+    said = message.get(content)
+    if said is None:
+        others = (value for key, value in message.items() if key not in (role, content, "name"))
+        return any(value not in (None, []) for value in others)
+    return _is_unicode(said) if isinstance(said, str) else isinstance(said, (list, dict))
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be encoded: half of a surrogate pair cannot, and a stream may hold one."""
+    return text.isascii() or bool(text.encode(errors="ignore").decode() == text)
 
 
 def _check_texts(
@@ -282,7 +333,7 @@ def _with_kwargs(row: dict[str, Any]) -> dict[str, Any]:
 def _first_unfit(dataset: Dataset, name: str, expected: str) -> int | None:
     """The first row without a text, or whose list of messages is empty or has one that is none."""
     column = dataset.data.column(name)
-    if expected != TEXT and not (is_list(column.type) and pa.types.is_struct(column.type.value_type)):
+    if expected != TEXT and not _is_list_of_structs(column.type):
         values = (row[name] for row in dataset.select_columns([name]))  # of a type that Arrow does not know
         return next((row for row, value in enumerate(values) if _kind(value) != expected), None)
     first, unfit = 0, [np.zeros(0, np.int64)]

@@ -402,3 +402,45 @@ def test_max_steps_needs_no_epochs(epochs, tmp_path):
     assert trainer(tmp_path, max_steps=3, num_train_epochs=epochs).train().global_step == 3
     with pytest.raises(ValueError, match=f"num_train_epochs={epochs}: must be above 0, unless max_steps is set"):
         trainer(tmp_path, num_train_epochs=epochs).train()
+
+
+# ---- chat templates ----
+
+OWN_ROLES = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }} {% elif m.role == 'bad' %}{{ fail() }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("keys", [("role", "content"), ("from", "value")], ids=str)
+def test_a_role_that_the_template_leaves_out_is_noticed_on_its_first_row(keys, tmp_path, caplog):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = OWN_ROLES
+    chats = [
+        [("user", "why two"), ("assistant", "no")],
+        [("user", "why two"), ("human", "hello")],
+        [("human", "hello")],
+    ]
+    rows = Dataset.from_list([{"messages": [dict(zip(keys, m, strict=True)) for m in chat]} for chat in chats])
+    trainer(tmp_path, train_dataset=rows, processing_class=tokenizer)
+    trainer(tmp_path, train_dataset=rows.select([0]), processing_class=tokenizer)
+    found = said(caplog, "the chat template leaves out what the role")
+    assert found == ["train data set: the chat template leaves out what the role 'human' says, as in row 1: 'hello'"]
+
+
+@pytest.mark.parametrize("source", [Dataset.from_list, streamed], ids=["map", "stream"])
+def test_a_template_that_fails_shows_the_messages(source, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = OWN_ROLES
+    rows = source([{"messages": [{"role": "bad", "content": "why"}]}])
+    with pytest.raises(
+        ValueError, match=r"the chat template fails on \[\{'content': 'why', 'role': 'bad'\}\]: 'fail' is"
+    ):
+        list(trainer(tmp_path, train_dataset=rows, processing_class=tokenizer, max_steps=1).train_dataset)
+
+
+def test_half_of_a_surrogate_pair_is_no_text(tmp_path):
+    with pytest.raises(ValueError, match=r"row 1 of the train stream: text is '\\ud83d', expected a text"):
+        list(
+            trainer(tmp_path, train_dataset=streamed([{"text": "why"}, {"text": "\ud83d"}]), max_steps=1).train_dataset
+        )
