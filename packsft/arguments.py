@@ -6,10 +6,15 @@ Knows the configuration and the constructor's arguments. Each error names the fi
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import logging
+import numbers
+import typing
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from accelerate.utils import DynamoBackend, is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -18,6 +23,7 @@ from trl import SFTConfig
 
 from packsft.config import PackedSFTConfig
 from packsft.data.document import check_row
+from packsft.data.loaders import Packs
 from packsft.packing import PACKING_STRATEGIES, STRATEGIES
 from packsft.step.memory import can_measure
 
@@ -25,7 +31,10 @@ logger = logging.getLogger("packsft")
 
 
 def own_arguments(arguments: dict[str, Any]) -> SFTConfig:
-    """A copy of the configuration: the trainer adjusts it, and the caller may use the original again."""
+    """A copy of the configuration: the trainer adjusts it, and the caller may use the original again.
+
+    Raises ValueError for a value of another type.
+    """
     args = arguments.get("args")
     if args is not None and not isinstance(args, TrainingArguments):
         raise ValueError(f"args is a {type(args).__name__}, expected a PackedSFTConfig or an SFTConfig")
@@ -35,6 +44,7 @@ def own_arguments(arguments: dict[str, Any]) -> SFTConfig:
         args = PackedSFTConfig(f"{name.split('/')[-1]}-SFT")
     if isinstance(args, TrainingArguments) and not isinstance(args, SFTConfig):
         args = SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # `to_dict` hides the token
+    _check_values(args)
     args = copy.copy(args)
     args.padding_free = args.padding_free and args.packing  # we do it without packing, within max_length
     if _takes_exact_steps(args) and args.auto_find_batch_size:  # it would change the training
@@ -51,9 +61,6 @@ def own_arguments(arguments: dict[str, Any]) -> SFTConfig:
 
 def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
     """Raises ValueError for anything wrong with the call that can be known before a row is tokenised."""
-    for name in ("packing", "eval_packing"):
-        if getattr(args, name) not in (True, False, *([None] if name == "eval_packing" else [])):
-            raise ValueError(f"{name}={getattr(args, name)!r}: expected True or False")  # a text would be true
     if args.packing and args.max_length is None:
         raise ValueError("max_length=None: packing=True needs max_length, the number of tokens in a pack")
     if args.packing and args.packing_strategy not in PACKING_STRATEGIES:
@@ -98,14 +105,19 @@ def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
             "itself. Prepare rows instead: `input_ids`, `labels` (-100 = not scored) and, for packs of your own, "
             "`seq_lengths`"
         )
-    evals = arguments.get("eval_dataset")
-    datasets = {"train_dataset": arguments.get("train_dataset")}
-    datasets |= (
-        {f"eval_dataset[{k!r}]": v for k, v in evals.items()} if isinstance(evals, dict) else {"eval_dataset": evals}
-    )
+    train, evals = (arguments.get(name) for name in ("train_dataset", "eval_dataset"))
+    datasets = {} if train is None else {"train_dataset": train}
+    if isinstance(evals, dict):
+        if unnamed := [name for name in evals if not isinstance(name, str)]:
+            raise ValueError(f"eval_dataset has the key {unnamed[0]!r}, expected a text: the name of the data set")
+        datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in evals.items()}
+    elif evals is not None:
+        datasets["eval_dataset"] = evals
     for name, dataset in datasets.items():
         if isinstance(dataset, (Dataset, IterableDataset)):
             _check_dataset(name, dataset, args)
+        elif not isinstance(dataset, torch.utils.data.Dataset if skips_preparation(args) else Packs):
+            raise ValueError(f"{name} is a {type(dataset).__name__}, expected a datasets.Dataset or IterableDataset")
     if arguments.get("processing_class") is not None:
         check_tokenizer(arguments["processing_class"], args)
     model = arguments["model"]
@@ -126,6 +138,38 @@ def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
             f"{type(model).__name__} has no language-model head (get_output_embeddings() is None): packsft trains "
             "causal language models; load one with AutoModelForCausalLM"
         )
+
+
+def _check_values(args: SFTConfig) -> None:
+    """Raises ValueError for a field of numbers or of given choices that holds anything else: a text would be true."""
+    hints = typing.get_type_hints(type(args))
+    for field in dataclasses.fields(args):
+        value, hint = getattr(args, field.name), hints[field.name]
+        allowed = set(typing.get_args(hint) or (hint,)) - {type(None)}
+        if value is None or not allowed:
+            continue
+        if allowed <= _NUMBERS.keys() and not any(_NUMBERS[kind](value) for kind in allowed):
+            kinds = " or ".join(kind.__name__ for kind in allowed)
+            raise ValueError(f"{field.name}={value!r} is a {type(value).__name__}, expected {kinds}")
+        choices = field.metadata.get("choices")
+        if choices and getattr(value, "value", value) not in [getattr(choice, "value", choice) for choice in choices]:
+            raise ValueError(f"{field.name}={value!r} is unknown, expected one of {list(choices)}")
+    positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    for name in (*positive, "pad_to_multiple_of"):
+        size: Any = getattr(args, name)
+        if size is not None and (not _NUMBERS[int](size) or size < 1):
+            raise ValueError(f"{name}={size!r}: expected an integer of 1 or more")
+    if not isinstance(args.dataset_kwargs, dict | None):
+        raise ValueError(f"dataset_kwargs={args.dataset_kwargs!r}: expected a dict")
+    if unread := (args.dataset_kwargs or {}).keys() - {"skip_prepare_dataset"}:
+        logger.warning("dataset_kwargs: %s: not read, only skip_prepare_dataset is", ", ".join(map(repr, unread)))
+
+
+_NUMBERS: dict[type, Callable[[Any], bool]] = {
+    bool: lambda value: isinstance(value, bool),
+    int: lambda value: isinstance(value, numbers.Integral) and not isinstance(value, bool),
+    float: lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool),
+}
 
 
 def skips_preparation(args: SFTConfig) -> bool:

@@ -43,6 +43,10 @@ def one_form(dataset: Rows, text_field: str, name: str) -> Rows:
 
     Raises ValueError if the rows have none, or have columns that go with `input_ids` and no `input_ids`.
     """
+    if isinstance(dataset, Dataset):
+        if dataset.format["type"] == "custom":
+            return dataset
+        dataset = dataset.select_columns(dataset.format["columns"])
     sample: dict[str, Any] = next(iter(dataset.with_format(None)), {})
     if not sample or "input_ids" in sample:
         return dataset
@@ -98,7 +102,6 @@ def checked_rows(dataset: Rows, *, text_field: str, completion_only: bool, eos_t
     """
     if isinstance(dataset, Dataset):
         check_no_transform(dataset)
-        dataset = dataset.select_columns(dataset.format["columns"])
     dataset = one_form(dataset, text_field, name).with_format(None)
     sample: dict[str, Any] = next(iter(dataset), {})
     if not sample:

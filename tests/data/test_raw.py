@@ -73,6 +73,12 @@ def test_of_several_forms_one_is_trained_on_and_a_notice_names_the_others(
     assert "".join(said(caplog, "is trained on")).removeprefix("train data set: ").removesuffix(" read") == left
 
 
+@pytest.mark.parametrize("form", [None, "numpy"])
+def test_a_column_that_the_format_hides_is_not_read(form, tmp_path):
+    rows = Dataset.from_list([FORMS["text"] | FORMS["messages"]]).with_format(form, columns=["text"])
+    assert ids_of(trainer(tmp_path, train_dataset=rows).train_dataset) == [IDS["text"]]
+
+
 @pytest.mark.parametrize("row", [{"prompt": "why", "messages": CHAT}, {"completion": "no", "messages": CHAT}], ids=str)
 def test_a_prompt_or_completion_alone_is_no_form(row, tmp_path):
     assert ids_of(trainer(tmp_path, train_dataset=Dataset.from_list([row])).train_dataset) == [IDS["messages"]]

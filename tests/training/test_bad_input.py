@@ -133,8 +133,20 @@ def test_arguments_of_another_type_are_refused(tmp_path):
     with pytest.raises(ValueError, match="args is a dict, expected a PackedSFTConfig or an SFTConfig"):
         trainer(tmp_path, args={"output_dir": str(tmp_path)})
     for options, message in (
-        ({"packing": "false"}, "packing='false': expected True or False"),
-        ({"eval_packing": "no"}, "eval_packing='no': expected True or False"),
+        ({"packing": "false"}, "packing='false' is a str, expected bool"),
+        ({"eval_packing": "no"}, "eval_packing='no' is a str, expected bool"),
+        ({"assistant_only_loss": "false"}, "assistant_only_loss='false' is a str, expected bool"),
+        ({"max_steps": 2.5}, "max_steps=2.5 is a float, expected int"),
+        ({"max_length": True}, "max_length=True is a bool, expected int"),
+        ({"learning_rate": "1e-3"}, "learning_rate='1e-3' is a str, expected float"),
+        ({"train_sampling_strategy": "x"}, "train_sampling_strategy='x' is unknown, expected one of .'random', 'seq"),
+        ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size=0: expected an integer of 1 or more"),
+        ({"pad_to_multiple_of": 1.5}, "pad_to_multiple_of=1.5: expected an integer of 1 or more"),
+        ({"dataset_kwargs": "x"}, "dataset_kwargs='x': expected a dict"),
+        ({"train_dataset": ROWS}, "train_dataset is a list, expected a datasets.Dataset or IterableDataset"),
+        ({"eval_dataset": "name"}, "eval_dataset is a str, expected a datasets.Dataset or IterableDataset"),
+        ({"eval_dataset": {"a": None}}, r"eval_dataset\['a'\] is a NoneType, expected a datasets.Dataset or Iterable"),
+        ({"eval_dataset": {1: token_rows(4)}}, "eval_dataset has the key 1, expected a text: the name of the data set"),
         ({"max_lost_fraction": "5%"}, "max_lost_fraction='5%': must be a number from 0 to 1"),
     ):
         with pytest.raises(ValueError, match=message):
