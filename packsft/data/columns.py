@@ -122,7 +122,7 @@ class ListColumn:
             yield chosen, values, offsets[base[chosen] - self._first_rows[chunk]]
 
     def count_not(self, ignored: int, rows: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-        """`[S]` int32: values other than `ignored` in `starts:stops` of `rows`, each at least one value long."""
+        """`[S]` int32: values other than `ignored` in `starts:stops` of `rows`."""
         counts = np.zeros(len(rows), np.int32)
         for chosen, values, begin in self._by_chunk(rows):
             begin, end = begin + starts[chosen], begin + stops[chosen]

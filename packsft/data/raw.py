@@ -63,11 +63,18 @@ def one_form(dataset: Rows, text_field: str, name: str) -> Rows:
     chosen: tuple[str, ...] = readable[0]
     if left := [column for other in readable[1:] for column in other]:
         logger.warning("%s data set: %s is trained on; %s is not read", name, " and ".join(chosen), " and ".join(left))
-    rows = dataset.select_columns([*chosen, *(column for column in BESIDE if column in sample)])
+    named = {column: column for column in chosen}
     if chosen[0] in CHATS:  # TRL reads the keys by the name of the column
-        column = "conversations" if _kind(sample[chosen[0]]) == FROM_VALUE else "messages"
-        rows = rows if chosen == (column,) else rows.rename_column(chosen[0], column)
-    return rows
+        named[chosen[0]] = "conversations" if _kind(sample[chosen[0]]) == FROM_VALUE else "messages"
+    if isinstance(dataset, IterableDataset):  # rows may have other columns than the first
+        columns = {"prompt", "completion", *CHATS, text_field, *sample} - {*BESIDE, *OF_TOKENS}
+        return dataset.map(functools.partial(_renamed, names=named), remove_columns=sorted(columns))
+    rows = dataset.select_columns([*chosen, *(column for column in BESIDE if column in sample)])
+    return rows.rename_columns({old: new for old, new in named.items() if old != new})
+
+
+def _renamed(row: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {new: row.get(old) for old, new in names.items()}
 
 
 def in_one_form(datasets: Any, text_field: str, name: str) -> Any:
@@ -114,7 +121,7 @@ def checked_rows(dataset: Rows, *, text_field: str, completion_only: bool, eos_t
         masks = [*(["completion_mask"] if completion_only else []), "assistant_masks"]
         masks = [mask for mask in masks if mask in sample]
         return dataset.map(functools.partial(_check_tokens, masks=masks, name=name), with_indices=True)
-    texts = [column for column in sample if column not in BESIDE]
+    texts = sorted((column for column in sample if column not in BESIDE), reverse=True)  # the completion last
     first = texts[0]
     kinds: tuple[str, ...] = (TEXT, ROLE_CONTENT)
     if first != "prompt":
@@ -182,16 +189,18 @@ def label_rows(rows: Dataset, completion_only_loss: bool | None = None) -> Datas
         completion_only_loss = {"prompt", "completion"} <= names
     applies = {"completion_mask": completion_only_loss, "assistant_masks": True}
     masks = [name for name in applies if applies[name] and name in names]
-    ids = ListColumn(rows, "input_ids")
-    for name in masks:
-        ids.check_lengths(name, ListColumn(rows, name, MASK))
+    _check_masks(rows, masks)
     if masks and rows._indices is not None:
-        rows = rows.flatten_indices()  # rows that were not selected may be anything
+        try:
+            _check_masks(Dataset(rows.data, fingerprint="table"), masks)
+        except ValueError:  # of rows that were not selected
+            rows = rows.flatten_indices()
     table = rows.data.table
     labels = []
     for batch in table.select(["input_ids", *masks]).to_batches() if masks else ():  # the same rows of each column
         ids_of_batch = batch.column("input_ids")
-        values = ids_of_batch.flatten().to_numpy(zero_copy_only=False).astype(np.int64)  # a copy; -100 fits
+        ids = ids_of_batch.flatten().to_numpy(zero_copy_only=False)
+        values = ids.astype(np.int32 if ids.max(initial=0) < 2**31 else np.int64)  # a copy; -100 fits
         for name in masks:
             values[batch.column(name).flatten().to_numpy(zero_copy_only=False) == 0] = IGNORE_INDEX
         lengths = pc.list_value_length(ids_of_batch).to_numpy(zero_copy_only=False)
@@ -202,6 +211,12 @@ def label_rows(rows: Dataset, completion_only_loss: bool | None = None) -> Datas
     labelled = Dataset(pa.table(columns), fingerprint="labelled")
     labelled._indices = rows._indices
     return labelled
+
+
+def _check_masks(rows: Dataset, masks: Sequence[str]) -> None:
+    ids = ListColumn(rows, "input_ids")
+    for name in masks:
+        ids.check_lengths(name, ListColumn(rows, name, MASK))
 
 
 def _check_tokens(row: dict[str, Any], index: int, masks: Sequence[str], name: str) -> dict[str, Any]:
@@ -252,7 +267,8 @@ def warn_of_unseen_roles(rows: Dataset, tokenizer: Any, name: str) -> None:
             messages = [{"role": m[keys[0]], "content": m.get(keys[1])} | m for m in rows[row][column]]
             tools = rows[row].get("tools")
             tools = json.loads(tools) if isinstance(tools, str) else tools
-            text = _apply_without_nulls(tokenizer, messages, tools=tools, tokenize=False)
+            options = {"tools": tools, "tokenize": False, "add_generation_prompt": column == "prompt"}
+            text = _apply_without_nulls(tokenizer, messages, **options)
             for message in messages:
                 said, role = message["content"], message["role"]
                 if role not in ("assistant", "tool") and isinstance(said, str) and said.strip() not in text:
@@ -315,6 +331,9 @@ def _is_unicode(text: str) -> bool:
 def _check_texts(
     row: dict[str, Any], index: int, texts: Sequence[str], expected: str, name: str, kind: str
 ) -> dict[str, Any]:
+    for of_tokens in OF_TOKENS:
+        if of_tokens in row:
+            raise ValueError(f"row {index} of the {name} {kind} has {of_tokens}, which the first row has not")
     for text in texts:
         if _kind(row.get(text)) != expected:
             raise ValueError(f"row {index} of the {name} {kind}: {text} is {short(row.get(text))}, expected {expected}")

@@ -73,6 +73,22 @@ def test_of_several_forms_one_is_trained_on_and_a_notice_names_the_others(
     assert "".join(said(caplog, "is trained on")).removeprefix("train data set: ").removesuffix(" read") == left
 
 
+def test_rows_of_a_stream_may_lack_columns_of_the_first_and_have_others(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% if tools %}hello {% endif %}" + tokenizer.chat_template
+    rows = [{"messages": CHAT, "id": 1, "tools": []}, {"messages": CHAT, "tools": [{"a": 1}]}, {"messages": CHAT}]
+    rows += [{"messages": CHAT, "prompt": "why", "completion": " no", "text": "two"}]
+    ours = trainer(tmp_path, train_dataset=streamed(rows), processing_class=tokenizer, max_steps=1)
+    plain, with_tools = IDS["messages"], words("hello") + IDS["messages"]
+    assert ids_of(ours.train_dataset) == [plain, with_tools, plain, plain]
+    for row, message in (
+        (FORMS["text"] | {"labels": 1}, "row 1 of the train stream has labels, which the first row has not"),
+        (FORMS["messages"], "row 1 of the train stream: text is None, expected a text"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(trainer(tmp_path, train_dataset=streamed([FORMS["text"], row]), max_steps=1).train_dataset)
+
+
 @pytest.mark.parametrize("form", [None, "numpy"])
 def test_a_column_that_the_format_hides_is_not_read(form, tmp_path):
     rows = Dataset.from_list([FORMS["text"] | FORMS["messages"]]).with_format(form, columns=["text"])
