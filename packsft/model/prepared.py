@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,11 +16,12 @@ from accelerate.utils import is_peft_model
 from packsft_kernels import LossOptions
 from torch import Tensor, nn
 
-from packsft.data.batch import loss_inputs, model_inputs
+from packsft.data.batch import document_lengths, longest_document, loss_inputs, model_inputs
 from packsft.model import attention
 from packsft.model.compilation import compile_layers, restore_layers
 from packsft.model.head import HeadOutput, install_head
 from packsft.model.isolation import NOT_CHECKED, IsolationVerdict, check_isolation
+from packsft.model.rotary import by_document, install_rotary
 
 logger = logging.getLogger("packsft")
 
@@ -69,6 +70,7 @@ class PreparedModel:
         self.options, self.autocast = options, autocast
         self._max_length, self._needs_aux_loss = max_length, needs_aux_loss
         restore_layers(self.base_model)
+        self._rotary_limit = install_rotary(self.base_model)
         self._prepare_attention(attention_backend, check, on_unpackable, any_rank)
         self.why_compact = install_head(self.base_model, options, needs_aux_loss=needs_aux_loss)
         if self.why_compact is not None:
@@ -116,19 +118,23 @@ class PreparedModel:
         self.isolation = check_isolation(self.base_model, self.autocast, self._max_length)
         return self.isolation
 
-    def packed_forward(self) -> AbstractContextManager:
+    @contextlib.contextmanager
+    def forward_on(self, batch: Mapping[str, Any]) -> Iterator[None]:
         """The context for a forward on a batch of the collator."""
-        return contextlib.nullcontext() if self.padded else attention.packed_forward()
+        turns = longest_document(batch) >= self._rotary_limit
+        apart = contextlib.nullcontext() if self.padded else attention.packed_forward()
+        with by_document(document_lengths(batch) if turns else None), apart:
+            yield
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any], num_items: float | Tensor) -> HeadOutput:
         """Forward of a batch through the head; `model` is this model, possibly wrapped (PEFT, DDP, FSDP)."""
         extra = loss_inputs(batch) | ({"output_router_logits": True} if self._needs_aux_loss else {})
-        with self.packed_forward():
+        with self.forward_on(batch):
             return model(**model_inputs(batch), **extra, num_items=num_items)
 
     def logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
         """The model's own output for a batch, with full logits."""
-        with self.packed_forward():
+        with self.forward_on(batch):
             return model(**model_inputs(batch), use_cache=False)
 
     def describe(self) -> dict[str, str]:
