@@ -127,10 +127,16 @@ class PreparedModel:
             yield
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any], num_items: float | Tensor) -> HeadOutput:
-        """Forward of a batch through the head; `model` is this model, possibly wrapped (PEFT, DDP, FSDP)."""
+        """Forward of a batch through the head; `model` is this model, possibly wrapped (PEFT, DDP, FSDP).
+
+        `added_loss` is what the adapter adds, of the model and not of the batch; None if it adds nothing to learn from.
+        """
         extra = loss_inputs(batch) | ({"output_router_logits": True} if self._needs_aux_loss else {})
         with self.forward_on(batch):
-            return model(**model_inputs(batch), **extra, num_items=num_items)
+            output = model(**model_inputs(batch), **extra, num_items=num_items, loss_apart=True)
+        added = output.loss if output.loss.requires_grad else None
+        output.loss, output.added_loss = output.added_loss, added
+        return output
 
     def logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
         """The model's own output for a batch, with full logits."""
