@@ -50,6 +50,7 @@ class PreparedModel:
     Raises:
         ValueError: the model has no language-model head or no layers to compile, the attention back end was chosen by
             name and cannot run, or documents see each other and `on_unpackable="error"`.
+        FloatingPointError: weights are not finite.
     """
 
     def __init__(
