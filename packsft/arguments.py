@@ -276,6 +276,18 @@ def _check_adapter(config: Any, args: SFTConfig) -> None:
             f"alora_invocation_tokens={config.alora_invocation_tokens} starts an adapter after the last such tokens of "
             "a row, but a packed row holds many documents: activated LoRA is not supported"
         )
+    if getattr(config, "auxiliary_loss_weight", None) is not None:
+        raise ValueError(
+            f"{type(config).__name__} runs a second model over each row, in which packed documents see each other, and "
+            "adds its loss: it is not supported"
+        )
+    for name in ("kasa_config", "monteclora_config"):
+        if getattr(config, name, None) is not None:
+            logger.warning(
+                "%s: PEFT leaves the loss of this adapter to a compute_loss of your own, and neither this trainer nor "
+                "TRL's adds it. Divide it by current_gradient_accumulation_steps, so that it counts once in a step",
+                name,
+            )
 
 
 def _check_prompt(config: Any, args: SFTConfig) -> None:

@@ -350,11 +350,14 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         )
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * Ranks.of(self.accelerator).size  # DDP averages
-        # Llama 4 and Doge have the coefficient but return no such loss; as in TRL, a user's loss function is complete
+        # what counts once in a step, whatever its documents; as in TRL, a user's loss function is complete
+        once = [] if own_loss or output.added_loss is None else [output.added_loss]
+        # Llama 4 and Doge have the coefficient but return no such loss; an empty pass routes only a padding token
         if self.aux_loss_enabled and output.aux_loss is not None and not own_loss:
+            once.append(self.router_aux_loss_coef * output.aux_loss * bool(inputs["num_tokens"]))
+        if once:
             micro_batches = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            share = 1 / micro_batches if inputs["num_tokens"] else 0.0  # an empty pass routes only a padding token
-            loss = loss + self.router_aux_loss_coef * output.aux_loss * share
+            loss = loss + sum(once) / micro_batches
         if not return_outputs:
             return loss
         with torch.no_grad():

@@ -141,12 +141,15 @@ def _flash_on_cpu(
     q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
     runs = _equal_length_runs(cu.tolist(), q.shape[0], longest)
+    finite = _is_finite(q, k)
     out, sums = torch.empty_like(q, memory_format=torch.contiguous_format), []
     for run, q_run, k_run, v_run, out_run in _split(runs, q, k, v, out):
         inputs = (_to_documents(x, run, spec) for x in (q_run, k_run, v_run))
         result, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *inputs, 0.0, spec.causal, scale=scale
         )
+        if not finite:
+            result = _with_nan(result, _to_documents(q_run, run), _to_documents(k_run, run), spec.causal)
         _to_documents(out_run, run).copy_(result)
         sums.append(logsumexp.flatten())
     return out, torch.cat(sums) if sums else q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32))
@@ -157,6 +160,8 @@ def _flash_on_cpu_backward(
     scale: float, spec: AttentionSpec,
 ) -> list[Tensor]:  # fmt: skip
     runs = _equal_length_runs(cu.tolist(), q.shape[0], longest)
+    if not _is_finite(q, k):
+        grad = grad.masked_fill(out.isnan(), torch.nan)
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     sums = logsumexp.split([count * q.shape[1] * length for count, length in runs])
     for sums_run, (run, *given, dq, dk, dv) in zip(sums, _split(runs, grad, q, k, v, out, *grads), strict=True):
@@ -182,6 +187,26 @@ def _to_documents(x: Tensor, run: tuple[int, int], spec: AttentionSpec | None = 
     return x.unflatten(0, run).transpose(1, 2)
 
 
+# ---- NaN ----
+
+
+def _is_finite(q: Tensor, k: Tensor) -> bool:
+    """Whether neither holds a NaN or an infinity. By their sums: one too large for its dtype denies it, too."""
+    return bool(torch.isfinite(q.sum() + k.sum()))
+
+
+def _with_nan(out: Tensor, q: Tensor, k: Tensor, causal: bool) -> Tensor:
+    """`out`, with NaN for the queries whose scores are all NaN, or have no finite largest one. `[B, heads, S, K]`.
+
+    For them PyTorch's kernels for the CPU give 0, as for a query that sees no key: a row of the output is 0, although
+    the query or a key that it sees is not finite. The gradients become NaN with it.
+    """
+    seen = (~torch.isfinite(k)).any(-1).repeat_interleave(q.shape[1] // k.shape[1], 1)
+    seen = seen.cummax(-1).values if causal else seen.any(-1, keepdim=True)
+    lost = (out == 0).all(-1) & (seen | (~torch.isfinite(q)).any(-1))
+    return out * torch.ones_like(lost, dtype=out.dtype).masked_fill(lost, torch.nan)[..., None]
+
+
 # ---- one call per document ----
 
 
@@ -195,11 +220,12 @@ def _per_document(
     runs = _equal_length_runs(cu.tolist(), q.shape[0], longest)
     if spec.device == "cuda" and q.shape[1] != k.shape[1]:  # `enable_gqa` in float32 takes a kernel that stores scores
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    finite = spec.device != "cpu" or _is_finite(q, k)
     if len(runs) == 1:  # no `split`: its backward would copy every gradient
-        return _documents(q, k, v, runs[0][0], scale, sinks, spec)
+        return _documents(q, k, v, runs[0][0], scale, sinks, spec, finite)
     sizes = [count * length for count, length in runs]
     outs = [
-        _documents(q_run, k_run, v_run, count, scale, sinks, spec)
+        _documents(q_run, k_run, v_run, count, scale, sinks, spec, finite)
         for (count, _), q_run, k_run, v_run in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
     ]
     return torch.cat(outs) if outs else q
@@ -231,7 +257,7 @@ def _equal_length_runs(boundaries: list[int], num_tokens: int, max_seqlen: int) 
 
 
 def _documents(
-    q: Tensor, k: Tensor, v: Tensor, count: int, scale: float, sinks: Tensor | None, spec: AttentionSpec
+    q: Tensor, k: Tensor, v: Tensor, count: int, scale: float, sinks: Tensor | None, spec: AttentionSpec, finite: bool
 ) -> Tensor:
     """Attention of `count` documents of equal length, end to end: `[count * length, H, K]` in and out."""
     q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))  # [count, heads, length, K]
@@ -251,6 +277,8 @@ def _documents(
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=spec.causal, dropout_p=spec.dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
+    if not finite:
+        out = _with_nan(out, q, k, spec.causal)
     return out.to(spec.dtype).transpose(1, 2).flatten(0, 1)
 
 

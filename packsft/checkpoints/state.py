@@ -1,6 +1,5 @@
 """State of a model that its weights do not hold, and that the next steps depend on.
 
-- Rotary embeddings of type "dynamic" grow with the longest document seen.
 - AdaLoRA's rank allocator averages the importance of each rank over the steps. PEFT saves it not at all, and of the
   weights only the ranks in use, which no longer fit the adapter that is trained (PEFT 0.21).
 - Of a prompt or prefix PEFT saves what its encoder gives, not the encoder that is trained.
@@ -20,8 +19,6 @@ FILE = "packsft_state.pt"
 def model_state(model: nn.Module) -> dict[str, Any]:
     """Plain dictionaries of numbers and tensors on the CPU; empty for most models."""
     state: dict[str, Any] = {}
-    if ropes := {name: lengths for name, module in _ropes(model) if (lengths := _seen_lengths(module))}:
-        state["rope"] = ropes
     allocator: Any = getattr(getattr(model, "base_model", None), "rankallocator", None)
     if allocator is not None:
         state["adalora"] = {kind: _on_cpu(getattr(allocator, kind)) for kind in _ADALORA} | {
@@ -46,11 +43,6 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
     """Restores what `model_state` gave."""
-    modules = dict(_ropes(model))
-    for name, lengths in state.get("rope", {}).items():
-        for layer_type, length in lengths.items():
-            if length:
-                _grow(modules[name], layer_type, length)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, weight in {**state.get("adalora", {}).get("weights", {}), **state.get("prompt", {})}.items():
@@ -63,22 +55,3 @@ def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
             values = {name: value.to(devices[name]) for name, value in saved[kind].items()}
             setattr(base_model.rankallocator, kind, values)
         base_model.rankallocator.peft_config.rank_pattern = saved["rank_pattern"]
-
-
-def _ropes(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, module) for name, module in model.named_modules() if hasattr(module, "max_seq_len_cached")]
-
-
-def _seen_lengths(rope: Any) -> dict[str, int]:
-    """The longest document so far by layer type ("" where all layers share it), of those that grow."""
-    types = rope.rope_type if isinstance(rope.rope_type, dict) else {"": rope.rope_type}
-    seen = {kind: getattr(rope, f"{kind}_max_seq_len_cached" if kind else "max_seq_len_cached", None) for kind in types}
-    return {kind: int(seen[kind] or 0) for kind, rope_type in types.items() if "dynamic" in rope_type}
-
-
-def _grow(rope: nn.Module, layer_type: str, length: int) -> None:
-    """One call with the last position of the longest document: the module computes its frequencies anew."""
-    buffer = next(rope.buffers())
-    position_ids = torch.tensor([[length - 1]], device=buffer.device)
-    with torch.no_grad():
-        rope(torch.zeros((), device=buffer.device), position_ids, **({"layer_type": layer_type} if layer_type else {}))

@@ -24,8 +24,9 @@ For `torch.compile` the collator pads T, D and N (`round_sizes`). Counts exclude
 
 A padded batch (for models on which packed documents see each other) has `[B, S]` `input_ids` and `labels`. Its
 `loss_rows` index the flattened rows, with the virtual tokens that a PEFT prompt puts before each. It needs no
-boundaries: with causal attention, no token sees the padding on its right. For a mixture of experts it has an
-`attention_mask`, because the router's loss must exclude padding.
+boundaries: with causal attention, no token sees the padding on its right. `row_lengths` `[B]` int64 counts the tokens
+of each row's document. For a mixture of experts it has an `attention_mask`, because the router's loss must exclude
+padding.
 
 A batch without documents has one unscored token, and counts of 0: a rank with no work left still runs forward and
 backward, because the other ranks wait for it.
@@ -55,7 +56,9 @@ from packsft.data.document import Pack
 
 LOSS_KEYS = ("loss_rows", "loss_targets", "loss_weights")  # read by the head, unknown to the models
 # for the trainer: with labels, a model would compute its own loss
-HOST_KEYS = ("labels", "num_items", "num_scored", "num_tokens", "num_documents", "rows", "stream_digests")
+HOST_KEYS = (
+    "labels", "num_items", "num_scored", "num_tokens", "num_documents", "rows", "row_lengths", "stream_digests",
+)  # fmt: skip
 
 
 @dataclass
@@ -70,10 +73,15 @@ class StepRows:
 
 
 def document_lengths(batch: Mapping[str, Any]) -> Any:
-    """`[1, T]`: the length of each token's document; None for a padded batch."""
-    if "cu_seq_lens_q" not in batch:
-        return None
+    """`[1, T]` or `[B, S]`: the length of each token's document, also on the padding of a padded batch."""
+    if "row_lengths" in batch:
+        return batch["row_lengths"][:, None].expand_as(batch["input_ids"])
     return batch["cu_seq_lens_q"].diff()[batch["seq_idx"].long()]
+
+
+def longest_document(batch: Mapping[str, Any]) -> int:
+    """At least the number of tokens of the longest document, known on the host."""
+    return batch["input_ids"].shape[1] if "row_lengths" in batch else batch["max_length_q"]
 
 
 def loss_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -122,6 +122,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
         return {
             "input_ids": torch.from_numpy(ids),
             "labels": torch.from_numpy(labels),
+            "row_lengths": torch.tensor([len(document) for document in documents]),
             **({"attention_mask": torch.from_numpy(mask.astype(np.int64))} if self.masked else {}),
             **self._loss_positions(labels.reshape(-1), documents, np.arange(labels.size) // longest),
         }

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ from packsft.compat import gathered_parameters, is_out_of_memory
 from packsft.data.batch import LOSS_KEYS
 from packsft.model.adapters import Addition, exercised, low_rank_of, split_head
 
+logger = logging.getLogger("packsft")
+
 
 @dataclass
 class HeadOutput(ModelOutput):
@@ -41,12 +44,14 @@ class HeadOutput(ModelOutput):
         entropy_sum: sum of the entropies of the predicted distributions, in nats.
         num_correct: rows whose target is the first argmax.
         aux_loss: the router's load-balancing loss of a mixture of experts, unweighted, if the model returns one.
+        added_loss: see `install_head`.
     """
 
     loss: Tensor
     entropy_sum: Tensor | None = None
     num_correct: Tensor | None = None
     aux_loss: Tensor | None = None
+    added_loss: Tensor | None = None
 
 
 def count_embeddings(model: PreTrainedModel) -> int:
@@ -70,8 +75,10 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss: bool = False) -> str | None:
     """Teach `model.forward` the keyword arguments `loss_rows`, `loss_targets`, `loss_weights` and `num_items`.
 
-    Without them the forward does not change. Call this before the model is wrapped (DDP, FSDP); for a PEFT model, pass
-    its base model.
+    Without them the forward does not change. An adapter may add to `loss` (AdaLoRA: how far its matrices are from
+    orthogonal). With `loss_apart=True` it adds to 0, and the loss of the rows is `added_loss`.
+
+    Call this before the model is wrapped (DDP, FSDP); for a PEFT model, pass its base model.
 
     Args:
         model: a causal language model with output embeddings.
@@ -105,12 +112,12 @@ def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss
         if "loss_rows" not in kwargs:
             return own_forward(self, *args, **kwargs)
         rows, targets, weights = (kwargs.pop(key, None) for key in LOSS_KEYS)
-        num_items = kwargs.pop("num_items", None)
+        num_items, apart = kwargs.pop("num_items", None), kwargs.pop("loss_apart", False)
         # looked up on each call: wrappers replace the head, and another adapter may be active now
         head = split_head(self.get_output_embeddings())
         if why_compact is None and not isinstance(head, str):
             hidden = _backbone(self)(*args, use_cache=False, **kwargs).last_hidden_state
-            return _reduce(_fused_loss(head, hidden, rows, targets, weights, fused_options, num_items))
+            return _reduce(_fused_loss(head, hidden, rows, targets, weights, fused_options, num_items), apart)
         outputs, logits = _compact_logits(functools.partial(own_forward, self), rows, *args, use_cache=False, **kwargs)
         # only this function uses the logits, so their gradient may overwrite them
         loss = cross_entropy(
@@ -122,7 +129,7 @@ def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss
             num_items=num_items,
             inplace=logits.requires_grad,
         )
-        return _reduce(loss, getattr(outputs, "aux_loss", None))
+        return _reduce(loss, apart, getattr(outputs, "aux_loss", None))
 
     model.forward = types.MethodType(forward, model)
     return why_compact
@@ -172,12 +179,11 @@ def _compact_logits(forward: Any, rows: Tensor, *args: Any, **kwargs: Any) -> tu
     return outputs, outputs.logits.flatten(0, 1).index_select(0, rows)
 
 
-def _reduce(output: LossOutput, aux_loss: Tensor | None = None) -> HeadOutput:
+def _reduce(output: LossOutput, apart: bool, aux_loss: Tensor | None = None) -> HeadOutput:
     assert output.entropy is not None
     assert output.correct is not None
-    return HeadOutput(
-        loss=output.loss, entropy_sum=output.entropy.sum(), num_correct=output.correct.sum(), aux_loss=aux_loss
-    )
+    loss, added = (torch.zeros_like(output.loss), output.loss) if apart else (output.loss, None)
+    return HeadOutput(loss, output.entropy.sum(), output.correct.sum(), aux_loss, added)
 
 
 def _logit_transform(config: Any) -> dict[str, Any]:
@@ -191,6 +197,25 @@ def _logit_transform(config: Any) -> dict[str, Any]:
         scale = divisor if config.model_type == "hyperclovax" else 1.0 / divisor
     softcap = first_of("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
     return {"softcap": softcap, "logit_scale": 1.0 if scale is None else float(scale)}
+
+
+def _own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """`[T, V]`. Says so if the model's own loss is not the cross-entropy of its logits: nothing here computes it."""
+    try:
+        outputs = model(input_ids=ids, labels=ids, use_cache=False)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
+        return model(input_ids=ids, use_cache=False).logits[0]  # not a model that computes a loss
+    logits, own = outputs.logits[0], getattr(outputs, "loss", None)
+    if own is not None and getattr(outputs, "aux_loss", None) is None:
+        expected = torch.nn.functional.cross_entropy(logits[:-1].float(), ids[0, 1:])
+        if not (own - expected).abs() <= 1e-3 * expected:
+            logger.warning(
+                "the forward of %s computes a loss other than the cross-entropy of its logits (%.4g instead of %.4g on "
+                "random tokens): what it adds is not trained on, as in TRL", type(model).__name__, own, expected,
+            )  # fmt: skip
+    return logits
 
 
 @torch.no_grad()
@@ -208,7 +233,7 @@ def _why_not_fused(model: PreTrainedModel, options: LossOptions) -> str | None:
         rows = torch.arange(7, dtype=torch.int32, device=ids.device)
         plain = replace(options, label_smoothing=0.0, z_loss=0.0, dft=False)
         with eval_mode(model), exercised(additions):
-            logits = model(input_ids=ids, use_cache=False).logits[0]
+            logits = _own_logits(model, ids)
             hidden = _backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
             ours = _fused_loss(head, hidden, rows, targets, None, plain, None).log_prob
         with gathered_parameters(linear.weight) as (weight,):

@@ -9,6 +9,7 @@ The source is the last document, because a causal leak from the first document r
 
 A second forward runs the last document alone. It detects two more faults: the first layer gets other inputs than in
 the packed row (positions do not restart), and windows expressed only in the mask, since packed attention has no mask.
+Rotary embeddings are compared by themselves, at positions as far as a document may reach.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,9 +29,11 @@ from packsft.data.batch import model_inputs
 from packsft.data.collator import PackingCollator
 from packsft.model.attention import packed_forward, watch_masks
 from packsft.model.head import count_embeddings, eval_mode
+from packsft.model.rotary import Call, watch_positions, why_by_row
 
 NOT_CHECKED = "not checked"
 DOCUMENT_LENGTHS = (9, 14, 11)  # unequal, and no length equals a boundary offset
+UNBOUNDED_LENGTH = 1 << 20  # checked in place of a max_length
 
 
 @dataclass(frozen=True)
@@ -57,20 +60,20 @@ def check_isolation(
 
     Raises:
         torch.OutOfMemoryError, RuntimeError: out of memory, which says nothing about the model.
+        FloatingPointError: weights are not finite.
     """
-    ids = _random_ids(model, sum(DOCUMENT_LENGTHS))
     devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), eval_mode(model), autocast(), watch_positions(model) as calls:
+        verdict = _verdict(lambda: _documents_apart(model, max_length or sys.maxsize))
+    apart = _verdict(lambda: _rotations_apart(calls, max_length or UNBOUNDED_LENGTH))
+    if verdict.isolated or apart.isolated:
+        return apart if verdict.isolated else verdict
+    return replace(verdict, reason=f"{verdict.reason}; {apart.reason}")
+
+
+def _verdict(check: Callable[[], IsolationVerdict]) -> IsolationVerdict:
     try:
-        with torch.random.fork_rng(devices), eval_mode(model), autocast():
-            with _first_layer_input(model) as packed:
-                verdict = _leak(model, ids)
-            if verdict.isolated:
-                with _first_layer_input(model) as alone:
-                    verdict = _lost_mask(
-                        model, ids[:, -DOCUMENT_LENGTHS[-1] :], sys.maxsize if max_length is None else max_length
-                    )
-                if not _same_positions(packed, alone):
-                    verdict = IsolationVerdict(False, "a packed document gets other positions than it has alone")
+        return check()
     except (
         TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError, AssertionError,
     ) as error:  # fmt: skip
@@ -78,7 +81,23 @@ def check_isolation(
             raise
         # on any other error, the model trains on padded rows, and the notice gives the reason
         return IsolationVerdict(False, f"a packed forward raised {type(error).__name__}: {error}")
+
+
+def _documents_apart(model: PreTrainedModel, max_length: int) -> IsolationVerdict:
+    ids = _random_ids(model, sum(DOCUMENT_LENGTHS))
+    with _first_layer_input(model) as packed:
+        verdict = _leak(model, ids)
+    if verdict.isolated:
+        with _first_layer_input(model) as alone:
+            verdict = _lost_mask(model, ids[:, -DOCUMENT_LENGTHS[-1] :], max_length)
+        if not _same_positions(packed, alone):
+            verdict = IsolationVerdict(False, "a packed document gets other positions than it has alone")
     return verdict
+
+
+def _rotations_apart(calls: list[Call], max_length: int) -> IsolationVerdict:
+    by_row = why_by_row(calls, max_length)
+    return IsolationVerdict(by_row is None, by_row)
 
 
 def _random_ids(model: PreTrainedModel, count: int) -> Tensor:
@@ -99,6 +118,9 @@ def _leak(model: PreTrainedModel, ids: Tensor) -> IsolationVerdict:
             return IsolationVerdict(False, "inconclusive: the input embeddings were never called")
         for source, first, last in ((logits[0, begin:], begin, None), (logits[0, middle], begin, middle + 1)):
             gradient = _gradient(source, leaf[0])
+            if not gradient.isfinite().all():
+                _raise_for_weights(model)
+                return IsolationVerdict(False, "inconclusive: gradients are not finite")
             if not gradient[first:last].any():
                 return IsolationVerdict(False, "inconclusive: a document's gradient does not reach its own input")
             if gradient[:first].any():
@@ -107,6 +129,12 @@ def _leak(model: PreTrainedModel, ids: Tensor) -> IsolationVerdict:
             if last is not None and gradient[last:].any():
                 return IsolationVerdict(False, "a position sees the ones after it", float(gradient[last:].max()))
     return IsolationVerdict(True)
+
+
+def _raise_for_weights(model: nn.Module) -> None:
+    names = [name for name, p in model.named_parameters() if p.is_floating_point() and not torch.isfinite(p).all()]
+    if names:
+        raise FloatingPointError(f"the weights {names[0]} of {type(model).__name__} are not finite: load others")
 
 
 def _same_positions(packed: list[Tensor], alone: list[Tensor]) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,11 +16,12 @@ from accelerate.utils import is_peft_model
 from packsft_kernels import LossOptions
 from torch import Tensor, nn
 
-from packsft.data.batch import loss_inputs, model_inputs
+from packsft.data.batch import document_lengths, longest_document, loss_inputs, model_inputs
 from packsft.model import attention
 from packsft.model.compilation import compile_layers, restore_layers
 from packsft.model.head import HeadOutput, install_head
 from packsft.model.isolation import NOT_CHECKED, IsolationVerdict, check_isolation
+from packsft.model.rotary import by_document, install_rotary
 
 logger = logging.getLogger("packsft")
 
@@ -51,6 +52,7 @@ class PreparedModel:
     Raises:
         ValueError: the model has no language-model head or no layers to compile, the attention back end was chosen by
             name and cannot run, or documents see each other and `on_unpackable="error"`.
+        FloatingPointError: weights are not finite.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class PreparedModel:
         fills_cache = self.prompt is not None and self.prompt.peft_type.value in ("PREFIX_TUNING", "CARTRIDGE")
         self.virtual_tokens = 0 if self.prompt is None or fills_cache else self.prompt.num_virtual_tokens
         restore_layers(self.base_model)
+        self._rotary_limit = install_rotary(self.base_model)
         self._prepare_attention(attention_backend, check, on_unpackable, any_rank)
         self.why_compact = install_head(self.base_model, options, needs_aux_loss=needs_aux_loss)
         if self.why_compact is not None:
@@ -126,19 +129,29 @@ class PreparedModel:
         self.isolation = check_isolation(self.base_model, self.autocast, self._max_length)
         return self.isolation
 
-    def packed_forward(self) -> AbstractContextManager:
+    @contextlib.contextmanager
+    def forward_on(self, batch: Mapping[str, Any]) -> Iterator[None]:
         """The context for a forward on a batch of the collator."""
-        return contextlib.nullcontext() if self.padded else attention.packed_forward()
+        turns = longest_document(batch) >= self._rotary_limit
+        apart = contextlib.nullcontext() if self.padded else attention.packed_forward()
+        with by_document(document_lengths(batch) if turns else None), apart:
+            yield
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any], num_items: float | Tensor) -> HeadOutput:
-        """Forward of a batch through the head; `model` is this model, possibly wrapped (PEFT, DDP, FSDP)."""
+        """Forward of a batch through the head; `model` is this model, possibly wrapped (PEFT, DDP, FSDP).
+
+        `added_loss` is what the adapter adds, of the model and not of the batch; None if it adds nothing to learn from.
+        """
         extra = loss_inputs(batch) | ({"output_router_logits": True} if self._needs_aux_loss else {})
-        with self.packed_forward():
-            return model(**model_inputs(batch), **extra, num_items=num_items)
+        with self.forward_on(batch):
+            output = model(**model_inputs(batch), **extra, num_items=num_items, loss_apart=True)
+        added = output.loss if output.loss.requires_grad else None
+        output.loss, output.added_loss = output.added_loss, added
+        return output
 
     def logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
         """The model's own output for a batch, with full logits: those of the tokens, not of virtual ones."""
-        with self.packed_forward():
+        with self.forward_on(batch):
             outputs = model(**model_inputs(batch), use_cache=False)
         if self.virtual_tokens:
             outputs.logits = outputs.logits[:, self.virtual_tokens :]

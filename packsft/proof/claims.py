@@ -17,7 +17,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from packsft.data.document import IGNORE_INDEX, Document, Pack, documents_of, ma
 from packsft.model.head import eval_mode
 from packsft.model.isolation import IsolationVerdict, decoder_layers, watch_layers
 from packsft.model.prepared import PreparedModel
+from packsft.model.rotary import by_document, forget
 from packsft.proof.invariance import rounds_to_float32
 
 Numbers = dict[str, Tensor]  # the loss and the gradient of every parameter, by name
@@ -221,13 +222,14 @@ class Comparison:
     @torch.no_grad()
     def logits(self) -> tuple[Numbers, Numbers, dict[str, float]]:
         """Hidden states of each layer and logits by name, documents end to end: (packed, alone, noise)."""
-        each = [self._hidden([document], input_ids=_ids(document)) for document in self.documents]
+        each = [self._hidden([document], input_ids=self._alone(document)) for document in self.documents]
         alone = {name: torch.cat([hidden[name] for hidden in each]) for name in each[0]}
-        with self._rounded_otherwise():
+        with self._rounded_otherwise(), self._by_row():
             rounded = self._hidden(self.documents, **self._padded())
         noise = {name: _norm(rounded[name] - alone[name]) for name in alone}
-        with self._prepared.packed_forward():
-            packed = self._hidden(self.documents, **model_inputs(self._batch(self.documents)))
+        batch = self._batch(self.documents)
+        with self._prepared.forward_on(batch):
+            packed = self._hidden(self.documents, **model_inputs(batch))
         return packed, alone, noise
 
     def _hidden(self, documents: Pack, **inputs: Any) -> Numbers:
@@ -235,6 +237,11 @@ class Comparison:
             logits = self._own_logits(**inputs)
         named = [*((name, hidden) for name, hidden in layers if hidden.dim() == 3), ("logits", logits)]
         return {name: _end_to_end(hidden, documents) for name, hidden in named}
+
+    def _by_row(self) -> AbstractContextManager:
+        """Rotary embeddings that depend on a document's length take that of each padded row, not of the longest."""
+        mask = self._padded()["attention_mask"]
+        return by_document((mask.sum(1, keepdim=True) + torch.zeros_like(mask)).to(self.device))
 
     def _own_logits(self, **inputs: Any) -> Tensor:
         inputs = {name: x.to(self.device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
@@ -296,16 +303,21 @@ class Comparison:
 
     # ---- loss and gradients ----
 
+    def _alone(self, document: Document) -> Tensor:
+        forget(self.model)  # the documents before
+        return _ids(document)
+
     def alone(self) -> Numbers:
-        return self._add(self._own_loss([document], input_ids=_ids(document)) for document in self.documents)
+        return self._add(self._own_loss([document], input_ids=self._alone(document)) for document in self.documents)
 
     def rounded(self) -> Numbers:
-        with self._rounded_otherwise():
+        with self._rounded_otherwise(), self._by_row():
             return self._add([self._own_loss(self.documents, **self._padded())])
 
     def packed(self) -> Numbers:
-        with self._prepared.packed_forward():
-            return self._add([self._own_loss(self.documents, **model_inputs(self._batch(self.documents)))])
+        batch = self._batch(self.documents)
+        with self._prepared.forward_on(batch):
+            return self._add([self._own_loss(self.documents, **model_inputs(batch))])
 
     def trained(self, micro_batches: Iterable[Pack]) -> Numbers:
         return self._add(self._trained_loss(documents) for documents in micro_batches)

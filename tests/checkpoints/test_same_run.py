@@ -194,7 +194,7 @@ def test_the_count_of_tokens_goes_on(whole, tmp_path):
     assert logged(ours, "num_tokens")[-1] == 2 * sum(map(len, token_rows(24)["input_ids"]))
 
 
-def test_rotary_embeddings_that_grow_have_grown(tmp_path):
+def test_rotary_embeddings_of_long_documents_need_no_state(tmp_path):
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     rows = token_rows(24, max_length=30)
     options = {"train_dataset": rows, "num_train_epochs": 1, "save_steps": 1}
@@ -203,7 +203,6 @@ def test_rotary_embeddings_that_grow_have_grown(tmp_path):
         return tiny_model(max_position_embeddings=4, rope_parameters=rope)
 
     whole = begun(tmp_path, model=model(), **options)
-    assert int(whole.model.model.rotary_emb.max_seq_len_cached) > 20
     for checkpoint in (2, 4):
         assert_same(resumed(tmp_path, checkpoint, model=model(), **options), whole)
 

@@ -17,6 +17,7 @@ from alone import assert_gradients_equal, documents_alone, one_step, packed_step
 from numerics import EXACT, assert_accurate, error
 from packsft_kernels import LossOptions
 from peft import (
+    AdaLoraConfig,
     CartridgeConfig,
     CPTConfig,
     IA3Config,
@@ -32,6 +33,7 @@ from peft import (
 )
 from runs import losses, trainer
 from tiny import VOCAB, tiny_model, tiny_tokenizer, token_rows
+from tiny_models import tiny_model as tiny_family
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
@@ -551,3 +553,95 @@ def test_a_prompt_that_peft_would_leave_out_and_a_model_that_must_pack_are_refus
         trainer(tmp_path, model=prompted("prompt tuning"), on_unpackable="error")
     with pytest.raises(ValueError, match="PromptTuningConfig trains padded rows: there is nothing to prove"):
         trainer(tmp_path, model=prompted("prompt tuning")).check_packing()
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["peft_config", "PeftModel"])
+def test_a_second_model_beside_the_first_is_refused_by_name(wrapped, tmp_path):
+    peft = pytest.importorskip("peft", minversion="0.21")
+    model, config = base_model(tied=False), peft.ShadowConfig(task_type="CAUSAL_LM")
+    adapter = {"model": get_peft_model(model, config)} if wrapped else {"model": model, "peft_config": config}
+    with pytest.raises(ValueError, match="ShadowConfig runs a second model over each row"):
+        trainer(tmp_path, **adapter)
+
+
+# ---- losses of adapters and models ----
+
+
+def adalora(dtype=torch.float64):
+    config = AdaLoraConfig(
+        task_type="CAUSAL_LM", init_r=4, target_r=2, total_step=10, target_modules=LAYERS, orth_reg_weight=0.3
+    )
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model("llama", dtype), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def regularization(model):
+    """By its definition (Zhang et al., arXiv 2303.10512, equation 4), averaged as PEFT does, and its gradients."""
+    pairs = {name: p for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name}
+    terms = []
+    for name, p in pairs.items():
+        square = p @ p.T if "lora_A" in name else p.T @ p
+        terms.append((square - torch.eye(len(square), dtype=p.dtype)).norm())
+    loss = 0.3 * sum(terms) / len(terms)
+    return loss.detach(), dict(zip(pairs, torch.autograd.grad(loss, list(pairs.values())), strict=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tokens_per_pass": 12},
+        {"packing": False, "per_device_train_batch_size": 3},
+        {"packing_strategy": "bfd", "max_length": 16},
+    ],
+    ids=str,
+)
+def test_what_adalora_adds_to_the_loss_counts_once_in_a_step(options, tmp_path):
+    model, rows = adalora(), token_rows(12)
+    exact_loss, exact = documents_alone(model, rows)
+    added, gradients = regularization(model)
+    assert added > 0.1
+    exact = {name: grad + gradients.get(name, 0.0) for name, grad in exact.items()}
+    args = {"max_length": 32, "per_device_train_batch_size": 12, **options}
+    ours = trainer(tmp_path, model, rows, rows, **args)
+    loss, grads = one_step(ours)
+    assert error(loss, exact_loss + added) < EXACT
+    assert_gradients_equal(grads, exact, EXACT)
+    assert ours.evaluate()["eval_loss"] == pytest.approx(float(exact_loss), rel=1e-12)
+    assert ours.check_packing().holds
+
+
+def test_what_adalora_adds_is_in_the_logged_loss_once(tmp_path):
+    found = []
+    for tokens_per_pass in (12, 64):
+        model = adalora()
+        ours = trainer(
+            tmp_path, model, token_rows(12), learning_rate=0.0, max_steps=2, tokens_per_pass=tokens_per_pass,
+            per_device_train_batch_size=12,
+        )  # fmt: skip
+        expected = float(documents_alone(model, token_rows(12))[0] + regularization(model)[0])
+        ours.train()
+        found.append(losses(ours))
+    assert found[0] == found[1] == pytest.approx([expected] * 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["kasa_config", "monteclora_config"])
+def test_losses_that_peft_leaves_to_the_trainer_are_noticed(name, tmp_path, caplog):
+    peft = pytest.importorskip("peft", minversion="0.21")
+    kind = {"kasa_config": peft.KasaConfig, "monteclora_config": peft.MontecloraConfig}[name]
+    trainer(tmp_path, base_model(tied=False), peft_config=lora(**{name: kind()}))
+    assert caplog.text.count(f"{name}: PEFT leaves the loss of this adapter to a compute_loss of your own") == 1
+
+
+def test_a_loss_that_a_model_adds_in_its_own_forward_is_noticed(tmp_path, caplog):
+    trainer(tmp_path, tiny_family("bamba").float())
+    assert "computes a loss other than" not in caplog.text
+    model = tiny_family("bamba").float()
+    model.z_loss_coefficient = 1e-2
+    trainer(tmp_path, model)
+    assert caplog.text.count("the forward of BambaForCausalLM computes a loss other than the cross-entropy") == 1

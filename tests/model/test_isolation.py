@@ -170,3 +170,21 @@ def test_running_out_of_memory_says_nothing_about_the_model(error, tmp_path, mon
     monkeypatch.setattr("packsft.model.head.linear_cross_entropy", fail)
     with pytest.raises(type(error), match="memory"):
         trainer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj"])
+def test_weights_that_are_no_numbers_are_named_before_training_or_after_its_first_steps(name, tmp_path):
+    name = f"model.layers.1.{name}.weight"
+    model = tiny_model("llama")
+    model.get_parameter(name).data[3, 5] = torch.nan
+    with pytest.raises(FloatingPointError, match=f"the weights {name} of LlamaForCausalLM are not finite"):
+        trainer(tmp_path, model)
+    with pytest.raises(FloatingPointError, match="the loss of steps 1 and 2 is not finite"):
+        trainer(tmp_path, model, check_packing="off").train()
+
+
+def test_gradients_that_overflow_are_no_leak(tmp_path):
+    model = tiny_model("llama", tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight *= 1e30
+    assert check(model).reason == "inconclusive: gradients are not finite"

@@ -52,6 +52,7 @@ ONE = {
     "thirty, float32": sizes(5, 2, dtype="float32", **THIRTY),
     "by example": sizes(4, 4, **EXAMPLES),
     "LoRA on the head": sizes(4, 4, lora_on_head=True),
+    "AdaLoRA": sizes(4, 4, adalora=True),
 }
 TWO = {
     "unpacked": sizes(4, 2),
@@ -62,6 +63,7 @@ TWO = {
     "unpacked, by example": sizes(4, 2, **EXAMPLES),
     "step, by example": sizes(4, 2, **EXAMPLES, **STEP),
     "LoRA on the head": sizes(4, 2, lora_on_head=True, **STEP),
+    "AdaLoRA": sizes(4, 2, adalora=True, **STEP),
 }
 
 
@@ -97,6 +99,11 @@ def test_two_processes_give_the_weights_of_one(how, one, two):
 def test_a_lora_on_the_head_is_trained_alike_on_two_processes(one, two):
     assert_same_weights(two["LoRA on the head"], one["LoRA on the head"])
     assert one["LoRA on the head"]["weights"]["base_model.model.lm_head.lora_B.default.weight"].abs().max() > 1e-3
+
+
+def test_what_an_adapter_adds_to_the_loss_counts_once_on_two_processes(one, two):
+    assert_same_weights(two["AdaLoRA"], one["AdaLoRA"])
+    assert off(two["AdaLoRA"], one["AdaLoRA"]) < 1e-10
 
 
 def test_an_evaluation_of_exact_steps_counts_no_row_twice(one, two):

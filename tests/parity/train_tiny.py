@@ -1,7 +1,7 @@
 """Script for the tests of several ranks: trains a tiny GPT-2, several times, and saves weights and losses.
 
 usage: train_tiny.py OUTPUT_FILE RUNS, with RUNS as JSON: names, and options of the configuration (and `dtype`,
-`lora_on_head`).
+`lora_on_head`, `adalora`).
 """
 
 import json
@@ -10,7 +10,7 @@ import tempfile
 
 import torch
 from accelerate import PartialState
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoraConfig
 from runs import config, losses
 from tiny import tiny_model, tiny_tokenizer, token_rows
 
@@ -32,6 +32,8 @@ class Recording(PackedSFTTrainer):
 def trained(options):
     torch.manual_seed(0)
     lora = LoraConfig(r=4, target_modules=["c_attn", "lm_head"]) if options.pop("lora_on_head", False) else None
+    if options.pop("adalora", False):
+        lora = AdaLoraConfig(init_r=4, total_step=100, target_modules=["c_attn"])
     ours = Recording(
         model=tiny_model("gpt2", getattr(torch, options.pop("dtype", "float64"))),
         peft_config=lora,

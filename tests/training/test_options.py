@@ -280,6 +280,23 @@ def test_noise_in_a_pack_is_as_large_as_the_length_of_each_document_says(lora, t
     assert not embeddings(torch.tensor([[3, 4]])).any()  # gone with the training
 
 
+def test_noise_on_padded_rows_is_as_large_as_the_length_of_each_document_says(tmp_path):
+    model, noise = tiny_model("stablelm", tie_word_embeddings=False), []
+    ours = trainer(
+        tmp_path, model=model, neftune_noise_alpha=5.0, max_steps=1, learning_rate=0.0, train_dataset=token_rows(24),
+        per_device_train_batch_size=24, tokens_per_pass=512, use_cpu=True,
+    )  # fmt: skip
+    (step,) = ours.get_train_dataloader()
+    (batch,) = step["passes"]
+    torch.nn.init.zeros_(model.get_input_embeddings().weight)
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: noise.append(args[0].detach()))
+    ours.train()
+    (noise_BSM,) = noise
+    for sizes, length in zip(noise_BSM.abs(), batch["row_lengths"].tolist(), strict=True):
+        bound = 5.0 / math.sqrt(length * 32)
+        assert 0.9 * bound < sizes.max() <= bound
+
+
 # ---- precision and memory ----
 
 
