@@ -8,10 +8,13 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
+import os
+import re
 from typing import Any
 
 from accelerate.utils import DynamoBackend, is_peft_model
 from datasets import Dataset, IterableDataset
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import is_kernels_available
 from trl import SFTConfig
@@ -26,11 +29,13 @@ logger = logging.getLogger("packsft")
 
 def own_arguments(arguments: dict[str, Any]) -> SFTConfig:
     """A copy of the configuration: the trainer adjusts it, and the caller may use the original again."""
+    model = arguments.get("model")
+    if not isinstance(model, (str, nn.Module)):
+        raise ValueError(f"model is a {type(model).__name__}, expected a model, or the name or folder of one")
     args = arguments.get("args")
     if args is not None and not isinstance(args, TrainingArguments):
         raise ValueError(f"args is a {type(args).__name__}, expected a PackedSFTConfig or an SFTConfig")
     if args is None:
-        model = arguments["model"]
         name = model if isinstance(model, str) else (getattr(model.config, "_name_or_path", "") or "model")
         args = PackedSFTConfig(f"{name.split('/')[-1]}-SFT")
     if isinstance(args, TrainingArguments) and not isinstance(args, SFTConfig):
@@ -54,6 +59,9 @@ def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
     for name in ("packing", "eval_packing"):
         if getattr(args, name) not in (True, False, *([None] if name == "eval_packing" else [])):
             raise ValueError(f"{name}={getattr(args, name)!r}: expected True or False")  # a text would be true
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name}={getattr(args, name)!r}: expected an integer of at least 1")
     if args.packing and args.max_length is None:
         raise ValueError("max_length=None: packing=True needs max_length, the number of tokens in a pack")
     if args.packing and args.packing_strategy not in PACKING_STRATEGIES:
@@ -111,6 +119,7 @@ def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
     model = arguments["model"]
     _check_adapter(arguments.get("peft_config"), args)
     if isinstance(model, str):
+        check_model_name(model)
         requested = (args.model_init_kwargs or {}).get("attn_implementation")
         if requested == "flash_attention_2" and not (
             importlib.util.find_spec("flash_attn") is not None or is_kernels_available()
@@ -126,6 +135,12 @@ def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
             f"{type(model).__name__} has no language-model head (get_output_embeddings() is None): packsft trains "
             "causal language models; load one with AutoModelForCausalLM"
         )
+
+
+def check_model_name(name: str) -> None:
+    """Raises ValueError for a folder that is not there, unless the name may be one of the hub."""
+    if not os.path.exists(name) and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise ValueError(f"model {name!r}: there is no such folder, and no model of the hub has such a name")
 
 
 def skips_preparation(args: SFTConfig) -> bool:

@@ -212,7 +212,7 @@ def load_rows(data: str, split: str = "train") -> Dataset:
         if saved:
             rows = load_from_disk(whole)
         elif path.is_file():
-            rows = Dataset.from_file(data) if kind == "arrow" else _read_file(path, str(kind))
+            rows = Dataset.from_file(data) if kind == "arrow" else _read_file(path, str(kind), split)
         else:
             rows = load_dataset(data, split=split)
     except OSError as error:
@@ -225,17 +225,19 @@ def load_rows(data: str, split: str = "train") -> Dataset:
         if split not in rows:
             raise ValueError(f"{data} has no split {split!r}, only {', '.join(rows)}: choose one with --split")
         rows = rows[split]
+    elif split != "train" and (saved or kind == "arrow"):
+        raise ValueError(f"{data} has no split {split!r}: it is a data set without splits, leave --split out")
     if len(rows) == 0:
         raise ValueError(f"{data} holds no examples")
     return rows
 
 
-def _read_file(path: Path, kind: str) -> Dataset:
-    """One file, as `load_dataset` reads it, which would take its name for a pattern."""
+def _read_file(path: Path, kind: str, split: str) -> Dataset:
+    """One file as the split "train", as `load_dataset` reads it, which would take its name for a pattern."""
     stat = path.stat()  # the cache knows a file by its name and this
     files = DataFilesList([str(path.absolute())], [(f"{stat.st_mtime_ns}", f"{stat.st_size}")])
     read: Any = {"json": Dataset.from_json, "parquet": Dataset.from_parquet, "csv": Dataset.from_csv}[kind]
-    return read(DataFilesDict(train=files), split="train")
+    return read(DataFilesDict(train=files), split=split)
 
 
 def _check_objects(path: Path) -> None:
@@ -253,6 +255,8 @@ def _check_objects(path: Path) -> None:
 
 def _form(rows: Dataset, data: str) -> tuple[str, ...]:
     """The columns that give the data set one of TRL's forms. Checks that every row has a value, and the types."""
+    if pictures := {"image", "images"} & set(rows.column_names):
+        raise ValueError(f"{data} has the column {min(pictures)!r}: packsft trains on text only")
     form = next((form for form in FORMS if set(form) <= set(rows.column_names)), None)
     if form is None:
         raise ValueError(
@@ -319,7 +323,9 @@ def _tokenise(
     from trl import SFTConfig
 
     from packsft.compat import prepare_rows
+    from packsft.data.raw import checked_rows
 
+    rows = checked_rows(rows, text_field="text", completion_only=completion_only_loss is not False, name=data)
     tokenizer = _load_tokenizer(model)
     num_processes = min((os.cpu_count() or 1), len(rows) // ROWS_PER_PROCESS)
     with warnings.catch_warnings():
@@ -341,15 +347,22 @@ def _tokenise(
         raise ValueError(f"{data} cannot be tokenised: {type(error).__name__}: {error}") from error
 
 
+def could_not_load(model: str, error: Exception, what: str = "") -> str:
+    where = "" if os.path.exists(model) else "there is no such folder, and from the hub: "
+    return f"could not load {what}{model}: {where}{error}"
+
+
 def _load_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     from packsft.app.smollm2 import load_smollm2_tokenizer
+    from packsft.arguments import check_model_name
 
+    check_model_name(model)
     try:
         tokenizer = load_smollm2_tokenizer() if model == "smollm2" else AutoTokenizer.from_pretrained(model)
     except Exception as error:  # transformers raises anything about a damaged folder
-        raise ValueError(f"could not load the tokenizer of {model}, which text needs: {error}") from error
+        raise ValueError(could_not_load(model, error, "the tokenizer of ")) from error
     if tokenizer.eos_token is None:
         raise ValueError(f"the tokenizer of {model} has no EOS token to end an example with")
     return tokenizer

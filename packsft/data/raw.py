@@ -7,6 +7,7 @@ Knows which columns TRL reads, not what it makes of them.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -19,6 +20,10 @@ from packsft.data.document import check_mask, checked_tokens, short
 from packsft.data.packs import is_list, masked_rows
 
 TEXT, MESSAGES = "a text", "a list of messages with the key {!r}"
+logger = logging.getLogger("packsft")
+
+FORMS = "`input_ids`, `messages`, `prompt` and `completion`, or a text (the column of `dataset_text_field`)"
+EMPTY = "are empty: there, at most the EOS token is scored"
 Rows = TypeVar("Rows", Dataset, IterableDataset)
 
 
@@ -28,7 +33,7 @@ def checked_rows(dataset: Rows, *, text_field: str, completion_only: bool, name:
     Args:
         dataset: rows of any form that TRL takes.
         text_field: the column of texts, if the rows hold neither tokens nor messages.
-        completion_only: whether `completion_mask` applies.
+        completion_only: whether only completions are scored. Those that are empty are counted in one notice.
         name: names the data set in messages.
 
     Raises:
@@ -52,14 +57,20 @@ def checked_rows(dataset: Rows, *, text_field: str, completion_only: bool, name:
             return masked_rows(dataset, masks)
         return dataset.map(functools.partial(_check_tokens, masks=masks, name=name), with_indices=True)
     texts, expected = _form(sample, text_field)
+    scores_completions = completion_only and expected == TEXT and "completion" in texts
     if isinstance(dataset, IterableDataset):
-        return dataset.map(
-            functools.partial(_check_texts, texts=texts, expected=expected, name=f"{name} stream"), with_indices=True
+        check = functools.partial(
+            _check_texts, texts=texts, expected=expected, name=f"{name} stream", says_empty=scores_completions
         )
+        return dataset.map(check, with_indices=True)
     _check_texts(sample, 0, texts, expected, f"{name} data set")  # the others have the same type, if any
     for text in texts:
         if (row := _first_missing(dataset, text)) is not None:
             raise ValueError(f"row {row} of the {name} data set: {text} is missing, or holds no message or a null")
+    if scores_completions:
+        is_empty = pc.equal(dataset.data.column("completion"), "").to_numpy()
+        if count := len(_selected(dataset, np.flatnonzero(is_empty))):
+            logger.warning("%s data set: %d of %d completions %s", name, count, len(dataset), EMPTY)
     return dataset
 
 
@@ -115,13 +126,23 @@ def _kind(name: str, value: Any) -> str | None:
     return MESSAGES.format(_key(name)) if messages and value else None
 
 
-def _check_texts(row: dict[str, Any], index: int, texts: Sequence[str], expected: str, name: str) -> dict[str, Any]:
+def _check_texts(
+    row: dict[str, Any], index: int, texts: Sequence[str], expected: str, name: str, says_empty: bool = False
+) -> dict[str, Any]:
     for text in texts:
         if text not in row:
-            raise ValueError(f"the {name} has no column {text!r}, only {', '.join(row)}")
+            raise ValueError(f"the {name} has no column {text!r}, only {', '.join(row)}: expected {FORMS}")
         if _kind(text, row[text]) != expected:
             raise ValueError(f"row {index} of the {name}: {text} is {short(row[text])}, expected {expected}")
+    if says_empty and not row["completion"]:
+        _say_empty(name)
     return row
+
+
+@functools.cache
+def _say_empty(name: str) -> None:
+    """Once in a process: how many there are, a stream knows only at its end."""
+    logger.warning("%s: some completions %s", name, EMPTY)
 
 
 def _first_missing(dataset: Dataset, name: str) -> int | None:
@@ -133,6 +154,12 @@ def _first_missing(dataset: Dataset, name: str) -> int | None:
     rows = np.flatnonzero(missing.to_numpy())
     if is_list(column.type) and (messages := pc.list_flatten(column)).null_count:
         rows = np.union1d(rows, pc.list_parent_indices(column).filter(messages.is_null()).to_numpy())
-    if dataset._indices is not None and len(rows):
-        rows = np.flatnonzero(np.isin(dataset._indices.column(0).to_numpy(), rows))
+    rows = _selected(dataset, rows)
     return int(rows[0]) if len(rows) else None
+
+
+def _selected(dataset: Dataset, rows: np.ndarray) -> np.ndarray:
+    """Rows of the table as rows of the data set, which may be a selection."""
+    if dataset._indices is None or not len(rows):
+        return rows
+    return np.flatnonzero(np.isin(dataset._indices.column(0).to_numpy(), rows))
