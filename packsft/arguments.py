@@ -248,13 +248,13 @@ def _check_adapter(config: Any, args: SFTConfig) -> None:
 
 
 def _check_prompt(config: Any, args: SFTConfig) -> None:
-    name, kind = type(config).__name__, getattr(config.peft_type, "value", config.peft_type)
+    name, kind = type(config).__name__, config.peft_type  # a text as well
     if kind not in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE"):
         raise ValueError(
             f"{name} is not supported: it needs more than the tokens and labels of a row. Of prompt learning, "
             "PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig and CartridgeConfig are"
         )
-    if getattr(config.task_type, "value", config.task_type) != "CAUSAL_LM":
+    if config.task_type != "CAUSAL_LM":
         raise ValueError(f"{name} has task_type={config.task_type!r}, expected 'CAUSAL_LM'")
     if kind in ("PREFIX_TUNING", "CARTRIDGE") and args.gradient_checkpointing:
         raise ValueError(

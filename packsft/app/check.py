@@ -66,8 +66,11 @@ def check_model(
     if adapter is not None:
         if not is_peft_available():
             raise ValueError(f"adapter {adapter} needs the package peft, which is not installed")
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
 
+        config = PeftConfig.from_pretrained(adapter)
+        if config.is_prompt_learning:
+            raise ValueError(f"{type(config).__name__} trains padded rows: there is nothing to prove")
         network = PeftModel.from_pretrained(network, adapter, is_trainable=True)
     device = torch.device("cpu")
     if torch.accelerator.is_available():  # a CUDA build names an accelerator even where there is none
