@@ -10,6 +10,8 @@ import dataclasses
 import importlib.util
 import logging
 import numbers
+import os
+import re
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from accelerate.utils import DynamoBackend, is_peft_model
 from datasets import Dataset, IterableDataset
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import is_kernels_available
 from trl import SFTConfig
@@ -35,11 +38,13 @@ def own_arguments(arguments: dict[str, Any]) -> SFTConfig:
 
     Raises ValueError for a value of another type.
     """
+    model = arguments.get("model")
+    if not isinstance(model, (str, nn.Module)):
+        raise ValueError(f"model is a {type(model).__name__}, expected a model, or the name or folder of one")
     args = arguments.get("args")
     if args is not None and not isinstance(args, TrainingArguments):
         raise ValueError(f"args is a {type(args).__name__}, expected a PackedSFTConfig or an SFTConfig")
     if args is None:
-        model = arguments["model"]
         name = model if isinstance(model, str) else (getattr(model.config, "_name_or_path", "") or "model")
         args = PackedSFTConfig(f"{name.split('/')[-1]}-SFT")
     if isinstance(args, TrainingArguments) and not isinstance(args, SFTConfig):
@@ -123,6 +128,7 @@ def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
     model = arguments["model"]
     _check_adapter(arguments.get("peft_config"), args)
     if isinstance(model, str):
+        check_model_name(model)
         requested = (args.model_init_kwargs or {}).get("attn_implementation")
         if requested == "flash_attention_2" and not (
             importlib.util.find_spec("flash_attn") is not None or is_kernels_available()
@@ -158,7 +164,7 @@ def _check_values(args: SFTConfig) -> None:
     for name in (*positive, "pad_to_multiple_of"):
         size: Any = getattr(args, name)
         if size is not None and (not _NUMBERS[int](size) or size < 1):
-            raise ValueError(f"{name}={size!r}: expected an integer of 1 or more")
+            raise ValueError(f"{name}={size!r}: expected an integer of at least 1")
     if not isinstance(args.dataset_kwargs, dict | None):
         raise ValueError(f"dataset_kwargs={args.dataset_kwargs!r}: expected a dict")
     if unread := (args.dataset_kwargs or {}).keys() - {"skip_prepare_dataset"}:
@@ -170,6 +176,12 @@ _NUMBERS: dict[type, Callable[[Any], bool]] = {
     int: lambda value: isinstance(value, numbers.Integral) and not isinstance(value, bool),
     float: lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool),
 }
+
+
+def check_model_name(name: str) -> None:
+    """Raises ValueError for a folder that is not there, unless the name may be one of the hub."""
+    if not os.path.exists(name) and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise ValueError(f"model {name!r}: there is no such folder, and no model of the hub has such a name")
 
 
 def skips_preparation(args: SFTConfig) -> bool:
@@ -291,13 +303,13 @@ def _check_adapter(config: Any, args: SFTConfig) -> None:
 
 
 def _check_prompt(config: Any, args: SFTConfig) -> None:
-    name, kind = type(config).__name__, getattr(config.peft_type, "value", config.peft_type)
+    name, kind = type(config).__name__, config.peft_type  # a text as well
     if kind not in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE"):
         raise ValueError(
             f"{name} is not supported: it needs more than the tokens and labels of a row. Of prompt learning, "
             "PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig and CartridgeConfig are"
         )
-    if getattr(config.task_type, "value", config.task_type) != "CAUSAL_LM":
+    if config.task_type != "CAUSAL_LM":
         raise ValueError(f"{name} has task_type={config.task_type!r}, expected 'CAUSAL_LM'")
     if kind in ("PREFIX_TUNING", "CARTRIDGE") and args.gradient_checkpointing:
         raise ValueError(

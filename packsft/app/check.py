@@ -17,7 +17,8 @@ from packsft_kernels.varlen_attention import BACKENDS
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import is_peft_available
 
-from packsft.app.inspect import tokenised_rows
+from packsft.app.inspect import could_not_load, tokenised_rows
+from packsft.arguments import check_model_name
 from packsft.compat import is_out_of_memory
 from packsft.config import PackedSFTConfig
 from packsft.data.collator import PackingCollator
@@ -34,6 +35,8 @@ WORKER = "packsft.app.check"
 
 def check_batch_invariance(model: str | None, num_steps: int) -> list[InvarianceResult]:
     """`invariance.certify_by_name` with packsft's trainer."""
+    if model is not None:
+        check_model_name(model)
     return certify_by_name(model, num_steps, WORKER)
 
 
@@ -64,8 +67,11 @@ def check_model(
     if adapter is not None:
         if not is_peft_available():
             raise ValueError(f"adapter {adapter} needs the package peft, which is not installed")
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
 
+        config = PeftConfig.from_pretrained(adapter)
+        if config.is_prompt_learning:
+            raise ValueError(f"{type(config).__name__} trains padded rows: there is nothing to prove")
         network = PeftModel.from_pretrained(network, adapter, is_trainable=True)
     device = torch.device("cpu")
     if torch.accelerator.is_available():  # a CUDA build names an accelerator even where there is none
@@ -106,11 +112,12 @@ def _load(model: str, dtype: torch.dtype, attn: str | None) -> PreTrainedModel:
         if attn is not None:
             network.set_attn_implementation(attn)
         return network
+    check_model_name(model)
     options = {} if attn is None else {"attn_implementation": attn}
     try:
         return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options)
     except Exception as error:  # transformers raises anything about a damaged folder
-        raise ValueError(f"could not load {model}: {error}") from error
+        raise ValueError(could_not_load(model, error)) from error
 
 
 if __name__ == "__main__":

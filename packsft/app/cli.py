@@ -20,19 +20,19 @@ from packsft.packing.segments import OVERLONG, STRATEGIES
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0; 1 if a check fails; 2 for bad input, with one line `packsft: error:` and the reason.
 
-    Under `run` and `trl` the errors and the exit code are those of the script.
+    Under `run` the errors and the exit code are those of the script; under `trl`, once it trains.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments[:1] == ["trl"]:
-        return _trl(arguments[1:])  # argparse would keep `--help` from TRL
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.command is None:
-        parser.print_help()
-        return 0
-    if options.command != "run" and isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
     try:
+        if arguments[:1] == ["trl"]:
+            return _trl(arguments[1:])  # argparse would keep `--help` from TRL
+        parser = _parser()
+        options = parser.parse_args(arguments)
+        if options.command is None:
+            parser.print_help()
+            return 0
+        if options.command != "run" and isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
         run = {"demo": _demo, "inspect": _inspect, "check": _check, "run": _run}[options.command]
         return run(options, arguments)
     except (ValueError, OSError, ImportError) as error:
@@ -77,6 +77,8 @@ def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             raise ValueError(f"--plot {options.plot}: expected a name that ends in .png")
         if not options.plot.parent.is_dir():
             raise ValueError(f"--plot {options.plot}: there is no folder {options.plot.parent}")
+    if options.tokens_per_pass is not None and options.strategy != "step":
+        raise ValueError(f"--tokens-per-pass needs --strategy step, not {options.strategy}")
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it raises what it logs about a bad file

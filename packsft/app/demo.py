@@ -38,8 +38,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from packsft.app.drawing import check_matplotlib, draw_packs
+from packsft.app.inspect import could_not_load
 from packsft.app.json_lines import check_json, parse_json
 from packsft.app.tables import markdown, print_table
+from packsft.arguments import check_model_name
 
 if TYPE_CHECKING:
     from packsft import PackedSFTTrainer
@@ -215,12 +217,13 @@ def prepare(
 
         model, tokenizer = load_smollm2(torch.float32)
     else:
+        check_model_name(model_name)
         # float32 master weights: rounding to bfloat16 would lose a step of 1e-4.
         try:
             model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(model_name)
         except Exception as error:  # transformers raises anything about a damaged folder
-            raise ValueError(f"could not load {model_name}: {error}") from error
+            raise ValueError(could_not_load(model_name, error)) from error
     if not all(_is_text(row) for row in rows[0].values()) and tokenizer.chat_template is None:
         raise ValueError(f"{data} holds messages, but the tokenizer of {model_name} has no chat template")
     if tokenizer.eos_token is None:

@@ -23,7 +23,7 @@ from packsft.app.json_lines import check_json, parse_json
 from packsft.app.tables import print_table
 from packsft.data.columns import is_list
 from packsft.data.packs import pack_dataset
-from packsft.data.raw import label_rows
+from packsft.data.raw import checked_rows, label_rows, tokenizer_without_nulls
 from packsft.packing import (
     MaxLength,
     PackingReport,
@@ -212,7 +212,7 @@ def load_rows(data: str, split: str = "train") -> Dataset:
         if saved:
             rows = load_from_disk(whole)
         elif path.is_file():
-            rows = Dataset.from_file(data) if kind == "arrow" else _read_file(path, str(kind))
+            rows = Dataset.from_file(data) if kind == "arrow" else _read_file(path, str(kind), split)
         else:
             rows = load_dataset(data, split=split)
     except OSError as error:
@@ -225,17 +225,19 @@ def load_rows(data: str, split: str = "train") -> Dataset:
         if split not in rows:
             raise ValueError(f"{data} has no split {split!r}, only {', '.join(rows)}: choose one with --split")
         rows = rows[split]
+    elif split != "train" and (saved or kind == "arrow"):
+        raise ValueError(f"{data} has no split {split!r}: it is a data set without splits, leave --split out")
     if len(rows) == 0:
         raise ValueError(f"{data} holds no examples")
     return rows
 
 
-def _read_file(path: Path, kind: str) -> Dataset:
-    """One file, as `load_dataset` reads it, which would take its name for a pattern."""
+def _read_file(path: Path, kind: str, split: str) -> Dataset:
+    """One file as the split "train", as `load_dataset` reads it, which would take its name for a pattern."""
     stat = path.stat()  # the cache knows a file by its name and this
     files = DataFilesList([str(path.absolute())], [(f"{stat.st_mtime_ns}", f"{stat.st_size}")])
     read: Any = {"json": Dataset.from_json, "parquet": Dataset.from_parquet, "csv": Dataset.from_csv}[kind]
-    return read(DataFilesDict(train=files), split="train")
+    return read(DataFilesDict(train=files), split=split)
 
 
 def _check_objects(path: Path) -> None:
@@ -253,6 +255,8 @@ def _check_objects(path: Path) -> None:
 
 def _form(rows: Dataset, data: str) -> tuple[str, ...]:
     """The columns that give the data set one of TRL's forms. Checks that every row has a value, and the types."""
+    if pictures := {"image", "images"} & set(rows.column_names):
+        raise ValueError(f"{data} has the column {min(pictures)!r}: packsft trains on text only")
     form = next((form for form in FORMS if set(form) <= set(rows.column_names)), None)
     if form is None:
         raise ValueError(
@@ -292,6 +296,13 @@ def _tokenise(
     from packsft.compat import prepare_rows
 
     tokenizer = _load_tokenizer(model)
+    rows = checked_rows(
+        rows,
+        text_field="text",
+        completion_only=completion_only_loss is not False,
+        eos_token=tokenizer.eos_token,
+        name=data,
+    )
     num_processes = min((os.cpu_count() or 1), len(rows) // ROWS_PER_PROCESS)
     with warnings.catch_warnings():
         # transformers 5.23 deprecates `gradient_checkpointing`, but 5.17 does not know the new name.
@@ -307,20 +318,27 @@ def _tokenise(
             completion_only_loss=completion_only_loss,
         )
     try:
-        return prepare_rows(rows, tokenizer, args)
+        return prepare_rows(rows, tokenizer_without_nulls(tokenizer), args)
     except Exception as error:  # a chat template may raise anything
         raise ValueError(f"{data} cannot be tokenised: {type(error).__name__}: {error}") from error
+
+
+def could_not_load(model: str, error: Exception, what: str = "") -> str:
+    where = "" if os.path.exists(model) else "there is no such folder, and from the hub: "
+    return f"could not load {what}{model}: {where}{error}"
 
 
 def _load_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     from packsft.app.smollm2 import load_smollm2_tokenizer
+    from packsft.arguments import check_model_name
 
+    check_model_name(model)
     try:
         tokenizer = load_smollm2_tokenizer() if model == "smollm2" else AutoTokenizer.from_pretrained(model)
     except Exception as error:  # transformers raises anything about a damaged folder
-        raise ValueError(f"could not load the tokenizer of {model}, which text needs: {error}") from error
+        raise ValueError(could_not_load(model, error, "the tokenizer of ")) from error
     if tokenizer.eos_token is None:
         raise ValueError(f"the tokenizer of {model} has no EOS token to end an example with")
     return tokenizer

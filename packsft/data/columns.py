@@ -201,8 +201,13 @@ def order_of(dataset: Dataset) -> np.ndarray | None:
 
 def first_of(order: np.ndarray | None, table_rows: np.ndarray) -> int | None:
     """The first row of a data set with this `order_of` that is one of these rows of its table, which are sorted."""
-    rows = table_rows if order is None else np.flatnonzero(np.isin(order, table_rows))
+    rows = rows_of(order, table_rows)
     return int(rows[0]) if len(rows) else None
+
+
+def rows_of(order: np.ndarray | None, table_rows: np.ndarray) -> np.ndarray:
+    """The rows of a data set with this `order_of` that are among these rows of its table."""
+    return table_rows if order is None else np.flatnonzero(np.isin(order, table_rows))
 
 
 def check_no_transform(dataset: Dataset) -> None:

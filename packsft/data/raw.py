@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 
-from packsft.data.columns import MASK, ListColumn, check_no_transform, first_of, is_list, order_of, where
+from packsft.data.columns import MASK, ListColumn, check_no_transform, first_of, is_list, order_of, rows_of, where
 from packsft.data.document import IGNORE_INDEX, check_mask, checked_tokens, short
 
 logger = logging.getLogger("packsft")
@@ -31,6 +31,7 @@ ROLE_CONTENT, FROM_VALUE = MESSAGES.format("role", "content"), MESSAGES.format("
 KEYS = {ROLE_CONTENT: ("role", "content"), FROM_VALUE: ("from", "value")}
 FORMS = "expected input_ids, prompt and completion, messages, or the texts {!r} (dataset_text_field)"
 CHATS, BESIDE = ("messages", "conversations"), ("tools", "chat_template_kwargs")
+EMPTY = "are empty: there, at most the EOS token is scored"
 OF_TOKENS = ("labels", "attention_mask", "position_ids", "completion_mask", "assistant_masks")
 Rows = TypeVar("Rows", Dataset, IterableDataset)
 
@@ -99,7 +100,7 @@ def checked_rows(dataset: Rows, *, text_field: str, completion_only: bool, eos_t
     Args:
         dataset: rows of any form that TRL takes.
         text_field: the column of texts, if the rows hold neither tokens nor messages.
-        completion_only: whether `completion_mask` applies.
+        completion_only: whether only completions are scored. Those that are empty are counted in one notice.
         eos_token: what TRL adds to a text that does not end with it. Blanks after one are left out.
         name: names the data set in messages.
 
@@ -131,7 +132,8 @@ def checked_rows(dataset: Rows, *, text_field: str, completion_only: bool, eos_t
     check = functools.partial(_check_texts, texts=texts, expected=expected, name=name)
     strip = functools.partial(_without_blanks_at_end, text=texts[-1], eos_token=eos_token)
     if isinstance(dataset, IterableDataset):
-        dataset = dataset.map(functools.partial(check, kind="stream"), with_indices=True)
+        scores_completions = completion_only and texts[-1] == "completion"
+        dataset = dataset.map(functools.partial(check, kind="stream", says_empty=scores_completions), with_indices=True)
         return dataset.map(strip) if expected == TEXT else dataset
     check(sample, 0, kind="data set")  # the others have the same type, if any
     for text in texts:
@@ -139,6 +141,10 @@ def checked_rows(dataset: Rows, *, text_field: str, completion_only: bool, eos_t
             check(dataset[row], row, kind="data set")
     if "chat_template_kwargs" in sample and dataset.data.column("chat_template_kwargs").null_count:
         dataset = dataset.map(_with_kwargs)
+    if expected == TEXT and texts[-1] == "completion" and completion_only:
+        empty = rows_of(order_of(dataset), where(pc.equal(dataset.data.column("completion"), "")))
+        if len(empty):
+            logger.warning("%s data set: %d of %d completions %s", name, len(empty), len(dataset), EMPTY)
     if expected == TEXT:
         blanks = pc.match_substring_regex(dataset.data.column(texts[-1]), re.escape(eos_token) + r"\s+$")
         if first_of(order_of(dataset), where(blanks)) is not None:
@@ -329,7 +335,13 @@ def _is_unicode(text: str) -> bool:
 
 
 def _check_texts(
-    row: dict[str, Any], index: int, texts: Sequence[str], expected: str, name: str, kind: str
+    row: dict[str, Any],
+    index: int,
+    texts: Sequence[str],
+    expected: str,
+    name: str,
+    kind: str,
+    says_empty: bool = False,
 ) -> dict[str, Any]:
     for of_tokens in OF_TOKENS:
         if of_tokens in row:
@@ -337,9 +349,17 @@ def _check_texts(
     for text in texts:
         if _kind(row.get(text)) != expected:
             raise ValueError(f"row {index} of the {name} {kind}: {text} is {short(row.get(text))}, expected {expected}")
+    if says_empty and not row[texts[-1]]:
+        _say_empty(name)
     if expected == FROM_VALUE:  # TRL renames the keys in place
         row = row | {text: [dict(message) for message in row[text]] for text in texts}
     return _with_kwargs(row) if "chat_template_kwargs" in row else row
+
+
+@functools.cache
+def _say_empty(name: str) -> None:
+    """Once in a process: how many there are, a stream knows only at its end."""
+    logger.warning("%s stream: some completions %s", name, EMPTY)
 
 
 def _without_blanks_at_end(row: dict[str, Any], text: str, eos_token: str) -> dict[str, Any]:

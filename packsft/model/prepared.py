@@ -74,12 +74,15 @@ class PreparedModel:
         self._max_length, self._needs_aux_loss = max_length, needs_aux_loss
         prompt = getattr(model, "active_peft_config", None)
         self.prompt = prompt if getattr(prompt, "is_prompt_learning", False) else None
-        fills_cache = self.prompt is not None and self.prompt.peft_type.value in ("PREFIX_TUNING", "CARTRIDGE")
+        fills_cache = self.prompt is not None and self.prompt.peft_type in ("PREFIX_TUNING", "CARTRIDGE")
         self.virtual_tokens = 0 if self.prompt is None or fills_cache else self.prompt.num_virtual_tokens
         restore_layers(self.base_model)
         self._rotary_limit = install_rotary(self.base_model)
         self._prepare_attention(attention_backend, check, on_unpackable, any_rank)
         self.why_compact = install_head(self.base_model, options, needs_aux_loss=needs_aux_loss)
+        tuner: Any = getattr(model, "base_model", None)
+        if is_peft_model(model) and "forward" in vars(tuner):  # of LLaMA-Adapter: the forward as it was
+            tuner.forward = self.base_model.forward
         if self.why_compact is not None:
             logger.warning(
                 "the language-model head is not fused: %s; it computes the scored logits instead", self.why_compact

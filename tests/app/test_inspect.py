@@ -239,6 +239,7 @@ BAD_FILES = {
     "blank lines": ("rows.jsonl", "\n\n", "holds no examples"),
     "unknown columns": ("rows.jsonl", '{"question": "a"}\n', "has the columns ['question'], expected `input_ids`"),
     "two forms": ("rows.jsonl", '{"text": "a"}\n{"messages": [{"role": "user"}]}\n', "row 0: `messages` is missing"),
+    "pictures": ("rows.jsonl", '{"text": "a", "image": "a.png"}\n', "has the column 'image': packsft trains on text"),
     "numbers for text": ("rows.jsonl", '{"text": 3}\n', "`text` holds int64, expected texts"),
     "texts for ids": ("rows.jsonl", '{"input_ids": ["a"]}\n', "`input_ids` holds list<"),
     "short labels": ("rows.jsonl", '{"input_ids": [3, 4], "labels": [3]}\n', "row 0 of the data set: 1 labels for 2"),
@@ -331,6 +332,28 @@ def test_a_damaged_folder_is_named(tmp_path, tokenizer_folder, capsys):
     fails_with([str(tmp_path / "saved")], "saved cannot be read", capsys)
     text = write(tmp_path, '{"text": "hello"}\n')
     fails_with([text, "--model", str(tmp_path / "model")], "could not load the tokenizer of", capsys)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [{"from": "human", "value": "hello"}]}, "expected a list of messages with the key 'role'"),
+        ({"messages": []}, "messages is [], expected a list of messages with the key 'role'"),
+        ({"prompt": "what", "completion": [{"role": "assistant", "content": "yes"}]}, "expected a text"),
+    ],
+)
+def test_rows_are_checked_as_in_the_trainer(row, message, tmp_path, tokenizer_folder, capsys):
+    file = write(tmp_path, f"{json.dumps(row)}\n")
+    fails_with([file, "--model", tokenizer_folder], f"row 0 of the {file} data set: ", capsys)
+    fails_with([file, "--model", tokenizer_folder], message, capsys)
+
+
+def test_a_split_is_that_of_load_dataset(tmp_path, tokens, capsys):
+    file = write(tmp_path, '{"input_ids": [3, 4]}\n' * 5)
+    assert [len(load_rows(file, split)) for split in ("train", "train[:2]", "train[50%:]")] == [5, 2, 3]
+    fails_with([file, "--split", "test"], "cannot be read: Unknown split \"test\". Should be one of ['train']", capsys)
+    fails_with([tokens, "--split", "test"], "has no split 'test': it is a data set without splits", capsys)
+    fails_with([tokens, "--tokens-per-pass", "8"], "--tokens-per-pass needs --strategy step, not bfd", capsys)
 
 
 def test_tokenizer_must_have_what_the_rows_need(tmp_path, capsys):

@@ -1,17 +1,20 @@
 """`patch_trl`: scripts and the `trl` command train with packsft without being edited."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
 import pytest
 import trl
+from datasets import Dataset, DatasetDict
 from tiny import tiny_model, tiny_tokenizer
 from trl import SFTTrainer
 
-from packsft import PackedSFTTrainer, compat, patch_trl
+from packsft import PackedSFTConfig, PackedSFTTrainer, compat, patch_trl
 from packsft.app.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -114,13 +117,22 @@ def test_trl_exits_with_the_code_of_the_script_that_it_launched(code, shown, mon
     assert main(["trl", "sft"]) == shown
 
 
-def test_an_error_of_trl_is_not_ours(monkeypatch):
-    def refuse(arguments, through):
-        raise ValueError(arguments)
+def test_the_help_is_that_of_trl_with_our_fields(capsys):
+    for arguments, texts in (
+        ([], ["usage: trl", "sft"]),
+        (["sft"], ["usage: trl sft", *(f"--{field.name}" for field in dataclasses.fields(PackedSFTConfig))]),
+    ):
+        with pytest.raises(SystemExit, match="0"):
+            main(["trl", *arguments, "--help"])
+        said = capsys.readouterr().out
+        assert all(text in said for text in texts)
 
-    monkeypatch.setattr(compat, "trl_command", refuse)
-    with pytest.raises(ValueError, match="--help"):
-        main(["trl", "--help"])
+
+def test_bad_options_of_trl_are_one_line_and_code_2(capsys):
+    assert main(["trl", "sft", "--output_dir", "out", "--use_cpu", "true", "--max_lost_fraction", "2"]) == 2
+    assert (
+        capsys.readouterr().err.splitlines()[-1].startswith("packsft: error: max_lost_fraction=2.0: must be a number")
+    )
 
 
 @pytest.mark.slow
@@ -150,6 +162,101 @@ def folder(tmp_path_factory):
     return folder
 
 
+# ---- the script of `packsft trl sft`, in this process ----
+
+CHAT = [{"role": "user", "content": "what is"}, {"role": "assistant", "content": "paris ."}]
+SHARED = {"user": "human", "assistant": "gpt"}
+FROM_VALUE = [{"from": SHARED[each["role"]], "value": each["content"]} for each in CHAT]
+SFT = [
+    "--max_length", "32", "--max_steps", "1", "--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--dtype",
+    "float32", "--save_strategy", "no", "--disable_tqdm", "true",
+]  # fmt: skip
+
+
+@pytest.fixture
+def sft(folder, tmp_path, monkeypatch, capsys, run):
+    """`packsft run` on TRL's script, as `packsft trl sft` launches it: (exit code, what it says)."""
+
+    def sft(rows, *arguments: str, model: str = str(folder / "model"), name: str = "rows.jsonl") -> tuple[int, str]:
+        if rows is not None:
+            (tmp_path / name).write_text("\n".join(map(json.dumps, rows)) if isinstance(rows, list) else rows)
+        script = str(resources.files("trl.scripts").joinpath("sft.py"))
+        given = ["--model_name_or_path", model, "--dataset_name", str(tmp_path / name)]
+        code = main(["run", script, *given, "--output_dir", str(tmp_path / "out"), *SFT, *arguments])
+        return code, "".join(capsys.readouterr())
+
+    return sft
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+@pytest.mark.parametrize("row", [{"text": "what is"}, {"messages": CHAT}, {"conversations": FROM_VALUE}], ids=str)
+def test_trl_sft_takes_a_file(row, streaming, sft, tmp_path):
+    code, said = sft([row] * 4, "--dataset_streaming", streaming)
+    assert code == 0, said
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_trl_sft_takes_other_files_and_folders(sft, tmp_path):
+    rows = DatasetDict({name: Dataset.from_list([{"text": "what is"}] * 4) for name in ("train", "test")})
+    rows["train"].to_parquet(tmp_path / "rows.parquet")
+    rows["train"].save_to_disk(tmp_path / "saved")
+    rows.save_to_disk(tmp_path / "splits")
+    (tmp_path / "folder").mkdir()
+    rows["train"].to_json(tmp_path / "folder" / "rows.jsonl")
+    for name, *options in (["rows.parquet"], ["saved"], ["splits", "--eval_strategy", "steps"], ["folder"]):
+        code, said = sft(None, *options, name=name)
+        assert code == 0, said
+
+
+BAD_RUNS = {
+    "other columns": ([{"question": "a", "answer": "b"}], [], "no column 'text', only question, answer: expected `"),
+    "a prompt alone": ([{"prompt": "a"}], [], "no column 'completion', only prompt: expected `input_ids`, `messages`"),
+    "other keys": ([{"messages": FROM_VALUE}], [], "row 0 of the train data set: messages is [{'from': 'human'"),
+    "conversations in roles": ([{"conversations": CHAT}], [], "expected a list of messages with the key 'from'"),
+    "a number": ([{"prompt": "a", "completion": 3}], [], "row 0 of the train data set: completion is 3, expected"),
+    "null": ([{"prompt": "a", "completion": each} for each in ("b", None)], [], "row 1 of the train data set: compl"),
+    "all null": ([{"prompt": "a", "completion": None}], [], "completion is None, expected a text"),
+    "a broken line": ('{"text": "a"}\n{"text"', [], "rows.jsonl, line 2: not JSON"),
+    "an empty file": ("", [], "rows.jsonl is empty"),
+    "no file": (None, [], "no such file or folder"),
+    "no evaluation rows": ([{"text": "a"}], ["--eval_strategy", "steps"], "has no split 'test', only train"),
+    "another split": ([{"text": "a"}], ["--dataset_train_split", "all"], "has no split 'all', only train"),
+    "a configuration": ([{"text": "a"}], ["--dataset_config", "en"], "dataset_config='en' has no meaning for the file"),
+    "no batch": ([{"text": "a"}], ["--per_device_train_batch_size", "0"], "per_device_train_batch_size=0: expected"),
+    "no accumulation": ([{"text": "a"}], ["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0: exp"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_RUNS)
+def test_bad_input_of_trl_sft_is_one_line_and_code_2(case, sft):
+    rows, options, message = BAD_RUNS[case]
+    code, said = sft(rows, *options)
+    assert code == 2
+    assert "Traceback" not in said
+    assert message in next(line for line in said.splitlines() if line.startswith("packsft: error: "))
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/model", "no/such/model"])
+def test_a_folder_of_a_model_that_is_not_there_is_named(name, sft, capsys):
+    message = f"packsft: error: model '{name}': there is no such folder"
+    code, said = sft([{"text": "a"}], model=name)
+    assert (code, message in said) == (2, True)
+    for arguments in (["check", "--model", name], ["check", "--batch-invariance", "--model", name]):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_an_error_of_training_keeps_its_traceback(sft, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("in a step")
+
+    monkeypatch.setattr(PackedSFTTrainer, "compute_loss", fail)
+    code, said = sft([{"text": "what is"}] * 4)
+    assert code == 1
+    assert "compute_loss" in said
+    assert "packsft: error" not in said
+
+
 @pytest.mark.slow
 def test_trl_sft_trains_with_packsft(folder):
     done = packsft(
@@ -160,14 +267,6 @@ def test_trl_sft_trains_with_packsft(folder):
     assert done.returncode == 0, done.stderr
     assert "packs of 32 (bfd)" in done.stdout + done.stderr  # our announcement
     assert (folder / "out" / "model.safetensors").exists()
-
-
-@pytest.mark.slow
-def test_the_help_is_that_of_trl(folder):
-    done = packsft("trl", "sft", "--help")
-    assert done.returncode == 0, done.stderr
-    assert "--packing_strategy" in done.stdout
-    assert "--tokens_per_pass" in done.stdout  # with the fields of PackedSFTConfig
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from numerics import EXACT, assert_accurate, error
 from packsft_kernels import LossOptions
 from peft import (
     AdaLoraConfig,
+    AdaptionPromptConfig,
     CartridgeConfig,
     CPTConfig,
     IA3Config,
@@ -423,6 +424,14 @@ def test_a_quantised_head_computes_its_own_logits(quantised, tmp_path):
         wrapped = moved(get_peft_model(copy.deepcopy(model), lora(targets)))
         assert reason in install_head(wrapped.get_base_model(), LossOptions())
         assert head_loss(wrapped) == pytest.approx(own_loss(wrapped), rel=1e-6)
+
+
+def test_an_adapter_that_kept_the_models_forward_gets_ours(tmp_path):
+    config = AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1)  # LLaMA-Adapter
+    model, rows = moved(get_peft_model(base_model(tied=False), config)), token_rows(12)
+    ours, _, grads = packed_step(model, rows, tmp_path, torch.float64)
+    assert ours.isolation.isolated
+    assert_gradients_equal(grads, documents_alone(model, rows, torch.float64)[1], EXACT)
 
 
 # ---- prompt learning: padded ----

@@ -201,7 +201,7 @@ def test_documents_in_which_nothing_is_scored_are_refused(tmp_path):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Models with and without a tokenizer, one whose packed documents see each other, and an adapter."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
     from tiny import tiny_tokenizer
 
     root = tmp_path_factory.mktemp("models")
@@ -211,6 +211,8 @@ def folders(tmp_path_factory):
     (root / "text.jsonl").write_text('{"text": "tell me a joke no"}')
     adapter = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     adapter.save_pretrained(root / "adapter")
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(tiny_model("llama"), prompt).save_pretrained(root / "prompt")
     return root
 
 
@@ -250,6 +252,10 @@ def test_the_command_takes_data_and_an_adapter(folders, tmp_path, capsys, monkey
         (["--geometry", "--dtype", "float64"], "--dtype has no meaning with --batch-invariance"),
         (["--model", "mixtral", "--dtype", "float64"], "does not run by itself in float64"),
         (["--model", "stablelm", "--data", "text.jsonl"], "could not load the tokenizer of"),
+        (
+            ["--model", "llama", "--adapter", "prompt"],
+            "PromptTuningConfig trains padded rows: there is nothing to prove",
+        ),
         (["--model", "llama", "--attn", "flash_attn_2"], "cannot run this attention"),
     ],
 )

@@ -9,6 +9,7 @@ from transformers import DataCollatorWithPadding, LlamaForSequenceClassification
 from trl import SFTConfig
 
 from packsft import PackedSFTTrainer
+from packsft.data import raw as raw_rows
 from packsft.data.packs import pack_dataset
 
 
@@ -57,6 +58,11 @@ def rows(*extra):
         ),
         ({"train_dataset": IterableDataset.from_generator(lambda: iter(()))}, "train_dataset is empty"),
         ({"train_dataset": Dataset.from_list([{"image": "x", "text": "why"}])}, "has the column 'image'"),
+        (
+            {"train_dataset": Dataset.from_list([{"images": ["x"], "text": "why"}])},
+            "vision-related.*vision-language model",
+        ),
+        ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size=0: expected an integer of at least 1"),
         ({"truncation_mode": "keep_middle"}, "truncation_mode='keep_middle' is unknown"),
         (
             {"model": tiny_model("stablelm"), "compute_metrics": lambda prediction: {}, "eval_dataset": token_rows(4)},
@@ -140,8 +146,8 @@ def test_arguments_of_another_type_are_refused(tmp_path):
         ({"max_length": True}, "max_length=True is a bool, expected int"),
         ({"learning_rate": "1e-3"}, "learning_rate='1e-3' is a str, expected float"),
         ({"train_sampling_strategy": "x"}, "train_sampling_strategy='x' is unknown, expected one of .'random', 'seq"),
-        ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size=0: expected an integer of 1 or more"),
-        ({"pad_to_multiple_of": 1.5}, "pad_to_multiple_of=1.5: expected an integer of 1 or more"),
+        ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size=0: expected an integer of at least 1"),
+        ({"pad_to_multiple_of": 1.5}, "pad_to_multiple_of=1.5: expected an integer of at least 1"),
         ({"dataset_kwargs": "x"}, "dataset_kwargs='x': expected a dict"),
         ({"train_dataset": ROWS}, "train_dataset is a list, expected a datasets.Dataset or IterableDataset"),
         ({"eval_dataset": "name"}, "eval_dataset is a str, expected a datasets.Dataset or IterableDataset"),
@@ -151,6 +157,27 @@ def test_arguments_of_another_type_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             trainer(tmp_path, **options)
+
+
+def test_a_model_of_another_type_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="model is a NoneType, expected a model, or the name or folder of one"):
+        PackedSFTTrainer(None, config(tmp_path), train_dataset=rows())
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["map", "stream"])
+def test_empty_completions_are_one_notice(stream, tmp_path, caplog):
+    raw_rows._say_empty.cache_clear()
+    texts = [{"prompt": "what is", "completion": completion} for completion in ("", " yes", "", " no", "")]
+    data = Dataset.from_list(texts).select([0, 1, 2, 3])  # without the last
+    data = data.to_iterable_dataset() if stream else data
+    ours = trainer(tmp_path, train_dataset=data, completion_only_loss=True, max_steps=2)
+    list(ours.get_train_dataloader())
+    counted = "train stream: some completions" if stream else "train data set: 2 of 4 completions"
+    notices = [message for message in caplog.messages if "completions are empty" in message]
+    assert notices == [f"{counted} are empty: there, at most the EOS token is scored"]
+    caplog.clear()
+    trainer(tmp_path, train_dataset=Dataset.from_list(texts), completion_only_loss=False)  # the prompts are scored
+    assert "are empty" not in caplog.text
 
 
 def test_a_formatting_function_that_gives_no_text_is_named(tmp_path):
