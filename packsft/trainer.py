@@ -41,15 +41,15 @@ from packsft.data.ranks import Ranks, check_same_on_all_ranks
 from packsft.data.raw import (
     checked_rows,
     formatted_rows,
-    holds_texts,
     in_one_form,
+    once_of,
     tokenizer_without_nulls,
     warn_of_unseen_roles,
 )
 from packsft.data.streams import PackedStream
 from packsft.model.head import count_embeddings
 from packsft.model.isolation import IsolationVerdict
-from packsft.model.positions import check_document_lengths, max_positions
+from packsft.model.positions import check_document_lengths, longest_document
 from packsft.model.prepared import PreparedModel, any_rank_of, base_model_of
 from packsft.notices import PackingNotice, cost_of_logits
 from packsft.packing import STRATEGIES, PackingReport, packing_report
@@ -195,7 +195,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             eos_token=self._tokenizer.eos_token,
             name=dataset_name,
         )
-        once = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id) if holds_texts(rows) else (None, None)
+        once = once_of(rows, self._tokenizer)
         if not tokenised and isinstance(rows, Dataset):
             warn_of_unseen_roles(rows, processing_class, dataset_name)
         if not (tokenised and isinstance(rows, Dataset)):
@@ -268,9 +268,8 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         Each claim is compared with its allowed difference, see `claims.py`. Parameters, gradients, modes and random
         state do not change. Call it before FSDP or ZeRO shards the parameters.
         """
-        limits = [n for n in (self.args.max_length, max_positions(base_model_of(self.model))) if n]
         packs = self.train_dataset.packs() if isinstance(self.train_dataset, PackedDataset) else self.train_dataset
-        documents = first_documents(packs, min(limits, default=None))
+        documents = first_documents(packs, longest_document(base_model_of(self.model), self.args.max_length))
         self._check = check_packing(self.model, self._prepared, documents, self.data_collator, self._prepare_inputs)
         return self._check
 

@@ -24,7 +24,7 @@ from packsft.config import PackedSFTConfig
 from packsft.data.collator import PackingCollator
 from packsft.data.packs import pack_dataset
 from packsft.model.head import count_embeddings
-from packsft.model.positions import max_positions
+from packsft.model.positions import longest_document
 from packsft.model.prepared import PreparedModel
 from packsft.proof.claims import PackingCheck, check_packing, first_documents, random_documents
 from packsft.proof.invariance import InvarianceResult, certify_by_name, train_layouts
@@ -62,7 +62,7 @@ def check_model(
     Raises:
         ValueError: the model does not run without packing, `adapter` is given without PEFT, or `PreparedModel` raises.
     """
-    rows = None if data is None else tokenised_rows(data, model)
+    rows, once = (None, (None, None)) if data is None else tokenised_rows(data, model)
     network: Any = _load(model, getattr(torch, dtype), attn if attn not in (None, *BACKENDS) else None)
     if adapter is not None:
         if not is_peft_available():
@@ -94,11 +94,11 @@ def check_model(
         needs_aux_loss=routes,
     )
     vocab_size = count_embeddings(prepared.base_model)
-    max_length = min(max_length, max_positions(prepared.base_model) or max_length)
+    max_length = longest_document(prepared.base_model, max_length) or max_length
     if rows is None:
         documents = random_documents(vocab_size, max_length)
     else:
-        packs = pack_dataset(rows, max_length, strategy="none", name="train", vocab_size=vocab_size)
+        packs = pack_dataset(rows, max_length, strategy="none", name="train", vocab_size=vocab_size, once=once)
         documents = first_documents(packs.packs(), max_length)
     collator = PackingCollator(pad_token_id=0, padded=prepared.padded, max_length=max_length, masked=routes)
     return check_packing(network, prepared, documents, collator, lambda batch: send_to_device(batch, device))

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
         run = {"demo": _demo, "inspect": _inspect, "check": _check, "run": _run}[options.command]
         return run(options, arguments)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         # One line, and the spaces inside of a path stay.
         reason = " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
         print(f"packsft: error: {reason}", file=sys.stderr)

@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from datasets import Dataset, DatasetDict, Value, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.data_files import DataFilesDict, DataFilesList
 from rich.console import Console
 
 from packsft.app.json_lines import check_json, parse_json
 from packsft.app.tables import print_table
-from packsft.data.columns import is_list
 from packsft.data.packs import pack_dataset
-from packsft.data.raw import checked_rows, label_rows, tokenizer_without_nulls
+from packsft.data.raw import checked_rows, label_rows, once_of, one_form, tokenizer_without_nulls, warn_of_unseen_roles
 from packsft.packing import (
     MaxLength,
     PackingReport,
@@ -42,7 +40,6 @@ FILE_KINDS = {
     ".csv": "csv",
     ".arrow": "arrow",
 }
-FORMS = (("input_ids",), ("prompt", "completion"), ("messages",), ("conversations",), ("text",))
 ROWS_PER_PROCESS = 2_000  # starting a process takes as long as tokenising about this many short examples
 
 
@@ -110,7 +107,7 @@ def inspect_data(
     Raises:
         ValueError, OSError: anything that the user can fix; the message names it.
     """
-    rows = tokenised_rows(data, model, split, assistant_only_loss, completion_only_loss)
+    rows, once = tokenised_rows(data, model, split, assistant_only_loss, completion_only_loss)
     packed = pack_dataset(
         rows,
         max_length,
@@ -118,6 +115,7 @@ def inspect_data(
         overlong=overlong,
         name=split,
         seed=seed if strategy_named(strategy).repacks else None,
+        once=once,
     )
     compared = compare_max_lengths(packed.rows.lengths, {*CANDIDATES, max_length})
     report = packing_report(
@@ -159,8 +157,10 @@ def tokenised_rows(
     split: str = "train",
     assistant_only_loss: bool = False,
     completion_only_loss: bool | None = None,
-) -> Dataset:
-    """Columns `input_ids` and `labels` of a data set, as the trainer makes them.
+) -> tuple[Dataset, tuple[int | None, int | None]]:
+    """Columns `input_ids` and `labels` of a data set, as the trainer makes them, and the tokens that it takes once.
+
+    Both are what `pack_dataset` takes.
 
     Args:
         data: see `load_rows`.
@@ -170,11 +170,15 @@ def tokenised_rows(
         ValueError, OSError: anything that the user can fix; the message names it.
     """
     rows = load_rows(data, split)
-    if _form(rows, data) != ("input_ids",):
-        return _tokenise(rows, data, model, assistant_only_loss, completion_only_loss)
+    if pictures := {"image", "images"} & set(rows.column_names):
+        raise ValueError(f"{data} has the column {min(pictures)!r}: packsft trains on text only")
+    if "seq_lengths" in rows.column_names:
+        raise ValueError(f"{data} has the column seq_lengths: its rows are packed already")
+    if "input_ids" not in rows.column_names:
+        return _tokenise(one_form(rows, "text", data), data, model, assistant_only_loss, completion_only_loss)
     if assistant_only_loss and not {"labels", "assistant_masks"} & set(rows.column_names):
         raise ValueError(f"{data} has no column assistant_masks, which --assistant-only-loss needs")
-    return label_rows(rows, completion_only_loss)
+    return label_rows(rows, completion_only_loss), (None, None)
 
 
 def load_rows(data: str, split: str = "train") -> Dataset:
@@ -253,56 +257,23 @@ def _check_objects(path: Path) -> None:
                 raise ValueError(f"{path}, line {number + 1}: a JSON {type(row).__name__}, expected an object")
 
 
-def _form(rows: Dataset, data: str) -> tuple[str, ...]:
-    """The columns that give the data set one of TRL's forms. Checks that every row has a value, and the types."""
-    if pictures := {"image", "images"} & set(rows.column_names):
-        raise ValueError(f"{data} has the column {min(pictures)!r}: packsft trains on text only")
-    form = next((form for form in FORMS if set(form) <= set(rows.column_names)), None)
-    if form is None:
-        raise ValueError(
-            f"{data} has the columns {rows.column_names}, expected `input_ids`, `text`, `prompt` and `completion`, or "
-            "`messages`"
-        )
-    for name in form:
-        column = rows.data.column(name)
-        if column.null_count:
-            raise ValueError(f"{data}, row {column.is_null().index(True).as_py()}: `{name}` is missing")
-        kind, feature = column.type, rows.features[name]
-        if name == "input_ids":
-            fits, expected = is_list(kind) and pa.types.is_integer(kind.value_type), "lists of token ids"
-        elif name in ("prompt", "completion"):
-            fits, expected = feature in _TEXT or is_list(kind), "texts or lists of messages"
-        else:
-            fits = feature in _TEXT if name == "text" else is_list(kind)
-            expected = "texts" if name == "text" else "lists of messages"
-        if not fits:
-            raise ValueError(f"{data}: `{name}` holds {kind}, expected {expected}")
-    return form
-
-
-_TEXT = (Value("string"), Value("large_string"))
-
-
 # ---- rows: texts to input ids and labels ----
 
 
 def _tokenise(
     rows: Dataset, data: str, model: str | None, assistant_only_loss: bool, completion_only_loss: bool | None
-) -> Dataset:
+) -> tuple[Dataset, tuple[int | None, int | None]]:
+    completion_only = completion_only_loss is not False
     if model is None:
+        checked_rows(rows, text_field="text", completion_only=completion_only, eos_token=None, name=data)
         raise ValueError(f"{data} holds text, which needs a tokenizer: name its model with --model")
     from trl import SFTConfig
 
     from packsft.compat import prepare_rows
 
     tokenizer = _load_tokenizer(model)
-    rows = checked_rows(
-        rows,
-        text_field="text",
-        completion_only=completion_only_loss is not False,
-        eos_token=tokenizer.eos_token,
-        name=data,
-    )
+    eos_token = tokenizer.eos_token
+    rows = checked_rows(rows, text_field="text", completion_only=completion_only, eos_token=eos_token, name=data)
     num_processes = min((os.cpu_count() or 1), len(rows) // ROWS_PER_PROCESS)
     with warnings.catch_warnings():
         # transformers 5.23 deprecates `gradient_checkpointing`, but 5.17 does not know the new name.
@@ -318,9 +289,10 @@ def _tokenise(
             completion_only_loss=completion_only_loss,
         )
     try:
-        return prepare_rows(rows, tokenizer_without_nulls(tokenizer), args)
-    except Exception as error:  # a chat template may raise anything
-        raise ValueError(f"{data} cannot be tokenised: {type(error).__name__}: {error}") from error
+        warn_of_unseen_roles(rows, tokenizer, data)
+        return prepare_rows(rows, tokenizer_without_nulls(tokenizer), args), once_of(rows, tokenizer)
+    except Exception as error:  # a tokenizer may raise anything
+        raise ValueError(f"{data} cannot be tokenised: {error}") from error
 
 
 def could_not_load(model: str, error: Exception, what: str = "") -> str:

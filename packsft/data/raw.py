@@ -86,13 +86,14 @@ def in_one_form(datasets: Any, text_field: str, name: str) -> Any:
     return one_form(datasets, text_field, name) if of_datasets else datasets
 
 
-def holds_texts(rows: Rows) -> bool:
-    """Whether rows of `one_form` are texts, not tokens and not messages."""
+def once_of(rows: Rows, tokenizer: Any) -> tuple[int | None, int | None]:
+    """The tokens with which a row of `checked_rows` begins and ends at most once: what tokenizers add to texts."""
     sample: dict[str, Any] = next(iter(rows), {})
-    return "input_ids" not in sample and any(isinstance(sample[name], str) for name in sample if name not in BESIDE)
+    texts = "input_ids" not in sample and any(isinstance(sample[name], str) for name in sample if name not in BESIDE)
+    return (tokenizer.bos_token_id, tokenizer.eos_token_id) if texts else (None, None)
 
 
-def checked_rows(dataset: Rows, *, text_field: str, completion_only: bool, eos_token: str, name: str) -> Rows:
+def checked_rows(dataset: Rows, *, text_field: str, completion_only: bool, eos_token: str | None, name: str) -> Rows:
     """Rows of `one_form` as plain Python values, whatever the data set's format.
 
     Rows of a data set with `input_ids` get their labels here, as in `label_rows`.
@@ -101,7 +102,7 @@ def checked_rows(dataset: Rows, *, text_field: str, completion_only: bool, eos_t
         dataset: rows of any form that TRL takes.
         text_field: the column of texts, if the rows hold neither tokens nor messages.
         completion_only: whether only completions are scored. Those that are empty are counted in one notice.
-        eos_token: what TRL adds to a text that does not end with it. Blanks after one are left out.
+        eos_token: what TRL adds to a text that does not end with it. Blanks after one are left out. None: neither.
         name: names the data set in messages.
 
     Raises:
@@ -130,11 +131,11 @@ def checked_rows(dataset: Rows, *, text_field: str, completion_only: bool, eos_t
     kind = _kind(sample[first])
     expected = kind if kind in kinds else " or ".join(kinds)
     check = functools.partial(_check_texts, texts=texts, expected=expected, name=name)
-    strip = functools.partial(_without_blanks_at_end, text=texts[-1], eos_token=eos_token)
+    strip = functools.partial(_without_blanks_at_end, text=texts[-1], eos_token=eos_token or "")
     if isinstance(dataset, IterableDataset):
         scores_completions = completion_only and texts[-1] == "completion"
         dataset = dataset.map(functools.partial(check, kind="stream", says_empty=scores_completions), with_indices=True)
-        return dataset.map(strip) if expected == TEXT else dataset
+        return dataset.map(strip) if expected == TEXT and eos_token is not None else dataset
     check(sample, 0, kind="data set")  # the others have the same type, if any
     for text in texts:
         if (row := _first_unfit(dataset, text, expected)) is not None:
@@ -145,7 +146,7 @@ def checked_rows(dataset: Rows, *, text_field: str, completion_only: bool, eos_t
         empty = rows_of(order_of(dataset), where(pc.equal(dataset.data.column("completion"), "")))
         if len(empty):
             logger.warning("%s data set: %d of %d completions %s", name, len(empty), len(dataset), EMPTY)
-    if expected == TEXT:
+    if expected == TEXT and eos_token is not None:
         blanks = pc.match_substring_regex(dataset.data.column(texts[-1]), re.escape(eos_token) + r"\s+$")
         if first_of(order_of(dataset), where(blanks)) is not None:
             logger.warning("%s data set: blanks after an eos_token at the end of a text are left out", name)
@@ -253,6 +254,8 @@ def _apply_without_nulls(tokenizer: Any, conversation: Sequence[Mapping[str, Any
         messages.append(without_nulls(message))
         if message.get("tool_calls") and message.get("content", "") is None:
             messages[-1]["content"] = None
+    if tokenizer.chat_template is None and options.get("chat_template") is None:
+        raise ValueError("the rows hold messages, but the tokenizer has no chat template")
     try:
         return tokenizer.apply_chat_template(messages, **without_nulls(options))
     except Exception as error:  # a template may raise anything

@@ -210,7 +210,7 @@ def _own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     logits, own = outputs.logits[0], getattr(outputs, "loss", None)
     if own is not None and getattr(outputs, "aux_loss", None) is None:
         expected = torch.nn.functional.cross_entropy(logits[:-1].float(), ids[0, 1:])
-        if not (own - expected).abs() <= 1e-3 * expected:
+        if (own - expected).abs() > 1e-3 * expected:
             logger.warning(
                 "the forward of %s computes a loss other than the cross-entropy of its logits (%.4g instead of %.4g on "
                 "random tokens): what it adds is not trained on, as in TRL", type(model).__name__, own, expected,

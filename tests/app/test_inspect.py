@@ -237,11 +237,15 @@ BAD_FILES = {
     "a malformed array": ("rows.json", '[{"text": "a"},\n {"text": }]', "line 2: not JSON"),
     "an empty file": ("rows.jsonl", "", "is empty"),
     "blank lines": ("rows.jsonl", "\n\n", "holds no examples"),
-    "unknown columns": ("rows.jsonl", '{"question": "a"}\n', "has the columns ['question'], expected `input_ids`"),
-    "two forms": ("rows.jsonl", '{"text": "a"}\n{"messages": [{"role": "user"}]}\n', "row 0: `messages` is missing"),
+    "unknown columns": ("rows.jsonl", '{"question": "a"}\n', "has only the columns question: expected input_ids"),
+    "two forms": (
+        "rows.jsonl",
+        '{"text": "a"}\n{"messages": [{"role": "user"}]}\n',
+        "data set: messages is None, expected a list",
+    ),
     "pictures": ("rows.jsonl", '{"text": "a", "image": "a.png"}\n', "has the column 'image': packsft trains on text"),
-    "numbers for text": ("rows.jsonl", '{"text": 3}\n', "`text` holds int64, expected texts"),
-    "texts for ids": ("rows.jsonl", '{"input_ids": ["a"]}\n', "`input_ids` holds list<"),
+    "numbers for text": ("rows.jsonl", '{"text": 3}\n', "data set: text is 3, expected a text"),
+    "texts for ids": ("rows.jsonl", '{"input_ids": ["a"]}\n', "row 0 of the data set: input_ids holds string"),
     "short labels": ("rows.jsonl", '{"input_ids": [3, 4], "labels": [3]}\n', "row 0 of the data set: 1 labels for 2"),
     "a short mask": (
         "rows.jsonl",
@@ -337,8 +341,8 @@ def test_a_damaged_folder_is_named(tmp_path, tokenizer_folder, capsys):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": [{"from": "human", "value": "hello"}]}, "expected a list of messages with the key 'role'"),
-        ({"messages": []}, "messages is [], expected a list of messages with the key 'role'"),
+        ({"messages": [{"from": "human"}]}, "expected a list of messages, each with a role and content"),
+        ({"messages": []}, "messages is [], expected a list of messages, each with a role and content or"),
         ({"prompt": "what", "completion": [{"role": "assistant", "content": "yes"}]}, "expected a text"),
     ],
 )

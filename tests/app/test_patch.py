@@ -189,7 +189,9 @@ def sft(folder, tmp_path, monkeypatch, capsys, run):
 
 
 @pytest.mark.parametrize("streaming", ["false", "true"])
-@pytest.mark.parametrize("row", [{"text": "what is"}, {"messages": CHAT}, {"conversations": FROM_VALUE}], ids=str)
+@pytest.mark.parametrize(
+    "row", [{"text": "what is"}, {"messages": CHAT}, {"conversations": FROM_VALUE}, {"messages": FROM_VALUE}], ids=str
+)
 def test_trl_sft_takes_a_file(row, streaming, sft, tmp_path):
     code, said = sft([row] * 4, "--dataset_streaming", streaming)
     assert code == 0, said
@@ -209,10 +211,9 @@ def test_trl_sft_takes_other_files_and_folders(sft, tmp_path):
 
 
 BAD_RUNS = {
-    "other columns": ([{"question": "a", "answer": "b"}], [], "no column 'text', only question, answer: expected `"),
-    "a prompt alone": ([{"prompt": "a"}], [], "no column 'completion', only prompt: expected `input_ids`, `messages`"),
-    "other keys": ([{"messages": FROM_VALUE}], [], "row 0 of the train data set: messages is [{'from': 'human'"),
-    "conversations in roles": ([{"conversations": CHAT}], [], "expected a list of messages with the key 'from'"),
+    "other columns": ([{"question": "a", "answer": "b"}], [], "has only the columns question, answer: expected in"),
+    "a prompt alone": ([{"prompt": "a"}], [], "the train data set has only the columns prompt: expected input_ids"),
+    "other keys": ([{"messages": [{"who": "a"}]}], [], "row 0 of the train data set: messages is [{'who': 'a'}], exp"),
     "a number": ([{"prompt": "a", "completion": 3}], [], "row 0 of the train data set: completion is 3, expected"),
     "null": ([{"prompt": "a", "completion": each} for each in ("b", None)], [], "row 1 of the train data set: compl"),
     "all null": ([{"prompt": "a", "completion": None}], [], "completion is None, expected a text"),
