@@ -153,6 +153,18 @@ def gathered_parameters(*parameters: Tensor | None) -> Iterator[list[Any]]:
         yield whole
 
 
+def as_before_accelerate(model: nn.Module) -> None:
+    """Undo what an earlier trainer of the same model had accelerate do to it: mixed precision in its forward.
+
+    accelerate (1.15) marks the model, and does not prepare it a second time: the next trainer would train in the
+    precision of the first. It has no way back that leaves other wrappers of the forward in place.
+    """
+    original_forward = vars(model).pop("_original_forward", None)
+    if original_forward is not None:
+        model.forward = original_forward
+    vars(model).pop("_is_accelerate_prepared", None)
+
+
 def noise_by_document(trainer: Any, lengths: Callable[[], Tensor | None]) -> None:
     """NEFTune's noise by the length of each document: uniform within alpha / sqrt(length * M), as in the paper.
 

@@ -12,6 +12,7 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
@@ -437,3 +438,22 @@ def _has_shuffle_buffer(stream: Any) -> bool:
         if (inner := getattr(source, "ex_iterable", None)) is not None:
             sources.append(inner)
     return False
+
+
+def _for_a_worker(stream: PackedStream) -> Any:
+    """How a stream goes to a worker that is not forked: by dill, which also sends functions without a name.
+
+    `datasets` brings dill, and TRL maps the rows of a stream with such functions.
+    """
+    import dill
+
+    try:
+        return dill.loads, (dill.dumps(stream, recurse=True),)
+    except Exception as error:
+        raise ValueError(
+            "dataloader_multiprocessing_context: the stream cannot be sent to a worker that is not forked "
+            f"({type(error).__name__}: {error}): set it to 'fork', or dataloader_num_workers to 0"
+        ) from error
+
+
+ForkingPickler.register(PackedStream, _for_a_worker)

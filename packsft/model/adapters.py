@@ -63,6 +63,8 @@ def split_head(head: Any) -> tuple[nn.Linear, list[Addition]] | str:
             return f"the adapter on the language-model head is a {_name(head)}, not a plain LoRA"
     if type(head) is not nn.Linear:
         return f"the head is a {_name(head)}, not a plain Linear"
+    if head.weight.is_meta:
+        return "the head's weight is offloaded"
     if not head.weight.is_floating_point():
         return f"the head's weight is quantised ({head.weight.dtype})"
     return head, additions

@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from packsft.compat import attention_registries
+from packsft.model.head import device_of
 
 ATTENTION_NAME = "packsft"
 ATTENTIONS, MASKS = attention_registries()
@@ -116,7 +117,7 @@ def backend_of(model: PreTrainedModel) -> tuple[str, AttentionSpec]:
     Raises:
         ValueError: the back end was chosen by name and cannot run.
     """
-    config, device = model.config.get_text_config(), model.device.type
+    config, device = model.config.get_text_config(), device_of(model).type
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
     dropout = getattr(config, "attention_dropout", None) or getattr(config, "attn_pdrop", None) or 0.0  # GPT-2's name

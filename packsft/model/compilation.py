@@ -96,8 +96,14 @@ def _compiled(kind: type[nn.Module], parameters: tuple[Any, ...]) -> type[nn.Mod
                 f"compile_layers=True: {kind.__name__} cannot be compiled: set compile_layers=False ({reason})"
             ) from error
 
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        """For `pickle` and `deepcopy`: a layer that is not compiled. No module holds this class by its name."""
+        _, _, *state = tuple(kind.__reduce_ex__(self, protocol))
+        return object.__new__, (kind,), *state
+
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return type(kind.__name__, (kind,), {"forward": forward, "uncompiled": kind, **names})
+    methods = {"forward": forward, "uncompiled": kind, "__reduce_ex__": reduce}
+    return type(kind.__name__, (kind,), methods | names)
 
 
 def _mark_sizes(varying: set[int], *inputs: Any) -> None:

@@ -17,7 +17,7 @@ import functools
 import inspect
 import logging
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,6 +58,11 @@ def count_embeddings(model: PreTrainedModel) -> int:
     """Rows of the input embeddings, with or without an adapter on them."""
     embedding = model.get_input_embeddings()
     return getattr(embedding, "base_layer", embedding).weight.shape[0]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the first weights that are on one: accelerate offloads some to "meta", and moves the inputs."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 @contextmanager
@@ -104,21 +109,21 @@ def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss
         else _why_not_fused(model, fused_options)
     )
     # a function of `self`: a deep copy of the model then runs on its own weights
-    bound = model.forward
-    own_forward = getattr(bound, "__func__", None) or (lambda self, *args, **kwargs: bound(*args, **kwargs))
+    own_forward = _own_forward(model)
 
-    @functools.wraps(type(model).forward)  # `generate` validates its arguments against this signature
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         if "loss_rows" not in kwargs:
             return own_forward(self, *args, **kwargs)
+        device = kwargs["loss_rows"].device
         rows, targets, weights = (kwargs.pop(key, None) for key in LOSS_KEYS)
         num_items, apart = kwargs.pop("num_items", None), kwargs.pop("loss_apart", False)
         # looked up on each call: wrappers replace the head, and another adapter may be active now
         head = split_head(self.get_output_embeddings())
         if why_compact is None and not isinstance(head, str):
             hidden = _backbone(self)(*args, use_cache=False, **kwargs).last_hidden_state
-            return _reduce(_fused_loss(head, hidden, rows, targets, weights, fused_options, num_items), apart)
-        outputs, logits = _compact_logits(functools.partial(own_forward, self), rows, *args, use_cache=False, **kwargs)
+            return _reduce(_fused_loss(head, hidden, rows, targets, weights, fused_options, num_items), device, apart)
+        outputs, logits = _compact_logits(self, own_forward, rows, *args, use_cache=False, **kwargs)
+        targets, weights, num_items = _to(logits.device, targets, weights, num_items)
         # only this function uses the logits, so their gradient may overwrite them
         loss = cross_entropy(
             logits,
@@ -129,10 +134,24 @@ def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss
             num_items=num_items,
             inplace=logits.requires_grad,
         )
-        return _reduce(loss, apart, getattr(outputs, "aux_loss", None))
+        return _reduce(loss, device, apart, getattr(outputs, "aux_loss", None))
 
+    functools.update_wrapper(forward, type(model).forward)
+    # `generate` validates its arguments against the signature. accelerate's `unwrap_model` goes as far as `__wrapped__`
+    # leads, and would leave the head out.
+    forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
+    del forward.__wrapped__  # type: ignore[attr-defined]
+    forward.own_forward = own_forward  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
     return why_compact
+
+
+def _own_forward(model: PreTrainedModel) -> Callable[..., Any]:
+    """The forward, as a function of the model, without the head of an earlier trainer."""
+    bound: Any = model.forward
+    if hasattr(bound, "own_forward"):
+        return bound.own_forward
+    return getattr(bound, "__func__", None) or (lambda self, *args, **kwargs: bound(*args, **kwargs))
 
 
 def _backbone(model: PreTrainedModel) -> nn.Module:
@@ -154,6 +173,7 @@ def _fused_loss(
 ) -> LossOutput:
     linear, additions = head
     hidden_TM = hidden.flatten(0, 1).to(linear.weight.device)
+    rows, targets, weights, num_items = _to(hidden_TM.device, rows, targets, weights, num_items)
     added = [parameter for addition in additions for parameter in addition.parameters]
     with gathered_parameters(linear.weight, linear.bias, *added) as (weight, bias, *added):
         return linear_cross_entropy(
@@ -169,21 +189,33 @@ def _fused_loss(
         )
 
 
-def _compact_logits(forward: Any, rows: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+def _to(device: torch.device, *values: Any) -> list[Any]:
+    """The layers of a model may lie on several devices, the head on another than the batch."""
+    return [value.to(device) if isinstance(value, Tensor) else value for value in values]
+
+
+def _compact_logits(model: Any, own_forward: Any, rows: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
     """The model's outputs, and its logits `[N, V]` at `rows` (positions in the flattened batch)."""
     packed = kwargs["input_ids"].shape[0] == 1 if "input_ids" in kwargs else False
+    forward = functools.partial(own_forward, model)
     if packed and "logits_to_keep" in inspect.signature(forward).parameters:
+        if getattr(
+            model, "hf_device_map", None
+        ):  # rows of the last hidden states, which are where the last weights are
+            *_, last = _backbone(model).parameters()
+            rows = rows.to("cpu" if last.is_meta else last.device)
         outputs = forward(*args, logits_to_keep=rows.long(), **kwargs)
         return outputs, outputs.logits[0]
     outputs = forward(*args, **kwargs)
-    return outputs, outputs.logits.flatten(0, 1).index_select(0, rows)
+    logits = outputs.logits.flatten(0, 1)
+    return outputs, logits.index_select(0, rows.to(logits.device))
 
 
-def _reduce(output: LossOutput, apart: bool, aux_loss: Tensor | None = None) -> HeadOutput:
+def _reduce(output: LossOutput, device: torch.device, apart: bool, aux_loss: Tensor | None = None) -> HeadOutput:
     assert output.entropy is not None
     assert output.correct is not None
     loss, added = (torch.zeros_like(output.loss), output.loss) if apart else (output.loss, None)
-    return HeadOutput(loss, output.entropy.sum(), output.correct.sum(), aux_loss, added)
+    return HeadOutput(*_to(device, loss, output.entropy.sum(), output.correct.sum(), aux_loss, added))
 
 
 def _logit_transform(config: Any) -> dict[str, Any]:
@@ -209,8 +241,8 @@ def _own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
         return model(input_ids=ids, use_cache=False).logits[0]  # not a model that computes a loss
     logits, own = outputs.logits[0], getattr(outputs, "loss", None)
     if own is not None and getattr(outputs, "aux_loss", None) is None:
-        expected = torch.nn.functional.cross_entropy(logits[:-1].float(), ids[0, 1:])
-        if (own - expected).abs() > 1e-3 * expected:
+        expected = torch.nn.functional.cross_entropy(logits[:-1].float(), ids[0, 1:].to(logits.device))
+        if (own.to(logits.device) - expected).abs() > 1e-3 * expected:
             logger.warning(
                 "the forward of %s computes a loss other than the cross-entropy of its logits (%.4g instead of %.4g on "
                 "random tokens): what it adds is not trained on, as in TRL", type(model).__name__, own, expected,
@@ -227,7 +259,7 @@ def _why_not_fused(model: PreTrainedModel, options: LossOptions) -> str | None:
     linear, additions = head
     try:
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(linear.weight.shape[0], (1, 8), generator=generator).to(model.device)
+        ids = torch.randint(linear.weight.shape[0], (1, 8), generator=generator).to(device_of(model))
         changed = [token for addition in additions for token in addition.tokens[:4]]  # only they show it
         targets = torch.cat([ids.new_tensor(changed, dtype=ids.dtype), ids[0]])[:7]
         rows = torch.arange(7, dtype=torch.int32, device=ids.device)
@@ -237,7 +269,8 @@ def _why_not_fused(model: PreTrainedModel, options: LossOptions) -> str | None:
             hidden = _backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
             ours = _fused_loss(head, hidden, rows, targets, None, plain, None).log_prob
         with gathered_parameters(linear.weight) as (weight,):
-            terms = float(weight.norm(dim=1).max() * hidden.norm(dim=-1).max())
+            terms = float(weight.norm(dim=1).max()) * float(hidden.norm(dim=-1).max())
+        ours, targets = _to(logits.device, ours, targets)
         theirs = logits[:7].double().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         if is_out_of_memory(error):

@@ -28,7 +28,7 @@ from packsft.compat import is_out_of_memory
 from packsft.data.batch import model_inputs
 from packsft.data.collator import PackingCollator
 from packsft.model.attention import packed_forward, watch_masks
-from packsft.model.head import count_embeddings, eval_mode
+from packsft.model.head import count_embeddings, device_of, eval_mode
 from packsft.model.rotary import Call, watch_positions, why_by_row
 
 NOT_CHECKED = "not checked"
@@ -62,7 +62,7 @@ def check_isolation(
         torch.OutOfMemoryError, RuntimeError: out of memory, which says nothing about the model.
         FloatingPointError: weights are not finite.
     """
-    devices = [model.device] if model.device.type == "cuda" else []
+    devices = [device_of(model)] if device_of(model).type == "cuda" else []
     with torch.random.fork_rng(devices), eval_mode(model), autocast(), watch_positions(model) as calls:
         verdict = _verdict(lambda: _documents_apart(model, max_length or sys.maxsize))
     apart = _verdict(lambda: _rotations_apart(calls, max_length or UNBOUNDED_LENGTH))
@@ -108,7 +108,7 @@ def _random_ids(model: PreTrainedModel, count: int) -> Tensor:
 def _leak(model: PreTrainedModel, ids: Tensor) -> IsolationVerdict:
     """Whether another document reaches the last one, or a later position reaches one of its middle positions."""
     batch = PackingCollator(pad_token_id=0)([{"input_ids": ids[0].tolist(), "seq_lengths": list(DOCUMENT_LENGTHS)}])
-    inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in model_inputs(batch).items()}
+    inputs = {k: v.to(device_of(model)) if isinstance(v, Tensor) else v for k, v in model_inputs(batch).items()}
     begin = sum(DOCUMENT_LENGTHS[:-1])
     middle = begin + DOCUMENT_LENGTHS[-1] // 2
     with _embedding_leaf(model) as leaf, watch_layers(model) as layers, torch.enable_grad():
@@ -156,7 +156,7 @@ def _same_positions(packed: list[Tensor], alone: list[Tensor]) -> bool:
 def _lost_mask(model: PreTrainedModel, ids: Tensor, max_length: int) -> IsolationVerdict:
     """Whether a window is expressed only in a layer's mask, and is shorter than a document may be."""
     with watch_masks() as told_by_mask_alone:
-        model(input_ids=ids.to(model.device), use_cache=False)
+        model(input_ids=ids.to(device_of(model)), use_cache=False)
     layer, window = min(told_by_mask_alone, key=lambda item: item[1], default=("", sys.maxsize))
     if window >= max_length:
         return IsolationVerdict(True)

@@ -16,6 +16,7 @@ from accelerate.utils import is_peft_model
 from packsft_kernels import LossOptions
 from torch import Tensor, nn
 
+from packsft.compat import as_before_accelerate
 from packsft.data.batch import document_lengths, longest_document, loss_inputs, model_inputs
 from packsft.model import attention
 from packsft.model.compilation import compile_layers, restore_layers
@@ -50,8 +51,9 @@ class PreparedModel:
         why_compact: None if the head is fused, otherwise the reason for compact logits.
 
     Raises:
-        ValueError: the model has no language-model head or no layers to compile, the attention back end was chosen by
-            name and cannot run, or documents see each other and `on_unpackable="error"`.
+        ValueError: trained weights are offloaded, the model has no language-model head or no layers to compile, the
+            attention back end was chosen by name and cannot run, or documents see each other and
+            `on_unpackable="error"`.
         FloatingPointError: weights are not finite.
     """
 
@@ -76,6 +78,8 @@ class PreparedModel:
         self.prompt = prompt if getattr(prompt, "is_prompt_learning", False) else None
         fills_cache = self.prompt is not None and self.prompt.peft_type in ("PREFIX_TUNING", "CARTRIDGE")
         self.virtual_tokens = 0 if self.prompt is None or fills_cache else self.prompt.num_virtual_tokens
+        _refuse_offloaded(model)
+        as_before_accelerate(model)
         restore_layers(self.base_model)
         self._rotary_limit = install_rotary(self.base_model)
         self._prepare_attention(attention_backend, check, on_unpackable, any_rank)
@@ -185,6 +189,17 @@ class PreparedModel:
 def base_model_of(model: nn.Module) -> Any:
     """The model without its PEFT wrapper."""
     return model.get_base_model() if is_peft_model(model) else model  # type: ignore[operator]
+
+
+def _refuse_offloaded(model: nn.Module) -> None:
+    if not getattr(base_model_of(model), "hf_device_map", None):  # FSDP has such weights, too, until it shards
+        return
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.is_meta:
+            raise ValueError(
+                f"device_map: the weights {name} are offloaded (to the disk or the CPU), where they cannot be trained: "
+                "keep on a device what is trained"
+            )
 
 
 def any_rank_of(accelerator: Any) -> Callable[[bool], bool]:

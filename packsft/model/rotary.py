@@ -81,20 +81,27 @@ def forget(model: nn.Module) -> None:
                 _forget(rope, (buffer, buffer), {} if kind is None else {"layer_type": kind}, buffer.device)
 
 
+def _turns_positions(module: nn.Module) -> bool:
+    """Whether it makes something of positions alone, and has nothing to learn."""
+    takes = inspect.signature(module.forward).parameters
+    return "position_ids" in takes and next(module.parameters(), None) is None
+
+
 def _layer_types(rope: Any) -> list[str | None]:
     """The layer types with frequencies of their own; [None] if all layers share them, [] if this is no such module."""
-    types = getattr(rope, "rope_type", None)
+    types = getattr(rope, "rope_type", None) if _turns_positions(rope) else None
     return list(types) if isinstance(types, dict) else [None] if isinstance(types, str) else []
 
 
 def _limit(rope: Any, layer_type: str | None) -> int | None:
     """The longest document with the frequencies of a short one; None if all documents have the same."""
-    rope_type, parameters = rope.rope_type, rope.config.rope_parameters
-    if layer_type is not None:
-        rope_type, parameters = rope_type[layer_type], parameters[layer_type]
+    rope_type = rope.rope_type if layer_type is None else rope.rope_type[layer_type]
     if "dynamic" in rope_type:
-        return rope.original_max_seq_len
-    return parameters["original_max_position_embeddings"] if rope_type == "longrope" else None
+        return getattr(rope, "original_max_seq_len", None)
+    if rope_type != "longrope":
+        return None
+    parameters = getattr(getattr(rope, "config", None), "rope_parameters", None) or {}
+    return (parameters if layer_type is None else parameters[layer_type]).get("original_max_position_embeddings")
 
 
 def _turn_by_document(rope: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -177,7 +184,7 @@ def watch_positions(model: nn.Module) -> Iterator[list[Call]]:
     handles = [
         module.register_forward_pre_hook(keep, with_kwargs=True)
         for module in model.modules()
-        if "position_ids" in inspect.signature(module.forward).parameters and not any(True for _ in module.parameters())
+        if _turns_positions(module)
     ]
     try:
         yield calls

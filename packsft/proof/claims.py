@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from packsft.data.batch import loss_inputs, model_inputs
 from packsft.data.collator import PackingCollator
 from packsft.data.document import IGNORE_INDEX, Document, Pack, documents_of, make_document
-from packsft.model.head import eval_mode
+from packsft.model.head import device_of, eval_mode
 from packsft.model.isolation import IsolationVerdict, decoder_layers, watch_layers
 from packsft.model.prepared import PreparedModel
 from packsft.model.rotary import by_document, forget
@@ -196,7 +196,7 @@ class Comparison:
         self.model, self.documents = model, documents
         self._prepared, self._collator, self._to_device = prepared, collator, to_device
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.device = next(model.parameters()).device
+        self.device = device_of(model)
         self._num_items = sum(collator([[document]])["num_items"] for document in documents)
         if not self._num_items:
             raise ValueError("none of the documents has a token to score: all their labels are -100")
