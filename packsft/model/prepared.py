@@ -124,6 +124,11 @@ class PreparedModel:
             "%s is trained on padded rows instead of packed ones, with the same examples in each step: %s",
             type(model).__name__, self.isolation.reason,
         )  # fmt: skip
+        if self.virtual_tokens:
+            logger.warning(
+                "the first token of an example is not scored, although the last virtual token predicts it: TRL adds "
+                "its loss without counting it"
+            )
         if own_attention is not None and own_attention != model.config._attn_implementation:
             model.set_attn_implementation(own_attention)
 

@@ -462,11 +462,12 @@ def rows_with_prompts(count):
 @pytest.mark.parametrize("kind", PROMPTS)
 def test_a_prompt_is_trained_on_padded_rows_as_on_each_document_alone(kind, options, tmp_path, caplog):
     model, rows = prompted(kind), token_rows(12)
-    _, loss, grads = packed_step(model, rows, tmp_path, torch.float64, check_packing="off", **options)
+    ours, loss, grads = packed_step(model, rows, tmp_path, torch.float64, check_packing="off", **options)
     notice = (
         f"on padded rows instead of packed ones, with the same examples in each step: {type(PROMPTS[kind]).__name__}"
     )
     assert notice in caplog.text
+    assert ("the first token of an example is not scored" in caplog.text) == (ours._prepared.virtual_tokens > 0)
     exact_loss, exact = documents_alone(model, rows, torch.float64)
     assert error(loss, exact_loss) < EXACT
     assert_gradients_equal(grads, exact, EXACT)

@@ -168,7 +168,7 @@ def test_a_model_of_another_type_is_refused(tmp_path):
 def test_empty_completions_are_one_notice(stream, tmp_path, caplog):
     raw_rows._say_empty.cache_clear()
     texts = [{"prompt": "what is", "completion": completion} for completion in ("", " yes", "", " no", "")]
-    data = Dataset.from_list(texts).select([0, 1, 2, 3])  # without the last
+    data = Dataset.from_list(texts).select([2, 1, 0, 3])  # without the last
     data = data.to_iterable_dataset() if stream else data
     ours = trainer(tmp_path, train_dataset=data, completion_only_loss=True, max_steps=2)
     list(ours.get_train_dataloader())
