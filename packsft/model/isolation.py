@@ -29,6 +29,7 @@ from packsft.data.batch import model_inputs
 from packsft.data.collator import PackingCollator
 from packsft.model.attention import packed_forward, watch_masks
 from packsft.model.head import count_embeddings, device_of, eval_mode
+from packsft.model.positions import longest_document
 from packsft.model.rotary import Call, watch_positions, why_by_row
 
 NOT_CHECKED = "not checked"
@@ -84,13 +85,15 @@ def _verdict(check: Callable[[], IsolationVerdict]) -> IsolationVerdict:
 
 
 def _documents_apart(model: PreTrainedModel, max_length: int) -> IsolationVerdict:
-    ids = _random_ids(model, sum(DOCUMENT_LENGTHS))
+    longest = longest_document(model, max(DOCUMENT_LENGTHS)) or 0  # a table of positions may be shorter
+    lengths = [length * longest // max(DOCUMENT_LENGTHS) for length in DOCUMENT_LENGTHS]
+    ids = _random_ids(model, sum(lengths))
     with _first_layer_input(model) as packed:
-        verdict = _leak(model, ids)
+        verdict = _leak(model, ids, lengths)
     if verdict.isolated:
         with _first_layer_input(model) as alone:
-            verdict = _lost_mask(model, ids[:, -DOCUMENT_LENGTHS[-1] :], max_length)
-        if not _same_positions(packed, alone):
+            verdict = _lost_mask(model, ids[:, -lengths[-1] :], max_length)
+        if not _same_positions(packed, alone, lengths[-1]):
             verdict = IsolationVerdict(False, "a packed document gets other positions than it has alone")
     return verdict
 
@@ -105,12 +108,12 @@ def _random_ids(model: PreTrainedModel, count: int) -> Tensor:
     return torch.randint(count_embeddings(model), (1, count), generator=generator)
 
 
-def _leak(model: PreTrainedModel, ids: Tensor) -> IsolationVerdict:
+def _leak(model: PreTrainedModel, ids: Tensor, lengths: list[int]) -> IsolationVerdict:
     """Whether another document reaches the last one, or a later position reaches one of its middle positions."""
-    batch = PackingCollator(pad_token_id=0)([{"input_ids": ids[0].tolist(), "seq_lengths": list(DOCUMENT_LENGTHS)}])
+    batch = PackingCollator(pad_token_id=0)([{"input_ids": ids[0].tolist(), "seq_lengths": lengths}])
     inputs = {k: v.to(device_of(model)) if isinstance(v, Tensor) else v for k, v in model_inputs(batch).items()}
-    begin = sum(DOCUMENT_LENGTHS[:-1])
-    middle = begin + DOCUMENT_LENGTHS[-1] // 2
+    begin = sum(lengths[:-1])
+    middle = begin + lengths[-1] // 2
     with _embedding_leaf(model) as leaf, watch_layers(model) as layers, torch.enable_grad():
         with packed_forward():
             logits = model(**inputs, use_cache=False).logits
@@ -137,15 +140,15 @@ def _raise_for_weights(model: nn.Module) -> None:
         raise FloatingPointError(f"the weights {names[0]} of {type(model).__name__} are not finite: load others")
 
 
-def _same_positions(packed: list[Tensor], alone: list[Tensor]) -> bool:
+def _same_positions(packed: list[Tensor], alone: list[Tensor], length: int) -> bool:
     """Whether the first layer gets the same input for the last document of the row as for that document alone.
 
     Some models count positions through the row and ignore `position_ids` (BART's decoder); others do not start at 0
     (RoBERTa). Relative positions do not show in the input of the first layer.
     """
-    if not packed or not alone or packed[0].shape[1] <= DOCUMENT_LENGTHS[-1]:
+    if not packed or not alone or packed[0].shape[1] <= length:
         return True
-    last = packed[0].detach()[:, -DOCUMENT_LENGTHS[-1] :]
+    last = packed[0].detach()[:, -length:]
     if last.shape != alone[0].shape:
         return True
     rounding = 4 * torch.finfo(last.dtype).eps * last.abs().max()  # RoCBert projects its embeddings

@@ -374,6 +374,14 @@ def test_documents_beyond_a_table_of_positions_are_counted_and_refused(which, tm
         assert ours.check_packing().holds
 
 
+@pytest.mark.parametrize("positions", [8, 13])
+def test_the_checks_fit_the_shortest_table_of_positions(positions, tmp_path):
+    rows = Dataset.from_list([{"input_ids": [4] * positions, "labels": [4] * positions}])
+    ours = trainer(tmp_path, model=tiny_model("gpt2", n_positions=positions), train_dataset=rows, max_length=positions)
+    assert ours.isolation.isolated, ours.isolation.reason
+    assert ours.check_packing().holds
+
+
 def test_documents_beyond_the_positions_of_a_rotary_model_are_noticed(tmp_path, caplog):
     rows = Dataset.from_list([{"input_ids": [3] * n, "labels": [3] * n} for n in (50, 20)])
     trainer(tmp_path, model=tiny_model(max_position_embeddings=32), train_dataset=rows, max_length=64).train()
