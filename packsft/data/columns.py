@@ -214,6 +214,7 @@ def check_no_transform(dataset: Dataset) -> None:
     """Raises ValueError for a data set whose rows are not what its columns hold."""
     if dataset.format["type"] == "custom":
         raise ValueError(
-            "the data set has a transform (with_transform), but packsft reads its columns, which a transform does not "
-            "change: apply it with map() first"
+            "the data set has a transform (Dataset.with_transform()), but packsft reads its columns, which a transform "
+            "does not change: apply it with map() first, or set dataset_kwargs={'skip_prepare_dataset': True} and let "
+            "it give trainer-ready rows, see packs of your own"
         )
