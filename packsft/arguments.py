@@ -148,7 +148,10 @@ def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
 
 def _check_values(args: SFTConfig) -> None:
     """Raises ValueError for a field of numbers or of given choices that holds anything else: a text would be true."""
-    hints = typing.get_type_hints(type(args))
+    hints, ours = (
+        typing.get_type_hints(type(args)),
+        {field.name: field for field in dataclasses.fields(PackedSFTConfig)},
+    )
     for field in dataclasses.fields(args):
         value, hint = getattr(args, field.name), hints[field.name]
         allowed = set(typing.get_args(hint) or (hint,)) - {type(None)}
@@ -157,7 +160,7 @@ def _check_values(args: SFTConfig) -> None:
         if allowed <= _NUMBERS.keys() and not any(_NUMBERS[kind](value) for kind in allowed):
             kinds = " or ".join(kind.__name__ for kind in allowed)
             raise ValueError(f"{field.name}={value!r} is a {type(value).__name__}, expected {kinds}")
-        choices = field.metadata.get("choices")
+        choices = ours.get(field.name, field).metadata.get("choices")  # an SFTConfig may have packing_strategy="step"
         if choices and getattr(value, "value", value) not in [getattr(choice, "value", choice) for choice in choices]:
             raise ValueError(f"{field.name}={value!r} is unknown, expected one of {list(choices)}")
     positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")

@@ -11,9 +11,10 @@ from datasets import Dataset, IterableDataset
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 from runs import trainer
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 
 import packsft
+from packsft.app.inspect import inspect_data
 
 OWN = (Path(packsft.__file__).parent, Path(trl.trainer.__file__).parent)
 OF_TOKENS = ("labels", "attention_mask", "position_ids", "completion_mask", "assistant_masks", "seq_lengths")
@@ -79,6 +80,13 @@ def model():
     return tiny_model()
 
 
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("tokenizer"))
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 property_test = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -101,3 +109,23 @@ def test_rows_are_trained_on_or_refused_by_name(model, drawn, source, packing, o
         batches, error = [], refused
     event("trained on" if batches else "refused")
     assert batches or is_own(error), error
+
+
+@property_test
+@given(rows())
+def test_inspect_counts_rows_or_refuses_them_by_name(tokenizer_folder, drawn):
+    try:
+        dataset = Dataset.from_list(drawn)
+    except (pa.ArrowException, ValueError, TypeError, OverflowError):
+        assume(False)
+    file = f"{tempfile.mkdtemp()}/rows.parquet"
+    try:
+        dataset.to_parquet(file)
+    except pa.ArrowException:  # a struct without a field
+        assume(False)
+    try:
+        found = inspect_data(file, model=tokenizer_folder).report.account
+    except ValueError as refused:
+        error, found = refused, None
+    event("refused" if found is None else "counted")
+    assert is_own(error) if found is None else found.examples_in == len(drawn)

@@ -291,3 +291,9 @@ def test_a_head_whose_scale_is_missed_is_not_fused(monkeypatch):
 )  # backbone, backbone, scale, softcap, softcap: each by a name of its own
 def test_the_head_is_fused_on_families_that_name_its_parts_differently(family):
     assert install_head(tiny_family(family).float(), LossOptions()) is None
+
+
+def test_a_plain_configuration_may_take_exact_steps(tmp_path):
+    args = SFTConfig(str(tmp_path), use_cpu=True, **DEFAULTS | {"packing": True, "packing_strategy": "step"})
+    ours = PackedSFTTrainer(tiny_model(), args, train_dataset=token_rows(24), processing_class=tiny_tokenizer())
+    assert ours.train().global_step == 9
