@@ -10,6 +10,7 @@ Shapes: T tokens, D documents, H query heads, G key heads, K head size.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -192,7 +193,7 @@ def _to_documents(x: Tensor, run: tuple[int, int], spec: AttentionSpec | None = 
 
 def _is_finite(q: Tensor, k: Tensor) -> bool:
     """Whether neither holds a NaN or an infinity. By their sums: one too large for its dtype denies it, too."""
-    return bool(torch.isfinite(q.sum() + k.sum()))
+    return math.isfinite((q.sum() + k.sum())[None].tolist()[0])
 
 
 def _with_nan(out: Tensor, q: Tensor, k: Tensor, causal: bool) -> Tensor:
