@@ -232,7 +232,7 @@ def _logit_transform(config: Any) -> dict[str, Any]:
 
 
 def _own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """`[T, V]`. Says so if the model's own loss is not the cross-entropy of its logits: nothing here computes it."""
+    """`[T, V]`. Says so if the model's own loss is not the cross-entropy of the next tokens: nothing here uses it."""
     try:
         outputs = model(input_ids=ids, labels=ids, use_cache=False)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -244,8 +244,8 @@ def _own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
         expected = torch.nn.functional.cross_entropy(logits[:-1].float(), ids[0, 1:].to(logits.device))
         if (own.to(logits.device) - expected).abs() > 1e-3 * expected:
             logger.warning(
-                "the forward of %s computes a loss other than the cross-entropy of its logits (%.4g instead of %.4g on "
-                "random tokens): what it adds is not trained on, as in TRL", type(model).__name__, own, expected,
+                "the forward of %s computes a loss other than the cross-entropy of the next tokens (%.4g, not %.4g "
+                "on random ones): it is not trained on, as in TRL", type(model).__name__, own, expected,
             )  # fmt: skip
     return logits
 

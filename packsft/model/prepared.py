@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from packsft_kernels import LossOptions
+from packsft_kernels.varlen_attention import FLOAT_DTYPES
 from torch import Tensor, nn
 
 from packsft.compat import as_before_accelerate
@@ -54,7 +55,7 @@ class PreparedModel:
         ValueError: trained weights are offloaded, the model has no language-model head or no layers to compile, the
             attention back end was chosen by name and cannot run, or documents see each other and
             `on_unpackable="error"`.
-        FloatingPointError: weights are not finite.
+        FloatingPointError: weights are not finite, which the check shows.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class PreparedModel:
         self.padded = not self.isolation.isolated
         if not self.padded:
             return
+        _refuse_nonfinite(model)
         if on_unpackable == "error":
             raise ValueError(f"{type(model).__name__} cannot be trained on packed documents: {self.isolation.reason}")
         logger.warning(
@@ -205,6 +207,12 @@ def _refuse_offloaded(model: nn.Module) -> None:
                 f"device_map: the weights {name} are offloaded (to the disk or the CPU), where they cannot be trained: "
                 "keep on a device what is trained"
             )
+
+
+def _refuse_nonfinite(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in FLOAT_DTYPES and not parameter.is_meta and not torch.isfinite(parameter).all():
+            raise FloatingPointError(f"the weights {name} of {type(model).__name__} are not finite: load others")
 
 
 def any_rank_of(accelerator: Any) -> Callable[[bool], bool]:

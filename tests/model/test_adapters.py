@@ -654,4 +654,9 @@ def test_a_loss_that_a_model_adds_in_its_own_forward_is_noticed(tmp_path, caplog
     model = tiny_family("bamba").float()
     model.z_loss_coefficient = 1e-2
     trainer(tmp_path, model)
-    assert caplog.text.count("the forward of BambaForCausalLM computes a loss other than the cross-entropy") == 1
+    assert (
+        caplog.text.count(
+            "the forward of BambaForCausalLM computes a loss other than the cross-entropy of the next tokens"
+        )
+        == 1
+    )

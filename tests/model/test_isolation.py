@@ -181,6 +181,10 @@ def test_weights_that_are_no_numbers_are_named_before_training_or_after_its_firs
         trainer(tmp_path, model)
     with pytest.raises(FloatingPointError, match="the loss of steps 1 and 2 is not finite"):
         trainer(tmp_path, model, check_packing="off").train()
+    padded = tiny_model("stablelm")
+    padded.get_parameter(name).data[3, 5] = torch.nan
+    with pytest.raises(FloatingPointError, match=f"the weights {name} of StableLmForCausalLM are not finite"):
+        trainer(tmp_path, padded)
 
 
 def test_gradients_that_overflow_are_no_leak(tmp_path):

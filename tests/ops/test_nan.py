@@ -24,10 +24,8 @@ OPTIONS = {
 
 @pytest.fixture(autouse=True)
 def _on_the_cpu():
-    before = torch.get_default_device()
-    torch.set_default_device("cpu")
-    yield
-    torch.set_default_device(before)
+    with torch.device("cpu"):
+        yield
 
 
 def truth(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool = True, window: int = 10**6) -> Tensor:

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import itertools
 import json
-from unittest import mock
 
 import pytest
 import torch
@@ -119,12 +118,9 @@ def test_a_head_whose_softcap_is_missed_is_caught(tmp_path, monkeypatch):
 
 def test_a_tensor_that_is_no_number_holds_nothing(tmp_path):
     model = tiny_model("llama")
-    checked = trainer(tmp_path, model=model, check_packing="off")
+    checked = trainer(tmp_path, model=model)
     model.model.norm.weight.data[0] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"the weights model\.norm\.weight of LlamaForCausalLM are not"):
-        checked.check_packing()
-    with mock.patch("packsft.model.isolation._raise_for_weights"):
-        assert set(failing(checked.check_packing())) >= {LOGITS, HEAD, TWO, EACH, ALONE}
+    assert set(failing(checked.check_packing())) >= {LOGITS, HEAD, TWO, EACH, ALONE}
 
 
 # ---- what it leaves behind, and what it reads ----
