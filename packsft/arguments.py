@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import DynamoBackend, is_peft_model
+from accelerate.utils import DistributedType, DynamoBackend, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -324,6 +324,11 @@ def check_accelerator(accelerator: Any, args: SFTConfig) -> None:
     """Raises ValueError for what `accelerate launch` or its configuration file asks for and cannot have."""
     if getattr(args, "compile_layers", False) and accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise ValueError("compile_layers=True compiles each layer, accelerate's dynamo_backend the model: choose one")
+    if args.fsdp and accelerator.distributed_type != DistributedType.FSDP:
+        logger.warning(
+            "fsdp=%r: not in force, since accelerate shards a model over several accelerators, and this run is %s on %s",
+            args.fsdp, accelerator.distributed_type.value, accelerator.device.type,
+        )  # fmt: skip
     parallelism = getattr(accelerator, "parallelism_config", None)
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError(

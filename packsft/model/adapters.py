@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from packsft.compat import knows_peft
 
@@ -49,10 +50,10 @@ def split_head(head: Any) -> tuple[nn.Linear, list[Addition]] | str:
             head = head.modules_to_save[active[0]] if active and not head.disable_adapters else head.original_module
         elif isinstance(head, TrainableTokensWrapper):
             head = head.token_adapter
-        if type(head) in (LoraLinear, TrainableTokensLayer):
+        if class_of(head) in (LoraLinear, TrainableTokensLayer):
             if head.disable_adapters and head.merged:
                 head.unmerge()  # as the layer's own forward does
-            add = _lora if type(head) is LoraLinear else _trained_tokens
+            add = _lora if class_of(head) is LoraLinear else _trained_tokens
             for name in [] if head.disable_adapters or head.merged else head.active_adapters:
                 addition = add(head, name)
                 if isinstance(addition, str):
@@ -61,7 +62,7 @@ def split_head(head: Any) -> tuple[nn.Linear, list[Addition]] | str:
             head = head.base_layer
         elif isinstance(head, BaseTunerLayer):
             return f"the adapter on the language-model head is a {_name(head)}, not a plain LoRA"
-    if type(head) is not nn.Linear:
+    if class_of(head) is not nn.Linear:
         return f"the head is a {_name(head)}, not a plain Linear"
     if head.weight.is_meta:
         return "the head's weight is offloaded"
@@ -70,9 +71,15 @@ def split_head(head: Any) -> tuple[nn.Linear, list[Addition]] | str:
     return head, additions
 
 
+def class_of(module: nn.Module) -> type:
+    """The class before FSDP2 sharded the module: it makes one of its own, such as `FSDPLinear`."""
+    return next(base for base in type(module).__mro__ if not issubclass(base, FSDPModule))
+
+
 def _name(module: nn.Module) -> str:
     """The class name with its module: PEFT calls most of its layers `Linear`."""
-    return f"{type(module).__module__}.{type(module).__qualname__}".removeprefix("torch.nn.modules.linear.")
+    kind = class_of(module)
+    return f"{kind.__module__}.{kind.__qualname__}".removeprefix("torch.nn.modules.linear.")
 
 
 def _lora(layer: Any, name: str) -> Addition | str | None:
@@ -83,7 +90,7 @@ def _lora(layer: Any, name: str) -> Addition | str | None:
             f"the adapter on the language-model head is no plain LoRA ({layer.lora_variant[name].__class__.__name__})"
         )
     A, B, dropout, scaling = (kept[name] for kept in (layer.lora_A, layer.lora_B, layer.lora_dropout, layer.scaling))
-    if not type(A) is type(B) is nn.Linear:
+    if not class_of(A) is class_of(B) is nn.Linear:
         return f"the LoRA on the language-model head is made of a {_name(A)} and a {_name(B)}"
 
     if hasattr(A.weight, "ds_id"):  # ZeRO-3 gathers it for the backward of its own module, which does not run here

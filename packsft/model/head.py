@@ -17,7 +17,7 @@ import functools
 import inspect
 import logging
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from packsft_kernels import LossOptions, LossOutput, cross_entropy, linear_cross_entropy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -121,7 +122,16 @@ def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss
         head = split_head(self.get_output_embeddings())
         if why_compact is None and not isinstance(head, str):
             hidden = _backbone(self)(*args, use_cache=False, **kwargs).last_hidden_state
-            return _reduce(_fused_loss(head, hidden, rows, targets, weights, fused_options, num_items), device, apart)
+            losses = functools.partial(
+                _fused_losses,
+                self,
+                rows=rows,
+                targets=targets,
+                weights=weights,
+                options=fused_options,
+                num_items=num_items,
+            )
+            return _head_output(_called_through(_sharded(self.get_output_embeddings()), losses, hidden), device, apart)
         outputs, logits = _compact_logits(self, own_forward, rows, *args, use_cache=False, **kwargs)
         targets, weights, num_items = _to(logits.device, targets, weights, num_items)
         # only this function uses the logits, so their gradient may overwrite them
@@ -134,7 +144,8 @@ def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss
             num_items=num_items,
             inplace=logits.requires_grad,
         )
-        return _reduce(loss, device, apart, getattr(outputs, "aux_loss", None))
+        aux_loss = getattr(outputs, "aux_loss", None)
+        return _head_output(_sums(self, loss, aux_loss), device, apart, aux_loss)
 
     functools.update_wrapper(forward, type(model).forward)
     # `generate` validates its arguments against the signature. accelerate's `unwrap_model` goes as far as `__wrapped__`
@@ -211,11 +222,69 @@ def _compact_logits(model: Any, own_forward: Any, rows: Tensor, *args: Any, **kw
     return outputs, logits.index_select(0, rows.to(logits.device))
 
 
-def _reduce(output: LossOutput, device: torch.device, apart: bool, aux_loss: Tensor | None = None) -> HeadOutput:
+def _fused_losses(model: Any, hidden: Tensor, **given: Any) -> tuple[Tensor, ...]:
+    head: Any = split_head(model.get_output_embeddings())  # within the calls of its modules: whole weights, no shards
+    return _sums(model, _fused_loss(head, hidden, **given))
+
+
+def _sums(model: Any, output: LossOutput, aux_loss: Tensor | None = None) -> tuple[Tensor, ...]:
+    """(loss, entropy of all rows, rows that are correct). The model keeps their values for `with_own_values`."""
     assert output.entropy is not None
     assert output.correct is not None
-    loss, added = (torch.zeros_like(output.loss), output.loss) if apart else (output.loss, None)
-    return HeadOutput(*_to(device, loss, output.entropy.sum(), output.correct.sum(), aux_loss, added))
+    sums = output.loss, output.entropy.sum(), output.correct.sum()
+    if not torch.compiler.is_compiling():
+        model.packsft_values = [None if value is None else value.detach() for value in (*sums, aux_loss)]
+    return sums
+
+
+def with_own_values(model: Any, output: HeadOutput) -> HeadOutput:
+    """The output of a wrapped model, `loss_apart`, with the values that its head computed.
+
+    A wrapper may have rounded them: under FSDP2 with a policy for bfloat16, outputs are bfloat16.
+    """
+    own, loss = vars(model).pop("packsft_values", None), output.added_loss
+    if own is None or loss is None or loss.dtype == own[0].dtype:
+        return output
+    for name, value in zip(("added_loss", "entropy_sum", "num_correct", "aux_loss"), own, strict=True):
+        if value is not None:
+            rounded = output[name]
+            output[name] = value.to(rounded.device) + (rounded - rounded.detach())  # the gradient is that of `rounded`
+    return output
+
+
+def _head_output(
+    sums: tuple[Tensor, ...], device: torch.device, apart: bool, aux_loss: Tensor | None = None
+) -> HeadOutput:
+    loss, entropy_sum, num_correct = sums
+    loss, added = (torch.zeros_like(loss), loss) if apart else (loss, None)
+    return HeadOutput(*_to(device, loss, entropy_sum, num_correct, aux_loss, added))
+
+
+# ---- shards ----
+
+
+def _sharded(head: nn.Module) -> list[nn.Module]:
+    """The modules of the head that FSDP2 or ZeRO-3 shards, from the outermost: their hooks gather the weights."""
+    return [module for module in head.modules() if isinstance(module, FSDPModule)]
+
+
+def _called_through(modules: Sequence[Any], function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    """`function(hidden)` as the forward of all these modules, one within the other, so that their hooks run.
+
+    The result is a tuple of tensors: FSDP2 looks into it for what the backward begins with.
+    """
+    if not modules:
+        return function(hidden)
+    outer, *inner = modules
+    own = vars(outer).get("forward")
+    outer.forward = lambda hidden: _called_through(inner, function, hidden)
+    try:
+        return outer(hidden)
+    finally:
+        if own is None:
+            del outer.forward
+        else:
+            outer.forward = own
 
 
 def _logit_transform(config: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from packsft.compat import as_before_accelerate
 from packsft.data.batch import document_lengths, longest_document, loss_inputs, model_inputs
 from packsft.model import attention
 from packsft.model.compilation import compile_layers, restore_layers
-from packsft.model.head import HeadOutput, install_head
+from packsft.model.head import HeadOutput, install_head, with_own_values
 from packsft.model.isolation import NOT_CHECKED, IsolationVerdict, check_isolation
 from packsft.model.rotary import by_document, install_rotary
 
@@ -159,7 +159,9 @@ class PreparedModel:
         extra = loss_inputs(batch) | ({"output_router_logits": True} if self._needs_aux_loss else {})
         with self.forward_on(batch):
             output = model(**model_inputs(batch), **extra, num_items=num_items, loss_apart=True)
+        output = with_own_values(self.base_model, output)
         added = output.loss if output.loss.requires_grad else None
+        assert output.added_loss is not None
         output.loss, output.added_loss = output.added_loss, added
         return output
 

@@ -3,14 +3,12 @@
 import io
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from launch import launch
 from runs import losses, trainer
 from streams import batch_documents, documents, numbered_rows, stream_of
 from tiny import ROWS, tiny_model
@@ -380,23 +378,12 @@ def test_a_resumed_run_trains_on_the_batches_that_follow(tmp_path, options):
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "shards", "workers"), [("bfd", 1, 0), ("bfd", 4, 2), ("step", 4, 2)])
 def test_two_ranks_share_a_stream_and_none_waits_for_the_other(tmp_path, strategy, shards, workers):
-    import packsft_kernels
-
-    import packsft
-
-    script = Path(__file__).with_name("stream_ranks.py")
-    roots = [script.parents[1], *(Path(package.__file__).parents[1] for package in (packsft, packsft_kernels))]
-    path = os.pathsep.join([*map(str, roots), os.environ.get("PYTHONPATH", "")])
     # 11 steps of 4 are 41 examples; 17 packs or a few more, 2 a batch and rank: one pass, or two of each rank's own
     batches = 11 if strategy == "step" else {1: 5, 4: 12}[shards]
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--num_processes=2",
-         "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0",
-         str(script), str(tmp_path), str(shards), str(batches), str(workers), strategy],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    script = Path(__file__).with_name("stream_ranks.py")
+    said = launch(script, 2, tmp_path, shards, batches, workers, strategy)
     written = [(tmp_path / f"rank{rank}.pt").exists() for rank in range(2)]
-    assert all(written), done.stderr[-3000:]  # at the end; gloo may abort while it is taken down
+    assert all(written), said[-3000:]  # at the end
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     trained = [[document for batch in rank["train"] for document in batch] for rank in ranks]
     if shards == 1 or strategy == "step":

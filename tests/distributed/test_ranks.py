@@ -3,35 +3,14 @@
 And under FSDP2, compiled layers give the losses of those that are not."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
+from launch import results_of
 from numerics import error
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("train_tiny.py")
-
-
-def run(output, processes, *arguments, script=SCRIPT):
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1", f"--num_processes={processes}",
-              "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]  # fmt: skip
-    import packsft_kernels
-
-    import packsft
-
-    roots = [SCRIPT.parents[1], *(Path(package.__file__).parents[1] for package in (packsft, packsft_kernels))]
-    path = os.pathsep.join([*map(str, roots), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, *(launch if processes > 1 else []), str(script), str(output), *arguments],
-        env=environment, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert output.exists(), done.stderr[-3000:]  # written at the end; gloo may abort while it is taken down
-    return torch.load(output)
 
 
 def sizes(batch_size, accumulation, **more):
@@ -51,7 +30,7 @@ ONE = {
     "thirty, float64": sizes(5, 2, **THIRTY),
     "thirty, float32": sizes(5, 2, dtype="float32", **THIRTY),
     "by example": sizes(4, 4, **EXAMPLES),
-    "LoRA on the head": sizes(4, 4, lora_on_head=True),
+    "LoRA on the head": sizes(4, 4, lora={"target_modules": ["c_attn", "lm_head"]}),
     "AdaLoRA": sizes(4, 4, adalora=True),
 }
 TWO = {
@@ -62,19 +41,19 @@ TWO = {
     "thirty, float32": sizes(1, 5, dtype="float32", **THIRTY, **STEP),
     "unpacked, by example": sizes(4, 2, **EXAMPLES),
     "step, by example": sizes(4, 2, **EXAMPLES, **STEP),
-    "LoRA on the head": sizes(4, 2, lora_on_head=True, **STEP),
+    "LoRA on the head": sizes(4, 2, lora={"target_modules": ["c_attn", "lm_head"]}, **STEP),
     "AdaLoRA": sizes(4, 2, adalora=True, **STEP),
 }
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("one") / "runs.pt", 1, json.dumps(ONE))
+    return results_of(SCRIPT, 1, tmp_path_factory.mktemp("one") / "runs.pt", json.dumps(ONE))
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("two") / "runs.pt", 2, json.dumps(TWO))
+    return results_of(SCRIPT, 2, tmp_path_factory.mktemp("two") / "runs.pt", json.dumps(TWO))
 
 
 def assert_same_weights(ours, theirs):
@@ -126,7 +105,7 @@ def test_examples_count_the_same_on_two_processes(how, one, two):
 
 
 def test_layers_that_fsdp_shards_are_compiled_once_and_train_alike(tmp_path):
-    found = run(tmp_path / "runs.pt", 2, script=SCRIPT.with_name("shard_tiny.py"))
+    found = results_of(SCRIPT.with_name("shard_tiny.py"), 2, tmp_path / "runs.pt")
     for checkpointing in (False, True):
         plain, compiled = (found[checkpointing][how] for how in ("plain", "compiled"))
         assert error(compiled["losses"], plain["losses"]) < 1e-12

@@ -1,0 +1,80 @@
+"""Two processes under accelerate's FSDP2 give the weights and the losses of one, with the fused head."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from launch import results_of
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).with_name("train_tiny.py")
+SGD = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 6}
+LLAMA = SGD | {"family": "llama", "packing": True, "tokens_per_pass": 24}
+UNTIED = {"model": {"tie_word_embeddings": False}}
+LAYERS = ["q_proj", "v_proj"]
+MODELS = {
+    "full": LLAMA,
+    "full, untied": LLAMA | UNTIED,
+    "OPT, untied": LLAMA | UNTIED | {"family": "opt"},
+    "LoRA": LLAMA | {"lora": {"target_modules": LAYERS}},
+    "LoRA on the head": LLAMA | UNTIED | {"lora": {"target_modules": [*LAYERS, "lm_head"]}},
+    "LoRA on a tied head": LLAMA | {"lora": {"target_modules": [*LAYERS, "lm_head"]}},
+    "a copy of the head": LLAMA | UNTIED | {"lora": {"target_modules": LAYERS, "modules_to_save": ["lm_head"]}},
+    "trained tokens": LLAMA
+    | UNTIED
+    | {"lora": {"target_modules": LAYERS, "trainable_token_indices": {"lm_head": [3, 4], "embed_tokens": [3, 4]}}},
+}
+WAYS = {
+    "step": {},
+    "step, checkpointing": {"gradient_checkpointing": True},
+    "bfd": {"packing_strategy": "bfd", "max_length": 24},
+    "no reshard": {"fsdp_config": {"reshard_after_forward": False}},
+    "sync each batch": {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}},
+}
+HALF = LLAMA | {"dtype": "float32", "bf16": True}
+
+
+def cells(processes):
+    layer = {"layer": "LlamaDecoderLayer"} if processes > 1 else {}
+    each = {"per_device_train_batch_size": 4 // processes, "gradient_accumulation_steps": 2}
+    runs = {}
+    for name, model in MODELS.items():
+        runs[name] = model | each | (layer and {"layer": "OPTDecoderLayer" if "OPT" in name else "LlamaDecoderLayer"})
+    for name, options in WAYS.items():
+        given = dict(options) if processes > 1 else {k: v for k, v in options.items() if k != "fsdp_config"}
+        runs[name] = LLAMA | each | layer | given
+    runs["bfloat16"] = HALF | each | layer
+    return json.dumps(runs)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return results_of(SCRIPT, 1, tmp_path_factory.mktemp("one") / "runs.pt", cells(1))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return results_of(SCRIPT, 2, tmp_path_factory.mktemp("two") / "runs.pt", cells(2))
+
+
+@pytest.mark.parametrize("name", [*MODELS, *WAYS])
+def test_two_processes_under_fsdp2_give_the_weights_of_one_with_the_fused_head(name, one, two):
+    ours, theirs = two[name], one[name]
+    assert theirs["fused"] > 0
+    assert ours["fused"] > 0
+    largest = max(weight.abs().max() for weight in theirs["weights"].values())
+    assert ours["weights"].keys() == theirs["weights"].keys()
+    for weight in theirs["weights"]:
+        assert (ours["weights"][weight] - theirs["weights"][weight]).abs().max() < 1e-12 * largest, weight
+    assert ((ours["step_losses"] - theirs["step_losses"]) / theirs["step_losses"]).abs().max() < 1e-12
+    assert ours["evaluated"] == pytest.approx(theirs["evaluated"], rel=1e-9)
+    assert ours["predicted"] == theirs["predicted"]
+
+
+def test_losses_in_bfloat16_are_logged_in_float32(one, two):
+    ours, theirs = (torch.tensor(runs["bfloat16"]["losses"], dtype=torch.float64) for runs in (two, one))
+    assert (ours != ours.bfloat16().double()).all()
+    assert ((ours - theirs) / theirs).abs().max() < 1e-3  # an eighth of a rounding of bfloat16
+    assert two["bfloat16"]["fused"] > 0

@@ -1,0 +1,105 @@
+"""Script for the tests of several ranks: trains a tiny model, several times, and saves weights and losses.
+
+usage: train_tiny.py OUTPUT_FILE RUNS, with RUNS as JSON: names, and options of the configuration. Other options are
+`family`, `model` and `dtype` of the model (default: a GPT-2 in float64), `lora` (fields of a `LoraConfig`), `adalora`,
+and `layer`: the class of the decoder layers, which are then sharded by FSDP2.
+"""
+
+import json
+import sys
+import tempfile
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from packsft_kernels import linear_cross_entropy
+from peft import AdaLoraConfig, LoraConfig
+from runs import config, losses
+from tiny import tiny_model, tiny_tokenizer, token_rows
+from torch.distributed.tensor import DTensor
+
+from packsft import PackedSFTTrainer
+from packsft.model import head
+
+
+class Recording(PackedSFTTrainer):
+    """Adds up what `training_step` returns, by optimizer step: the logged losses are summed in float32."""
+
+    step_losses: dict
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        step = self.state.global_step
+        self.step_losses[step] = self.step_losses.get(step, 0.0) + loss.double()
+        return loss
+
+
+FUSED = {"calls": 0}
+
+
+def counted(*args, **kwargs):
+    FUSED["calls"] += 1
+    return linear_cross_entropy(*args, **kwargs)
+
+
+def exercised(model):
+    """Adapters begin with zeros, which would hide the gradient of their other half."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "trainable_tokens_delta" in name:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+
+
+def trained(options):
+    torch.manual_seed(0)
+    peft = LoraConfig(r=4, **options.pop("lora")) if "lora" in options else None
+    if options.pop("adalora", False):
+        peft = AdaLoraConfig(init_r=4, total_step=100, target_modules=["c_attn"])
+    dtype = getattr(torch, options.pop("dtype", "float64"))
+    model = tiny_model(options.pop("family", "gpt2"), dtype, **options.pop("model", {}))
+    if layer := options.pop("layer", None):
+        fsdp = {"version": 2, "transformer_layer_cls_to_wrap": [layer], "reshard_after_forward": True}
+        options |= {"fsdp": True, "fsdp_config": fsdp | options.pop("fsdp_config", {})}
+    args = config(tempfile.mkdtemp(), **options)
+    if layer:  # accelerate would take DDP on a CPU
+        assert args.device.type == "cpu"
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    ours = Recording(
+        model=model,
+        peft_config=peft,
+        args=args,
+        train_dataset=token_rows(64),
+        eval_dataset=token_rows(9, seed=5),
+        processing_class=tiny_tokenizer(),
+    )
+    assert bool(layer) == (ours.accelerator.distributed_type == DistributedType.FSDP)
+    exercised(ours.model)
+    FUSED["calls"] = 0
+    ours.step_losses = {}
+    ours.train()
+    evaluated = ours.evaluate()
+    predicted = ours.predict(ours.eval_dataset).label_ids
+    logged = [entry for entry in ours.state.log_history if "entropy" in entry][-1]
+    return {
+        "weights": {name: whole(p) for name, p in ours.accelerator.unwrap_model(ours.model).named_parameters()},
+        "fused": FUSED["calls"],
+        "losses": losses(ours),
+        "step_losses": ours.accelerator.reduce(torch.stack(list(ours.step_losses.values())), reduction="mean"),
+        "steps": ours.state.global_step,
+        "predicted": int((predicted != -100).sum()),
+        "history": {key: logged[key] for key in ("num_tokens", "entropy", "mean_token_accuracy")},
+        "evaluated": {key: evaluated[f"eval_{key}"] for key in ("loss", "entropy", "mean_token_accuracy")},
+    }
+
+
+def whole(parameter):
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
+
+
+head.linear_cross_entropy = counted
+results = {name: trained(options) for name, options in json.loads(sys.argv[2]).items()}
+if PartialState().is_main_process:
+    torch.save(results, sys.argv[1])
+PartialState().wait_for_everyone()  # a rank that aborts below ends the others
+PartialState().destroy_process_group()  # gloo's threads, still running at the end, now and then abort the process
