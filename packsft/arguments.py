@@ -326,7 +326,7 @@ def check_accelerator(accelerator: Any, args: SFTConfig) -> None:
         raise ValueError("compile_layers=True compiles each layer, accelerate's dynamo_backend the model: choose one")
     if args.fsdp and accelerator.distributed_type != DistributedType.FSDP:
         logger.warning(
-            "fsdp=%r: not in force, since accelerate shards a model over several accelerators, and this run is %s on %s",
+            "fsdp=%r: not in force: accelerate shards a model over several accelerators, and this run is %s on %s",
             args.fsdp, accelerator.distributed_type.value, accelerator.device.type,
         )  # fmt: skip
     parallelism = getattr(accelerator, "parallelism_config", None)

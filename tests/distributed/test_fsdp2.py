@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import results_of
+from launch import launch, results_of
 
 pytestmark = pytest.mark.slow
 
@@ -78,3 +78,9 @@ def test_losses_in_bfloat16_are_logged_in_float32(one, two):
     assert (ours != ours.bfloat16().double()).all()
     assert ((ours - theirs) / theirs).abs().max() < 1e-3  # an eighth of a rounding of bfloat16
     assert two["bfloat16"]["fused"] > 0
+
+
+def test_a_model_that_accelerate_does_not_shard_is_noticed(tmp_path):
+    runs = {"on a CPU": LLAMA | {"max_steps": 1, "fsdp": True, "fsdp_config": {"version": 2}}}
+    said = launch(SCRIPT, 2, tmp_path / "runs.pt", json.dumps(runs))
+    assert "fsdp=True: not in force: accelerate shards a model over several accelerators" in said

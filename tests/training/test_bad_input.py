@@ -199,8 +199,3 @@ def test_what_a_formatting_function_gives_is_what_is_trained_on(columns, stream,
     )  # fmt: skip
     batch = next(iter(ours.get_train_dataloader()))
     assert batch["passes"][0]["input_ids"][0, :3].tolist() == [*tiny_tokenizer()("tell me")["input_ids"], 1]
-
-
-def test_a_model_that_is_not_sharded_is_noticed(tmp_path, caplog):
-    trainer(tmp_path, fsdp=True, fsdp_config={"version": 2})
-    assert "fsdp=True: not in force, since accelerate shards a model over several accelerators" in caplog.text
