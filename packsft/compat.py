@@ -23,6 +23,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from packaging.version import Version
 from torch import Tensor, nn
+from torch.distributed.fsdp import StateDictType
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerBase
 from transformers.utils import is_peft_available
 from trl.trainer import sft_trainer as trl_sft_trainer
@@ -276,6 +277,14 @@ def saving_under(trainer: Any, folder: Path) -> Iterator[None]:
         mock.patch.object(trainer, "_push_from_checkpoint"),
     ):
         yield
+
+
+def whole_state_dict(accelerator: Any) -> AbstractContextManager:
+    """transformers (5.24) saves a model under FSDP only with the `state_dict_type` FULL_STATE_DICT, else nothing."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        return nullcontext()
+    return mock.patch.object(plugin, "state_dict_type", StateDictType.FULL_STATE_DICT)
 
 
 def no_comparison_of_arguments() -> AbstractContextManager:

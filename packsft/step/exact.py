@@ -67,13 +67,17 @@ class ExactSteps(Trainer):
             finally:
                 self._configured = {k: v for k, v in self._configured.items() if k not in compat.batch_fields(args)}
 
-    def save_model(self, *positional: Any, **named: Any) -> None:
-        """Adds to the parent: saves the user's arguments, not what the loop takes them for."""
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Adds to the parent: saves the user's arguments, not what the loop takes them for, and a whole model.
+
+        Under FSDP with `state_dict_type="SHARDED_STATE_DICT"` the parent saves none. A checkpoint then holds shards.
+        """
         args: Any = self.args
         of_the_loop = {name: getattr(args, name) for name in self._configured}
         vars(args).update(self._configured)
         try:
-            super().save_model(*positional, **named)
+            with contextlib.nullcontext() if _internal_call else compat.whole_state_dict(self.accelerator):
+                super().save_model(output_dir, _internal_call)
         finally:
             vars(args).update(of_the_loop)
 

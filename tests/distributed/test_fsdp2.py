@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from launch import launch, results_of
+from numerics import error
+from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow
 
@@ -28,6 +30,7 @@ MODELS = {
 }
 WAYS = {
     "step": {},
+    "AdamW": {"optim": "adamw_torch", "learning_rate": 1e-3},
     "step, checkpointing": {"gradient_checkpointing": True},
     "bfd": {"packing_strategy": "bfd", "max_length": 24},
     "no reshard": {"fsdp_config": {"reshard_after_forward": False}},
@@ -47,6 +50,26 @@ def cells(processes):
         runs[name] = LLAMA | each | layer | given
     runs["bfloat16"] = HALF | each | layer
     return json.dumps(runs)
+
+
+STATE_DICTS = ["FULL_STATE_DICT", "SHARDED_STATE_DICT"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("saved")
+
+
+@pytest.fixture(scope="module")
+def resumed(folder):
+    saves = {"save_strategy": "steps", "save_steps": 3}
+    runs = {
+        kind: json.loads(cells(2))["AdamW"]
+        | saves
+        | {"fsdp_config": {"state_dict_type": kind}, "output_dir": str(folder / kind)}
+        for kind in STATE_DICTS
+    }
+    return results_of(SCRIPT, 2, folder / "runs.pt", json.dumps(runs))
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +94,19 @@ def test_two_processes_under_fsdp2_give_the_weights_of_one_with_the_fused_head(n
     assert ((ours["step_losses"] - theirs["step_losses"]) / theirs["step_losses"]).abs().max() < 1e-12
     assert ours["evaluated"] == pytest.approx(theirs["evaluated"], rel=1e-9)
     assert ours["predicted"] == theirs["predicted"]
+
+
+@pytest.mark.parametrize("kind", STATE_DICTS)
+def test_a_sharded_run_resumes_and_its_model_loads(kind, folder, resumed, one):
+    whole = one["AdamW"]["weights"]
+    again = resumed[kind]["resumed"]
+    assert resumed[kind]["steps"] == again["steps"] == 6
+    assert torch.equal(resumed[kind]["step_losses"][3:], again["step_losses"])
+    saved = AutoModelForCausalLM.from_pretrained(folder / kind / "model", dtype=torch.float64)
+    for name, weight in saved.named_parameters():
+        assert torch.equal(weight, resumed[kind]["weights"][name])
+        assert torch.equal(weight, again["weights"][name])
+        assert error(weight, whole[name]) < 1e-12
 
 
 def test_losses_in_bfloat16_are_logged_in_float32(one, two):

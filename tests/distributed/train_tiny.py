@@ -2,7 +2,8 @@
 
 usage: train_tiny.py OUTPUT_FILE RUNS, with RUNS as JSON: names, and options of the configuration. Other options are
 `family`, `model` and `dtype` of the model (default: a GPT-2 in float64), `lora` (fields of a `LoraConfig`), `adalora`,
-and `layer`: the class of the decoder layers, which are then sharded by FSDP2.
+and `layer`: the class of the decoder layers, which are then sharded by FSDP2. With `save_steps` (and an `output_dir`),
+the model is saved, and a second run resumes.
 """
 
 import json
@@ -51,7 +52,7 @@ def exercised(model):
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
 
 
-def trained(options):
+def built(options):
     torch.manual_seed(0)
     peft = LoraConfig(r=4, **options.pop("lora")) if "lora" in options else None
     if options.pop("adalora", False):
@@ -61,7 +62,7 @@ def trained(options):
     if layer := options.pop("layer", None):
         fsdp = {"version": 2, "transformer_layer_cls_to_wrap": [layer], "reshard_after_forward": True}
         options |= {"fsdp": True, "fsdp_config": fsdp | options.pop("fsdp_config", {})}
-    args = config(tempfile.mkdtemp(), **options)
+    args = config(options.pop("output_dir", tempfile.mkdtemp()), **options)
     if layer:  # accelerate would take DDP on a CPU
         assert args.device.type == "cpu"
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -77,20 +78,36 @@ def trained(options):
     exercised(ours.model)
     FUSED["calls"] = 0
     ours.step_losses = {}
-    ours.train()
-    evaluated = ours.evaluate()
-    predicted = ours.predict(ours.eval_dataset).label_ids
-    logged = [entry for entry in ours.state.log_history if "entropy" in entry][-1]
+    return ours
+
+
+def results_of(ours):
     return {
         "weights": {name: whole(p) for name, p in ours.accelerator.unwrap_model(ours.model).named_parameters()},
         "fused": FUSED["calls"],
         "losses": losses(ours),
         "step_losses": ours.accelerator.reduce(torch.stack(list(ours.step_losses.values())), reduction="mean"),
         "steps": ours.state.global_step,
+    }
+
+
+def trained(options):
+    ours = built(dict(options))
+    ours.train()
+    evaluated = ours.evaluate()
+    predicted = ours.predict(ours.eval_dataset).label_ids
+    logged = [entry for entry in ours.state.log_history if "entropy" in entry][-1]
+    results = results_of(ours) | {
         "predicted": int((predicted != -100).sum()),
         "history": {key: logged[key] for key in ("num_tokens", "entropy", "mean_token_accuracy")},
         "evaluated": {key: evaluated[f"eval_{key}"] for key in ("loss", "entropy", "mean_token_accuracy")},
     }
+    if "save_steps" in options:
+        ours.save_model(f"{options['output_dir']}/model")
+        again = built(dict(options))
+        again.train(resume_from_checkpoint=f"{options['output_dir']}/checkpoint-{options['save_steps']}")
+        results |= {"resumed": results_of(again)}
+    return results
 
 
 def whole(parameter):
