@@ -320,7 +320,7 @@ def _check_prompt(config: Any, args: SFTConfig) -> None:
         )
 
 
-def check_accelerator(accelerator: Any, args: SFTConfig) -> None:
+def check_accelerator(accelerator: Any, args: SFTConfig, model: nn.Module) -> None:
     """Raises ValueError for what `accelerate launch` or its configuration file asks for and cannot have."""
     if getattr(args, "compile_layers", False) and accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise ValueError("compile_layers=True compiles each layer, accelerate's dynamo_backend the model: choose one")
@@ -330,6 +330,12 @@ def check_accelerator(accelerator: Any, args: SFTConfig) -> None:
             args.fsdp, accelerator.distributed_type.value, accelerator.device.type,
         )  # fmt: skip
     parallelism = getattr(accelerator, "parallelism_config", None)
+    if parallelism is not None and parallelism.tp_enabled and is_peft_model(model):
+        raise ValueError(
+            f"tp_size={parallelism.tp_size} with a PEFT adapter: PEFT does not shard its matrices with the layers that "
+            "tensor parallelism shards, so the adapter adds to the wrong outputs: train all weights, or leave tp_size "
+            "at 1 and use FSDP2"
+        )
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError(
             "cp_size or sp_size above 1: context and sequence parallelism shard a row by position, across the "

@@ -105,7 +105,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             super().__init__(*call.args[1:], **call.kwargs)
         self.args.enable_jit_checkpoint = saves_on_sigterm
 
-        check_accelerator(self.accelerator, self.args)
+        check_accelerator(self.accelerator, self.args, self.model)
         self._check: PackingCheck | None = None
         self._sums = {"train": MetricSums(), "eval": MetricSums(filters_log)}
         self._start_watching(getattr(self.args, "on_nonfinite", "error"), filters_log)

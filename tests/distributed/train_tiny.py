@@ -2,7 +2,8 @@
 
 usage: train_tiny.py OUTPUT_FILE RUNS, with RUNS as JSON: names, and options of the configuration. Other options are
 `family`, `model` and `dtype` of the model (default: a GPT-2 in float64), `lora` (fields of a `LoraConfig`), `adalora`,
-and `layer`: the class of the decoder layers, which are then sharded by FSDP2. With `save_steps` (and an `output_dir`),
+and `layer`: the class of the decoder layers, which are then sharded by FSDP2, and
+`tp_size`: layers are then split by transformers' tensor parallelism. With `save_steps` (and an `output_dir`),
 the model is saved, and a second run resumes.
 """
 
@@ -11,13 +12,14 @@ import sys
 import tempfile
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate import ParallelismConfig, PartialState
+from accelerate.utils import DistributedType, broadcast_object_list
 from packsft_kernels import linear_cross_entropy
 from peft import AdaLoraConfig, LoraConfig
 from runs import config, losses
 from tiny import tiny_model, tiny_tokenizer, token_rows
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 from packsft import PackedSFTTrainer
 from packsft.model import head
@@ -62,10 +64,17 @@ def built(options):
     if layer := options.pop("layer", None):
         fsdp = {"version": 2, "transformer_layer_cls_to_wrap": [layer], "reshard_after_forward": True}
         options |= {"fsdp": True, "fsdp_config": fsdp | options.pop("fsdp_config", {})}
+    if tp := options.pop("tp_size", None):
+        options["parallelism_config"] = ParallelismConfig(tp_size=tp)
     args = config(options.pop("output_dir", tempfile.mkdtemp()), **options)
-    if layer:  # accelerate would take DDP on a CPU
+    if layer or tp:  # accelerate would take DDP on a CPU
         assert args.device.type == "cpu"
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    if tp:
+        (folder,) = broadcast_object_list([tempfile.mkdtemp()])
+        model.save_pretrained(folder)  # rank 0 does
+        PartialState().wait_for_everyone()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, tp_plan="auto", tp_size=tp)
     ours = Recording(
         model=model,
         peft_config=peft,
