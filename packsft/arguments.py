@@ -16,7 +16,6 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from accelerate.utils import DistributedType, DynamoBackend, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import nn
@@ -110,6 +109,8 @@ def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
             "itself. Prepare rows instead: `input_ids`, `labels` (-100 = not scored) and, for packs of your own, "
             "`seq_lengths`"
         )
+    if not callable(function := arguments.get("formatting_func") or len):
+        raise ValueError(f"formatting_func is a {type(function).__name__}, expected a function of a row")
     train, evals = (arguments.get(name) for name in ("train_dataset", "eval_dataset"))
     datasets = {} if train is None else {"train_dataset": train}
     if isinstance(evals, dict):
@@ -119,10 +120,8 @@ def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
     elif evals is not None:
         datasets["eval_dataset"] = evals
     for name, dataset in datasets.items():
-        if isinstance(dataset, (Dataset, IterableDataset)):
-            _check_dataset(name, dataset, args)
-        elif not isinstance(dataset, torch.utils.data.Dataset if skips_preparation(args) else Packs):
-            raise ValueError(f"{name} is a {type(dataset).__name__}, expected a datasets.Dataset or IterableDataset")
+        if not skips_preparation(args) or isinstance(dataset, (Dataset, IterableDataset)):
+            check_dataset(name, dataset, args)
     if arguments.get("processing_class") is not None:
         check_tokenizer(arguments["processing_class"], args)
     model = arguments["model"]
@@ -164,12 +163,14 @@ def _check_values(args: SFTConfig) -> None:
         if choices and getattr(value, "value", value) not in [getattr(choice, "value", choice) for choice in choices]:
             raise ValueError(f"{field.name}={value!r} is unknown, expected one of {list(choices)}")
     positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-    for name in (*positive, "pad_to_multiple_of"):
+    for name in (*positive, "pad_to_multiple_of", "dataset_num_proc"):
         size: Any = getattr(args, name)
         if size is not None and (not _NUMBERS[int](size) or size < 1):
             raise ValueError(f"{name}={size!r}: expected an integer of at least 1")
     if not isinstance(args.dataset_kwargs, dict | None):
         raise ValueError(f"dataset_kwargs={args.dataset_kwargs!r}: expected a dict")
+    if not isinstance(skips := (args.dataset_kwargs or {}).get("skip_prepare_dataset", False), bool):
+        raise ValueError(f"dataset_kwargs={{'skip_prepare_dataset': {skips!r}}}: expected True or False")
     if unread := (args.dataset_kwargs or {}).keys() - {"skip_prepare_dataset"}:
         logger.warning("dataset_kwargs: %s: not read, only skip_prepare_dataset is", ", ".join(map(repr, unread)))
 
@@ -252,11 +253,18 @@ def _check_compiled_layers(args: SFTConfig) -> None:
         raise ValueError("compile_layers=True does not work under DeepSpeed, whose hooks run within the layers")
 
 
-def _check_dataset(name: str, dataset: Dataset | IterableDataset, args: SFTConfig) -> None:
-    first = next(iter(dataset), None)
-    if first is None:
+def check_dataset(name: str, dataset: Any, args: SFTConfig) -> None:
+    """Raises ValueError for data that cannot be trained or evaluated on, as the first row shows."""
+    if isinstance(dataset, Packs):
+        return
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise ValueError(f"{name} is a {type(dataset).__name__}, expected a datasets.Dataset or IterableDataset")
+    first = next(iter(dataset), _NO_ROW)
+    if first is _NO_ROW:
         raise ValueError(f"{name} is empty: it has 0 rows")
     check_row(first, f"row 0 of {name}")
+    if not first:
+        raise ValueError(f"row 0 of {name} has no columns")
     if pictures := {"image", "images"} & first.keys():
         raise ValueError(
             f"{name} has the column {min(pictures)!r}: a vision-related data set needs a vision-language model and "
@@ -268,16 +276,33 @@ def _check_dataset(name: str, dataset: Dataset | IterableDataset, args: SFTConfi
             f"{name} has the column seq_lengths, so its rows are packs of your own: set "
             "dataset_kwargs={'skip_prepare_dataset': True}, or remove the column to take each row as one document"
         )
+    if isinstance(dataset, IterableDataset):
+        _warn_of_idle_settings_of_streams(name, args)
+    goes_by = {"labels", "completion_mask"} if "input_ids" in first else {"prompt"}
+    if args.completion_only_loss and not goes_by & first.keys():
+        logger.warning(
+            "completion_only_loss=True: no effect on %s, which has no %s", name, " or ".join(sorted(goes_by))
+        )
     if "input_ids" not in first:
         return
     read = {"input_ids", "labels", "attention_mask", "position_ids", "seq_lengths"}
     if own and getattr(args, "loss_normalization", "token") == "example":
         read.add("loss_weights")
     if not own and "labels" not in first:
-        read |= {"completion_mask", "assistant_masks"}
+        read |= {"assistant_masks"} | ({"completion_mask"} if args.completion_only_loss else set())
     lists = {column for column, value in first.items() if not isinstance(value, str) and hasattr(value, "__len__")}
     if unread := sorted(lists - read):
         logger.warning("%s: %s beside input_ids: not read", name, " and ".join(unread))
+
+
+_NO_ROW: Any = object()  # a row may be anything, None as well
+
+
+def _warn_of_idle_settings_of_streams(name: str, args: SFTConfig) -> None:
+    idle = {"dataset_num_proc": args.dataset_num_proc is not None}
+    idle["train_sampling_strategy"] = args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+    if given := [f"{field}={getattr(args, field)!r}" for field, is_set in idle.items() if is_set]:
+        logger.warning("%s: no effect on %s, which is a stream", " and ".join(given), name)
 
 
 def _check_adapter(config: Any, args: SFTConfig) -> None:

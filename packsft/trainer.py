@@ -29,7 +29,14 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 from trl import SFTConfig, SFTTrainer
 
 from packsft import compat
-from packsft.arguments import check_accelerator, check_arguments, check_tokenizer, own_arguments, skips_preparation
+from packsft.arguments import (
+    check_accelerator,
+    check_arguments,
+    check_dataset,
+    check_tokenizer,
+    own_arguments,
+    skips_preparation,
+)
 from packsft.checkpoints.resuming import WholeCheckpoints
 from packsft.checkpoints.stream_place import CountsEpochs
 from packsft.config import has_bf16
@@ -49,7 +56,7 @@ from packsft.data.raw import (
 from packsft.data.streams import PackedStream
 from packsft.model.head import count_embeddings
 from packsft.model.isolation import IsolationVerdict
-from packsft.model.positions import check_document_lengths, longest_document
+from packsft.model.positions import check_document_lengths, has_position_table, longest_document, max_positions
 from packsft.model.prepared import PreparedModel, any_rank_of, base_model_of
 from packsft.notices import PackingNotice, cost_of_logits
 from packsft.packing import STRATEGIES, PackingReport, packing_report
@@ -146,6 +153,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             per_example=self._per_example,
             masked=self.aux_loss_enabled,
             virtual_tokens=self._prepared.virtual_tokens,
+            table_of_positions=longest_document(base_model_of(self.model), None),
         )
         self._check_data(self._vocab_size)
         max_length = self.args.max_length or sys.maxsize
@@ -178,28 +186,35 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         """Adds to the parent: packs, planned over the whole data set, or for a stream as rows arrive."""
         if isinstance(dataset, (PackedDataset, PackedStream)):
             return dataset
+        if self._vocab_size is not None:  # after the constructor, which has checked its own
+            check_dataset(f"{dataset_name} data set", dataset, args)
         check_tokenizer(processing_class, args)
         # The parent only tokenises and labels. The plan cuts, drops and shuffles, and counts what is lost.
         tokenise = copy.copy(args)
         tokenise.max_length, tokenise.shuffle_dataset = None, False
-        tokenised = "input_ids" in next(iter(dataset.with_format(None)), {})
+        sample: dict[str, Any] = next(iter(dataset.with_format(None)), {})
+        tokenised, scores_completions = "input_ids" in sample, {"prompt", "completion"} <= sample.keys()
+        if args.completion_only_loss is None and scores_completions != self.completion_only_loss:
+            logger.warning(
+                "%s data set: %s, as the first row of the training set decides (completion_only_loss=None)",
+                dataset_name, "only completions are scored" if self.completion_only_loss else "prompts are scored too",
+            )  # fmt: skip
         if formatting_func is not None and tokenised:
             logger.warning("%s data set: formatting_func is not called, since rows have input_ids", dataset_name)
         elif formatting_func is not None:
             dataset = formatted_rows(dataset, formatting_func, args.dataset_num_proc, dataset_name)
-            tokenise.dataset_text_field = "text"
         rows = checked_rows(
             dataset,
-            text_field=tokenise.dataset_text_field,
+            text_field=args.dataset_text_field if formatting_func is None and self._vocab_size is not None else "text",
             completion_only=self.completion_only_loss,
             eos_token=self._tokenizer.eos_token,
             name=dataset_name,
         )
         once = once_of(rows, self._tokenizer)
-        if not tokenised and isinstance(rows, Dataset):
-            warn_of_unseen_roles(rows, processing_class, dataset_name)
         if not (tokenised and isinstance(rows, Dataset)):
-            without_nulls = tokenizer_without_nulls(processing_class)
+            tokenise.dataset_text_field = "text"
+            warn_of_unseen_roles(rows, processing_class, dataset_name, self.chat_template)
+            without_nulls = tokenizer_without_nulls(processing_class, rows, dataset_name)
             rows = super()._prepare_dataset(rows, without_nulls, tokenise, False, None, dataset_name)
         strategy = args.packing_strategy if packing else "none"
         packs: PackedDataset | PackedStream
@@ -238,11 +253,17 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             if (packs := self._packs_of(rows)) is not None:
                 if not isinstance(packs, UserPacks):
                     packs.check_ids(vocab_size)
+                elif packs.tokens_padding:
+                    logger.warning("%s data set: %d tokens of padding are left out", name, packs.tokens_padding)
                 batch_size = self._train_batch_size if rows is self.train_dataset else self.args.eval_batch_size
                 self._check_packs(packs, batch_size, name)
 
     def _check_packs(self, packs: Packs, batch_size: int, name: str) -> None:
-        check_document_lengths(base_model_of(self.model), packs.document_lengths, f"{name} data set")
+        model = base_model_of(self.model)
+        if isinstance(packs, PackedStream):
+            packs.check_positions(max_positions(model), has_position_table(model))
+        else:
+            check_document_lengths(model, packs.document_lengths, f"{name} data set")
         check_same_on_all_ranks(self.accelerator, packs.sample(), f"{name} data set")
         self._check_last_batch(packs, batch_size, f"{name} data set")
 
@@ -364,7 +385,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
 
     def predict(self, test_dataset: Any, *positional: Any, **named: Any) -> PredictionOutput:
         """Adds to the parent: rows are prepared as in `evaluate`."""
-        if isinstance(test_dataset, (Dataset, IterableDataset)) and not skips_preparation(self.args):
+        if not skips_preparation(self.args):
             packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
             test_dataset = self._prepare_dataset(
                 test_dataset, self.processing_class, self.args, packing, self._formatting_func, "test"

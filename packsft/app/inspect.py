@@ -290,7 +290,7 @@ def _tokenise(
         )
     try:
         warn_of_unseen_roles(rows, tokenizer, data)
-        return prepare_rows(rows, tokenizer_without_nulls(tokenizer), args), once_of(rows, tokenizer)
+        return prepare_rows(rows, tokenizer_without_nulls(tokenizer, rows, data), args), once_of(rows, tokenizer)
     except Exception as error:  # a tokenizer may raise anything
         raise ValueError(f"{data} cannot be tokenised: {error}") from error
 

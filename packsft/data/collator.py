@@ -34,6 +34,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
         per_example: every example counts the same in the loss: each scored token gets its document's `weight` (Bai et
             al., LongAlign, arXiv 2401.18058).
         masked: adds an attention mask to a padded batch. Attention does not need it, but a router's loss does.
+        table_of_positions: the most tokens of a document of user rows, or None.
         virtual_tokens: how many the model puts before each row of a padded batch; `loss_rows` count them.
 
     Raises:
@@ -47,6 +48,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
     per_example: bool = False
     masked: bool = False
     virtual_tokens: int = 0
+    table_of_positions: int | None = None
 
     def torch_call(self, examples: Sequence[Any]) -> dict[str, Any]:
         if not isinstance(examples[0], StepRows):
@@ -63,7 +65,15 @@ class PackingCollator(DataCollatorForLanguageModeling):
         } | _known(step.stream_digests)
 
     def _pack(self, row: int, item: Any) -> Pack:
-        return item if isinstance(item, list) else documents_of(item, f"row {row} of the batch", self.vocab_size)
+        if isinstance(item, list):
+            return item
+        documents = documents_of(item, where := f"row {row} of the batch", self.vocab_size)
+        longest, limit = max(map(len, documents), default=0), self.table_of_positions
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"{where} has a document of {longest} tokens, but the model has a table of {limit} positions"
+            )
+        return documents
 
     def _batch(self, documents: Pack) -> dict[str, Any]:
         filled = documents or [self._padding(1)]  # a rank without documents: the others wait for it

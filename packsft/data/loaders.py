@@ -52,7 +52,12 @@ class PackedLoaders(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Adds to the parent: packs, or steps of as many examples as a batch."""
         if isinstance(eval_dataset, str):
-            dataset = self.eval_dataset[eval_dataset]
+            sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+            if eval_dataset not in sets:
+                raise ValueError(
+                    f"there is no evaluation set {eval_dataset!r}, only {', '.join(sets) or 'one or none'}"
+                )
+            dataset = sets[eval_dataset]
         else:
             dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         packs = self._packs_of(dataset)
@@ -76,7 +81,9 @@ class PackedLoaders(Trainer):
         """None for a data set of another library."""
         if isinstance(dataset, Dataset):
             self._user_packs = getattr(self, "_user_packs", {})
-            return self._user_packs.setdefault(id(dataset), UserPacks(dataset, self.data_collator.vocab_size))
+            if id(dataset) not in self._user_packs:
+                self._user_packs[id(dataset)] = UserPacks(dataset, self.data_collator.vocab_size)
+            return self._user_packs[id(dataset)]
         return dataset if isinstance(dataset, (PackedDataset, PackedStream)) else None
 
     def _check_last_batch(self, packs: Packs, batch_size: int, name: str) -> None:

@@ -159,6 +159,8 @@ class UserPacks(torch.utils.data.Dataset):
 
     Attributes:
         document_lengths: `[documents]` int64; empty if the rows have a transform.
+        lengths: `[P]` int64, the tokens of each pack, without padding; likewise.
+        tokens_padding: the tokens of padding, which are left out.
 
     Raises:
         ValueError: a row is not well formed. Rows with a transform are checked when they are read.
@@ -171,17 +173,19 @@ class UserPacks(torch.utils.data.Dataset):
         self.rows, self._vocab_size = rows, vocab_size
         self._transforms = rows.format["type"] == "custom"
         self._read_columns()
-        packs = (self[index] for index in range(0 if self._transforms else len(rows)))
+        packs = [self[index] for index in range(0 if self._transforms else len(rows))]
         self.document_lengths = np.array([len(document) for pack in packs for document in pack], np.int64)
+        self.lengths = np.array([sum(map(len, pack)) for pack in packs], np.int64)
+        if packs and not any(document.num_scored and document.weight for pack in packs for document in pack):
+            raise ValueError(
+                "no document of the data set has a token to score (a label that is not -100, after its first)"
+            )
+        in_columns = int(self._columns["input_ids"].lengths.sum()) if packs else 0
+        self.tokens_padding = in_columns - int(self.lengths.sum())
 
     def _read_columns(self) -> None:
         names = [] if self._transforms else [name for name in USER_COLUMNS if name in self.rows.column_names]
         self._columns = {name: ListColumn(self.rows, name, USER_COLUMNS[name]) for name in names}
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """`[P]` int64, the tokens of each pack."""
-        return ListColumn(self.rows, "input_ids").lengths
 
     @cached_property
     def digests(self) -> dict[str, str]:

@@ -11,7 +11,7 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,24 +31,32 @@ ROLE_CONTENT, FROM_VALUE = MESSAGES.format("role", "content"), MESSAGES.format("
 KEYS = {ROLE_CONTENT: ("role", "content"), FROM_VALUE: ("from", "value")}
 FORMS = "expected input_ids, prompt and completion, messages, or the texts {!r} (dataset_text_field)"
 CHATS, BESIDE = ("messages", "conversations"), ("tools", "chat_template_kwargs")
+SAID = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # instead of a content
+OF_TEMPLATE = ("tokenize", "return_dict", "conversation", "return_assistant_tokens_mask", "add_generation_prompt")
 EMPTY = "are empty: there, at most the EOS token is scored"
 OF_TOKENS = ("labels", "attention_mask", "position_ids", "completion_mask", "assistant_masks")
 Rows = TypeVar("Rows", Dataset, IterableDataset)
 
 
 def one_form(dataset: Rows, text_field: str, name: str) -> Rows:
-    """The rows with the columns of one form, and those that go with it.
+    """The rows as plain Python values, with the columns of one form and those that go with it.
 
     If rows have several forms, the first of these is trained on, and a notice says so: `input_ids`; `prompt` and
-    `completion`; `messages`; `conversations`; a text.
+    `completion`; `messages`; `conversations`; a text, whose column is then `text`.
 
     Raises ValueError if the rows have none, or have columns that go with `input_ids` and no `input_ids`.
     """
     if isinstance(dataset, Dataset):
         if dataset.format["type"] == "custom":
             return dataset
-        dataset = dataset.select_columns(dataset.format["columns"])
-    sample: dict[str, Any] = next(iter(dataset.with_format(None)), {})
+        if not dataset.format["output_all_columns"]:
+            if hidden := sorted(set(dataset.column_names) - set(dataset.format["columns"])):
+                logger.warning("%s data set: its format hides %s: not read", name, " and ".join(hidden))
+            dataset = dataset.select_columns(dataset.format["columns"])
+    elif hasattr(dataset, "of_arrow"):
+        return dataset
+    dataset = dataset.with_format(None)
+    sample: dict[str, Any] = next(iter(dataset), {})
     if not sample or "input_ids" in sample:
         return dataset
     if of_tokens := [column for column in OF_TOKENS if column in sample]:
@@ -62,15 +70,21 @@ def one_form(dataset: Rows, text_field: str, name: str) -> Rows:
     if not readable:
         raise ValueError(f"the {name} data set has only the columns {', '.join(sample)}: {FORMS.format(text_field)}")
     chosen: tuple[str, ...] = readable[0]
-    if left := [column for other in readable[1:] for column in other]:
+    if left := [column for other in readable[1:] for column in other if column not in chosen]:
         logger.warning("%s data set: %s is trained on; %s is not read", name, " and ".join(chosen), " and ".join(left))
-    named = {column: column for column in chosen}
+    named, kind = {column: column for column in chosen}, _kind(sample[chosen[0]])
     if chosen[0] in CHATS:  # TRL reads the keys by the name of the column
-        named[chosen[0]] = "conversations" if _kind(sample[chosen[0]]) == FROM_VALUE else "messages"
+        named[chosen[0]] = "conversations" if kind == FROM_VALUE else "messages"
+    elif len(chosen) == 1:
+        named = {text_field: "text"}
+    beside: list[str] = [] if kind == TEXT else [column for column in BESIDE if column in sample]
     if isinstance(dataset, IterableDataset):  # rows may have other columns than the first
-        columns = {"prompt", "completion", *CHATS, text_field, *sample} - {*BESIDE, *OF_TOKENS}
-        return dataset.map(functools.partial(_renamed, names=named), remove_columns=sorted(columns))
-    rows = dataset.select_columns([*chosen, *(column for column in BESIDE if column in sample)])
+        columns = {"prompt", "completion", *CHATS, text_field, *sample, *BESIDE} - set(OF_TOKENS)
+        columns -= set() if kind == TEXT else set(BESIDE) - set(named)
+        rows = dataset.map(functools.partial(_renamed, names=named), remove_columns=sorted(columns))
+        rows.of_arrow = dataset.features is not None
+        return rows
+    rows = dataset.select_columns([*chosen, *(column for column in beside if column not in chosen)])
     return rows.rename_columns({old: new for old, new in named.items() if old != new})
 
 
@@ -87,10 +101,12 @@ def in_one_form(datasets: Any, text_field: str, name: str) -> Any:
 
 
 def once_of(rows: Rows, tokenizer: Any) -> tuple[int | None, int | None]:
-    """The tokens with which a row of `checked_rows` begins and ends at most once: what tokenizers add to texts."""
+    """The tokens with which a row of `checked_rows` begins and ends at most once: what the tokenizer adds to texts."""
     sample: dict[str, Any] = next(iter(rows), {})
-    texts = "input_ids" not in sample and any(isinstance(sample[name], str) for name in sample if name not in BESIDE)
-    return (tokenizer.bos_token_id, tokenizer.eos_token_id) if texts else (None, None)
+    if "input_ids" in sample or not any(isinstance(sample[name], str) for name in sample if name not in BESIDE):
+        return None, None
+    ids, (bos, eos) = tokenizer("a")["input_ids"], (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return bos if ids[0] == bos else None, eos if ids[-1] == eos else None
 
 
 def checked_rows(dataset: Rows, *, text_field: str, completion_only: bool, eos_token: str | None, name: str) -> Rows:
@@ -111,18 +127,18 @@ def checked_rows(dataset: Rows, *, text_field: str, completion_only: bool, eos_t
     """
     if isinstance(dataset, Dataset):
         check_no_transform(dataset)
-    dataset = one_form(dataset, text_field, name).with_format(None)
+    dataset = one_form(dataset, text_field, name)
     sample: dict[str, Any] = next(iter(dataset), {})
     if not sample:
         return dataset
     if "input_ids" in sample:
         if isinstance(dataset, Dataset):
             return label_rows(dataset, completion_only)
-        if "labels" in sample:
-            return dataset
         masks = [*(["completion_mask"] if completion_only else []), "assistant_masks"]
-        masks = [mask for mask in masks if mask in sample]
-        return dataset.map(functools.partial(_check_tokens, masks=masks, name=name), with_indices=True)
+        masks = [mask for mask in masks if mask in sample and "labels" not in sample]
+        later = [column for column in (*OF_TOKENS, "seq_lengths") if column not in sample]
+        check_tokens = functools.partial(_check_tokens, masks=masks, later=later, name=name)
+        return dataset.map(check_tokens, with_indices=True)
     texts = sorted((column for column in sample if column not in BESIDE), reverse=True)  # the completion last
     first = texts[0]
     kinds: tuple[str, ...] = (TEXT, ROLE_CONTENT)
@@ -132,26 +148,40 @@ def checked_rows(dataset: Rows, *, text_field: str, completion_only: bool, eos_t
     expected = kind if kind in kinds else " or ".join(kinds)
     check = functools.partial(_check_texts, texts=texts, expected=expected, name=name)
     strip = functools.partial(_without_blanks_at_end, text=texts[-1], eos_token=eos_token or "")
+    scores_completions = completion_only and expected == TEXT and texts[-1] == "completion"
     if isinstance(dataset, IterableDataset):
-        scores_completions = completion_only and texts[-1] == "completion"
-        dataset = dataset.map(functools.partial(check, kind="stream", says_empty=scores_completions), with_indices=True)
-        return dataset.map(strip) if expected == TEXT and eos_token is not None else dataset
-    check(sample, 0, kind="data set")  # the others have the same type, if any
+        of_arrow = dataset.of_arrow
+        told: list[str] | None = [] if scores_completions else None
+        dataset = dataset.map(functools.partial(check, of="stream", told=told), with_indices=True)
+        if expected == TEXT and eos_token is not None:
+            dataset = dataset.map(strip)
+        dataset.of_arrow = of_arrow
+        return dataset
+    check(sample, 0, of="data set")  # the others have the same type, if any
     for text in texts:
-        if (row := _first_unfit(dataset, text, expected)) is not None:
-            check(dataset[row], row, kind="data set")
+        for row in _doubtful(dataset, text, expected):
+            check(dataset[row], row, of="data set")
+    for row in _rows_of_each_kind(dataset):
+        check(dataset[row], row, of="data set")
     if "chat_template_kwargs" in sample and dataset.data.column("chat_template_kwargs").null_count:
         dataset = dataset.map(_with_kwargs)
-    if expected == TEXT and texts[-1] == "completion" and completion_only:
-        empty = rows_of(order_of(dataset), where(pc.equal(dataset.data.column("completion"), "")))
-        if len(empty):
-            logger.warning("%s data set: %d of %d completions %s", name, len(empty), len(dataset), EMPTY)
-    if expected == TEXT and eos_token is not None:
-        blanks = pc.match_substring_regex(dataset.data.column(texts[-1]), re.escape(eos_token) + r"\s+$")
+    if expected != TEXT:
+        return dataset
+    last = _strings(dataset, texts[-1])
+    if scores_completions and len(empty := rows_of(order_of(dataset), where(pc.equal(last, "")))):
+        logger.warning("%s data set: %d of %d completions %s", name, len(empty), len(dataset), EMPTY)
+    if eos_token is not None:
+        blanks = pc.match_substring_regex(last, re.escape(eos_token) + r"\s+$")
         if first_of(order_of(dataset), where(blanks)) is not None:
             logger.warning("%s data set: blanks after an eos_token at the end of a text are left out", name)
             dataset = dataset.map(strip)
     return dataset
+
+
+def _strings(dataset: Dataset, name: str) -> pa.ChunkedArray:
+    """A column of texts, of a type for which Arrow has the functions that are used here."""
+    column = dataset.data.column(name)
+    return column if pa.types.is_string(column.type) else column.cast(pa.large_string())
 
 
 def formatted_rows(dataset: Rows, function: Callable[[dict], str], num_proc: int | None, name: str) -> Rows:
@@ -162,16 +192,17 @@ def formatted_rows(dataset: Rows, function: Callable[[dict], str], num_proc: int
     """
     columns = list(next(iter(dataset), {}))
     options = {"num_proc": num_proc} if isinstance(dataset, Dataset) else {}
-    format_row = functools.partial(_format, function=function, name=name)
+    of = "data set" if isinstance(dataset, Dataset) else "stream"
+    format_row = functools.partial(_format, function=function, name=f"{name} {of}")
     with PartialState().main_process_first():  # the others find the result in the cache
         return dataset.map(format_row, with_indices=True, remove_columns=columns, **options)
 
 
 def _format(row: dict[str, Any], index: int, function: Callable[[dict], str], name: str) -> dict[str, str]:
     text = function(row)
-    if not isinstance(text, str):
+    if not isinstance(text, str) or not _is_unicode(text):
         raise ValueError(
-            f"row {index} of the {name} data set: formatting_func gives {short(text)}, expected a text: one per row"
+            f"row {index} of the {name}: formatting_func gives {short(text)}, expected a text: one per row"
         )
     return {"text": text}
 
@@ -226,8 +257,12 @@ def _check_masks(rows: Dataset, masks: Sequence[str]) -> None:
         ids.check_lengths(name, ListColumn(rows, name, MASK))
 
 
-def _check_tokens(row: dict[str, Any], index: int, masks: Sequence[str], name: str) -> dict[str, Any]:
+def _check_tokens(
+    row: dict[str, Any], index: int, masks: Sequence[str], later: Sequence[str], name: str
+) -> dict[str, Any]:
     where = f"row {index} of the {name} stream"
+    if new := [column for column in later if column in row]:
+        raise ValueError(f"{where} has {new[0]}, which the first row has not")
     ids, _ = checked_tokens(row.get("input_ids"), row.get("input_ids"), where)
     for mask in masks:
         check_mask(row.get(mask), len(ids), where, mask)
@@ -237,55 +272,100 @@ def _check_tokens(row: dict[str, Any], index: int, masks: Sequence[str], name: s
 # ---- texts and messages ----
 
 
-def tokenizer_without_nulls(tokenizer: Any) -> Any:
+def tokenizer_without_nulls(tokenizer: Any, rows: Rows, name: str) -> Any:
     """A copy whose chat template sees no key that is None, in messages, tools and its own arguments.
 
     A data set of Arrow has all keys of all rows in each: None where a row had no such key. A template renders such a
     None, or takes it for a value. The content of a message with tool calls stays: there, None is what others write.
+    What comes as JSON text or from a stream of Python objects stays as it is.
+
+    Args:
+        rows: of `checked_rows`.
+        name: names the data set in messages.
     """
     own = copy.copy(tokenizer)
-    own.apply_chat_template = functools.partial(_apply_without_nulls, tokenizer)
+    of_arrow = isinstance(rows, Dataset) or getattr(rows, "of_arrow", True)
+    own.apply_chat_template = functools.partial(_apply_template, tokenizer, name, of_arrow, _has_json_tools(rows))
     return own
 
 
-def _apply_without_nulls(tokenizer: Any, conversation: Sequence[Mapping[str, Any]], **options: Any) -> Any:
-    messages = []
-    for message in conversation:
-        messages.append(without_nulls(message))
-        if message.get("tool_calls") and message.get("content", "") is None:
-            messages[-1]["content"] = None
+def _has_json_tools(rows: Rows) -> bool:
+    sample: dict[str, Any] = next(iter(rows), {})
+    return isinstance(sample.get("tools"), str)
+
+
+def _apply_template(
+    tokenizer: Any, name: str, of_arrow: bool, json_tools: bool, messages: list[dict[str, Any]], **options: Any
+) -> Any:
     if tokenizer.chat_template is None and options.get("chat_template") is None:
-        raise ValueError("the rows hold messages, but the tokenizer has no chat template")
+        raise ValueError(f"the rows of the {name} data set hold messages, but the tokenizer has no chat template")
+    if of_arrow:
+        tools = options.get("tools")
+        options = without_nulls(options) | ({"tools": tools} if json_tools else {})
+        messages = [
+            without_nulls(message)
+            | ({"content": None} if message.get("tool_calls") and message.get("content", "") is None else {})
+            for message in messages
+        ]
     try:
-        return tokenizer.apply_chat_template(messages, **without_nulls(options))
+        return tokenizer.apply_chat_template(messages, **options)
     except Exception as error:  # a template may raise anything
-        raise ValueError(f"the chat template fails on {short(messages)}: {error}") from error
+        raise ValueError(
+            f"the chat template fails on a row of the {name} data set, {short(messages)}: {error}"
+        ) from error
 
 
-def warn_of_unseen_roles(rows: Dataset, tokenizer: Any, name: str) -> None:
-    """Says so if the chat template leaves out the messages of a role: tried on the first row that has it.
+def warn_of_unseen_roles(rows: Rows, tokenizer: Any, name: str, chat_template: str | None = None) -> None:
+    """Says so if the chat template leaves out the messages of a role: tried on the first row that has it, or the first
+    row of a stream.
 
     Not of assistants, whose earlier thoughts a template may leave out, nor of tools. `rows` are of `checked_rows`.
     """
-    sample = rows[0]
+    sample: dict[str, Any] = next(iter(rows), {})
     for column in set(sample) & {"prompt", *CHATS}:
         keys = KEYS.get(_kind(sample[column]) or "")
-        if keys is None or not _is_list_of_structs(rows.data.column(column).type):
+        if keys is None:
             continue
-        for row in _first_rows_of_roles(rows, column, keys[0]):
-            messages = [{"role": m[keys[0]], "content": m.get(keys[1])} | m for m in rows[row][column]]
-            tools = rows[row].get("tools")
-            tools = json.loads(tools) if isinstance(tools, str) else tools
-            options = {"tools": tools, "tokenize": False, "add_generation_prompt": column == "prompt"}
-            text = _apply_without_nulls(tokenizer, messages, **options)
+        tried = [0]
+        if isinstance(rows, Dataset) and _is_list_of_structs(rows.data.column(column).type):
+            tried = _first_rows_of_roles(rows, column, keys[0])
+        for number in tried:
+            row = rows[number] if isinstance(rows, Dataset) else sample
+            messages = [{"role": m[keys[0]], "content": m.get(keys[1])} | m for m in row[column]]
+            tools = row.get("tools")
+            options = {"chat_template": chat_template, "tools": json.loads(tools) if isinstance(tools, str) else tools}
+            options |= {"tokenize": False, "add_generation_prompt": column == "prompt"}
+            options |= row.get("chat_template_kwargs") or {}
+            try:
+                text = tokenizer_without_nulls(tokenizer, rows, name).apply_chat_template(messages, **options)
+            except ValueError:  # the template fails: TRL will, where it needs it
+                return
             for message in messages:
                 said, role = message["content"], message["role"]
                 if role not in ("assistant", "tool") and isinstance(said, str) and said.strip() not in text:
                     logger.warning(
                         "%s data set: the chat template leaves out what the role %r says, as in row %d: %s",
-                        name, role, row, short(said),
+                        name, role, number, short(said),
                     )  # fmt: skip
                     return
+
+
+def _rows_of_each_kind(rows: Dataset) -> list[int]:
+    """Rows that show whether `tools` and `chat_template_kwargs` can be read: the first with a value, or one for each
+    text of `tools`, and for each key of the arguments."""
+    found = []
+    for name in set(rows.column_names) & set(BESIDE):
+        column, order = rows.data.column(name), order_of(rows)
+        parts = [column]
+        if pa.types.is_struct(column.type):
+            parts += [pc.struct_field(column, field.name) for field in column.type if field.name in OF_TEMPLATE]
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            firsts: dict[Any, int] = {}
+            for row, text in enumerate(column.to_pylist()):
+                firsts.setdefault(text, row)
+            found += [first_of(order, np.array([row])) for row in firsts.values()]
+        found += [first_of(order, where(part.is_valid())) for part in parts]
+    return sorted({row for row in found if row is not None})
 
 
 def _first_rows_of_roles(rows: Dataset, column: str, key: str) -> list[int]:
@@ -327,8 +407,7 @@ def _is_message(message: Any, role: str, content: str) -> bool:
         return False
     said = message.get(content)
     if said is None:
-        others = (value for key, value in message.items() if key not in (role, content, "name"))
-        return any(value not in (None, []) for value in others)
+        return any(without_nulls(message.get(key)) not in (None, "", [], {}) for key in SAID)
     return _is_unicode(said) if isinstance(said, str) else isinstance(said, (list, dict))
 
 
@@ -343,26 +422,40 @@ def _check_texts(
     texts: Sequence[str],
     expected: str,
     name: str,
-    kind: str,
-    says_empty: bool = False,
+    of: str,
+    told: list[str] | None = None,
 ) -> dict[str, Any]:
+    """`told`: filled with the first notice of an empty completion; None for no such notice."""
+    where = f"row {index} of the {name} {of}"
     for of_tokens in OF_TOKENS:
         if of_tokens in row:
-            raise ValueError(f"row {index} of the {name} {kind} has {of_tokens}, which the first row has not")
+            raise ValueError(f"{where} has {of_tokens}, which the first row has not")
     for text in texts:
         if _kind(row.get(text)) != expected:
-            raise ValueError(f"row {index} of the {name} {kind}: {text} is {short(row.get(text))}, expected {expected}")
-    if says_empty and not row[texts[-1]]:
-        _say_empty(name)
+            raise ValueError(f"{where}: {text} is {short(row.get(text))}, expected {expected}")
+    if expected != TEXT:
+        _check_beside(row, where)
+    if told == [] and not row[texts[-1]]:
+        told.append(EMPTY)
+        logger.warning("%s stream: some completions %s", name, EMPTY)
     if expected == FROM_VALUE:  # TRL renames the keys in place
         row = row | {text: [dict(message) for message in row[text]] for text in texts}
     return _with_kwargs(row) if "chat_template_kwargs" in row else row
 
 
-@functools.cache
-def _say_empty(name: str) -> None:
-    """Once in a process: how many there are, a stream knows only at its end."""
-    logger.warning("%s stream: some completions %s", name, EMPTY)
+def _check_beside(row: Mapping[str, Any], where: str) -> None:
+    tools, kwargs = row.get("tools"), row.get("chat_template_kwargs")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: tools is {short(tools)}, which is no JSON: {error}") from None
+    if not isinstance(tools, list | None):
+        raise ValueError(f"{where}: tools is {short(tools)}, expected a list of tools")
+    if not isinstance(kwargs, dict | None):
+        raise ValueError(f"{where}: chat_template_kwargs is {short(kwargs)}, expected a dict")
+    if fixed := [key for key in OF_TEMPLATE if (kwargs or {}).get(key) is not None]:
+        raise ValueError(f"{where}: chat_template_kwargs has {fixed[0]!r}, which the trainer sets itself")
 
 
 def _without_blanks_at_end(row: dict[str, Any], text: str, eos_token: str) -> dict[str, Any]:
@@ -375,34 +468,28 @@ def _with_kwargs(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"chat_template_kwargs": row["chat_template_kwargs"] or {}}
 
 
-def _first_unfit(dataset: Dataset, name: str, expected: str) -> int | None:
-    """The first row without a text, or whose list of messages is empty or has one that is none."""
+def _doubtful(dataset: Dataset, name: str, expected: str) -> Iterable[int]:
+    """Rows, in order, that may be without a text, or without a message where messages are expected."""
     column = dataset.data.column(name)
     if expected != TEXT and not _is_list_of_structs(column.type):
-        values = (row[name] for row in dataset.select_columns([name]))  # of a type that Arrow does not know
-        return next((row for row, value in enumerate(values) if _kind(value) != expected), None)
-    first, unfit = 0, [np.zeros(0, np.int64)]
+        return range(len(dataset))  # of a type that Arrow does not know
+    first, doubtful = 0, [np.zeros(0, np.int64)]
     for chunk in column.chunks:
-        unfit.append(first + where(chunk.is_null()))
+        doubtful.append(first + where(chunk.is_null()))
         if expected != TEXT:
-            unfit.append(first + where(pc.equal(pc.list_value_length(chunk), 0)))
+            doubtful.append(first + where(pc.equal(pc.list_value_length(chunk), 0)))
             of_row = pc.list_parent_indices(chunk).to_numpy()
-            unfit.append(first + of_row[where(_no_message(chunk.flatten(), *KEYS[expected]))])
+            doubtful.append(first + of_row[where(_may_say_nothing(chunk.flatten(), *KEYS[expected]))])
         first += len(chunk)
-    return first_of(order_of(dataset), np.unique(np.concatenate(unfit)))
+    return rows_of(order_of(dataset), np.unique(np.concatenate(doubtful))).tolist()
 
 
-def _no_message(messages: pa.StructArray, role: str, content: str) -> pa.BooleanArray:
-    """Which messages have no role, or nothing to say, as in `_is_message`."""
+def _may_say_nothing(messages: pa.StructArray, role: str, content: str) -> pa.BooleanArray:
+    """Which messages `_is_message` may refuse: without a role, or without a content and without tool calls."""
     fields = {field.name: pc.struct_field(messages, field.name) for field in messages.type}
-    silent = [
-        pc.equal(pc.fill_null(pc.list_value_length(values), 0), 0) if is_list(values.type) else values.is_null()
-        for name, values in fields.items()
-        if name not in (role, content, "name")
-    ]
     said = fields[content] if content in fields else pa.nulls(len(messages))
-    if pa.types.is_primitive(said.type):  # numbers, dates
-        nothing_said = pc.invert(said.is_null())
-    else:
-        nothing_said = functools.reduce(pc.and_, silent, said.is_null())
+    nothing_said = pc.invert(said.is_null()) if pa.types.is_primitive(said.type) else said.is_null()  # a number, a date
+    calls = fields.get("tool_calls")
+    if calls is not None and is_list(calls.type):
+        nothing_said = pc.and_(nothing_said, pc.equal(pc.fill_null(pc.list_value_length(calls), 0), 0))
     return functools.reduce(pc.or_, [messages.is_null(), fields[role].is_null(), nothing_said])

@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
+import json
 import logging
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from multiprocessing.reduction import ForkingPickler
@@ -27,7 +29,6 @@ from packsft.data.document import (
     checked_tokens,
     lengths_of,
     make_document,
-    short,
     unpadded,
 )
 from packsft.data.ranks import Ranks
@@ -36,6 +37,7 @@ from packsft.packing.buffer import PackingBuffer
 
 logger = logging.getLogger("packsft")
 
+SAMPLED_ROWS = 8
 BUFFERED_PACKS = 32  # within 0.7 points of the plan over a whole data set, see docs/log.md
 ROWS_BEFORE_JUDGEMENT = 1000  # of the share of lost tokens
 END: Any = object()  # a row may be anything, None as well
@@ -147,6 +149,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         self._keep_end, self._once = keep_end, once
         self._ranks = self._reading_ranks = Ranks()  # the second: the ranks that read the same rows
         self._endless = False
+        self._positions, self._has_table = sys.maxsize, False
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
         self._resume: dict[str, Any] | None = None
         self._start_epoch(0)
@@ -155,15 +158,17 @@ class PackedStream(torch.utils.data.IterableDataset):
         """Check every row from now on for ids and labels outside the vocabulary."""
         self._vocab_size = vocab_size
 
-    @property
-    def document_lengths(self) -> np.ndarray:
-        """`[1]`: the most tokens of a document, or `[0]` if there is no limit."""
-        return np.array([self.max_length or 0])
+    def check_positions(self, limit: int | None, has_table: bool) -> None:
+        """Check every document from now on: longer than `limit` is an error if the model looks positions up in a table,
+        and else a notice, once."""
+        self._positions, self._has_table = limit or sys.maxsize, has_table
 
     def sample(self) -> str:
-        """The first row. A stream that `datasets` has split by node has another one on each."""
-        first = {name: short(value) for name, value in next(iter(self.stream), {}).items()}
-        return repr((getattr(self.stream, "_distributed", None), first))
+        """SHA-256 in hex of the first rows. A stream that `datasets` has split by node has others on each."""
+        rows = [dict(row) for row in itertools.islice(iter(self.stream), SAMPLED_ROWS)]
+        as_text = json.dumps(rows, default=lambda value: np.asarray(value).tolist())
+        split = repr(getattr(self.stream, "_distributed", None))
+        return hashlib.sha256((split + as_text).encode()).hexdigest()
 
     def share(self, ranks: Ranks, *, endless: bool = False) -> PackedStream:
         """The share of a rank. The union of all shares is the stream.
@@ -321,6 +326,7 @@ class PackedStream(torch.utils.data.IterableDataset):
             make_document(ids[start:stop], labels[start:stop], row=account.examples_in - 1)
             for start, stop in self._cut(len(ids), where)
         ]
+        self._check_length(max(map(len, documents), default=0), where)
         num_scored = sum(document.num_scored for document in documents)
         num_segments = 0
         for document in documents if num_scored else []:
@@ -348,6 +354,15 @@ class PackedStream(torch.utils.data.IterableDataset):
             account.tokens_truncated += cut
         if account.examples_in >= ROWS_BEFORE_JUDGEMENT:
             self._check_losses()
+
+    def _check_length(self, length: int, where: str) -> None:
+        if length <= self._positions:
+            return
+        said = f"{where} gives a document of {length} tokens, but the model has {self._positions} positions"
+        if self._has_table:
+            raise ValueError(f"{said}, and looks them up in a table: set max_length={self._positions} or less")
+        logger.warning("%s; this is said once", said)
+        self._positions = sys.maxsize
 
     def _span(self, row: Mapping[str, Any], ids: np.ndarray, where: str) -> tuple[int, int]:
         """Start and stop of the tokens of a row, without padding and doubled tokens."""

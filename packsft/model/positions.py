@@ -12,9 +12,10 @@ logger = logging.getLogger("packsft")
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
-    """`max_position_embeddings` of the model's configuration; None if it has none."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    """The positions that the model's configuration names; None if it names none."""
+    config = model.config.get_text_config()
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]  # the second: MPT's
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
 
 def has_position_table(model: PreTrainedModel) -> bool:
@@ -22,12 +23,13 @@ def has_position_table(model: PreTrainedModel) -> bool:
     limit, ends = max_positions(model), (model.get_input_embeddings(), model.get_output_embeddings())
     if limit is None:
         return False
+    of_tokens = {module for end in ends if end is not None for module in end.modules()}  # an adapter may wrap them
 
     def is_table(tensor: Tensor) -> bool:
         return tensor.dim() == 2 and limit <= tensor.shape[0] <= limit + 4
 
     for module in model.modules():
-        learned = [module.weight] if isinstance(module, nn.Embedding) and module not in ends else []
+        learned = [module.weight] if isinstance(module, nn.Embedding) and module not in of_tokens else []
         fixed = [value for value in vars(module).values() if isinstance(value, Tensor)]  # CTRL's are no buffers
         if any(is_table(tensor) for tensor in [*learned, *fixed, *module.buffers(recurse=False)]):
             return True
@@ -45,7 +47,7 @@ def check_document_lengths(model: PreTrainedModel, lengths: np.ndarray, name: st
 
     Args:
         model: the model.
-        lengths: `[documents]` integers; of a stream, the most tokens of a document.
+        lengths: `[documents]` integers.
         name: names the data set in messages.
 
     Raises:

@@ -1,9 +1,13 @@
 """Rows as users give them: of several forms, with nulls, padding, doubled tokens, or split by rank: right or named."""
 
+import json
+
+import pyarrow as pa
 import pytest
 from datasets import Dataset, Features, IterableDataset, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
 from runs import trainer
 from tiny import ROWS, VOCAB, tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -464,7 +468,7 @@ def test_a_template_that_fails_shows_the_messages(source, tmp_path):
     tokenizer.chat_template = OWN_ROLES
     rows = source([{"messages": [{"role": "bad", "content": "why"}]}])
     with pytest.raises(
-        ValueError, match=r"the chat template fails on \[\{'content': 'why', 'role': 'bad'\}\]: 'fail' is"
+        ValueError, match=r"the chat template fails on a row of the train data set, \[\{'content': 'why'"
     ):
         list(trainer(tmp_path, train_dataset=rows, processing_class=tokenizer, max_steps=1).train_dataset)
 
@@ -474,3 +478,183 @@ def test_half_of_a_surrogate_pair_is_no_text(tmp_path):
         list(
             trainer(tmp_path, train_dataset=streamed([{"text": "why"}, {"text": "\ud83d"}]), max_steps=1).train_dataset
         )
+
+
+# ---- what must not pass in silence ----
+
+
+def test_streams_that_differ_late_in_a_row_have_other_samples(tmp_path):
+    rows = [{"input_ids": [3] * 200 + [i], "labels": [3] * 200 + [i]} for i in range(8)]
+    samples = [PackedStream(streamed(part), None, strategy="none").sample() for part in (rows, rows[::-1], rows[:4])]
+    assert len(set(samples)) == 3
+    assert PackedStream(streamed(rows), None, strategy="none").sample() == samples[0]
+
+
+@pytest.mark.parametrize("source", [Dataset.from_list, streamed], ids=["map", "stream"])
+def test_completion_only_loss_without_an_effect_is_noticed(source, tmp_path, caplog):
+    masked = source([{"input_ids": [3, 4, 5], "completion_mask": [0, 1, 1]}] * 2)
+    ours = trainer(tmp_path, train_dataset=masked, max_steps=1)
+    assert documents(ours.train_dataset)[0][1] == [-100, 4, 5]
+    assert said(caplog, "completion_mask beside input_ids: not read")
+    ours = trainer(tmp_path, train_dataset=masked, completion_only_loss=True, max_steps=1)
+    assert documents(ours.train_dataset)[0][1] == [-100, 4, 5]
+    for rows, missing in (([{"input_ids": [3, 4]}], "completion_mask or labels"), ([FORMS["messages"]], "prompt")):
+        trainer(tmp_path, train_dataset=source(rows), completion_only_loss=True, max_steps=1)
+        assert said(caplog, f"completion_only_loss=True: no effect on train_dataset, which has no {missing}")
+
+
+@pytest.mark.parametrize(
+    "later", [{"labels": [-100, 7]}, {"seq_lengths": [1, 1]}, {"assistant_masks": [0, 1]}], ids=str
+)
+def test_a_column_of_tokens_that_begins_later_in_a_stream_is_named(later, tmp_path):
+    rows = [{"input_ids": [3, 4]}, {"input_ids": [6, 7]} | later]
+    with pytest.raises(
+        ValueError, match=f"row 1 of the train stream has {next(iter(later))}, which the first row has not"
+    ):
+        list(trainer(tmp_path, train_dataset=streamed(rows), max_steps=1).train_dataset)
+
+
+def test_nulls_that_the_user_wrote_stay_in_python_objects_and_in_json(tmp_path):
+    tokenizer = character_tokenizer()
+    tools = [{"name": "f", "parameters": {"a": {"default": None}}}]
+    call = {"role": "assistant", "content": "no", "tool_calls": [{"function": {"name": "f", "arguments": {"x": None}}}]}
+    model = tiny_model(vocab_size=len(tokenizer))
+    options = {"model": model, "processing_class": tokenizer, "max_length": 400, "max_steps": 1}
+    ours = trainer(tmp_path, train_dataset=streamed([{"messages": [QUESTION, call], "tools": tools}]), **options)
+    expected = tokenizer.apply_chat_template([QUESTION, call], tools=tools, return_dict=True)["input_ids"]
+    assert ids_of(ours.train_dataset) == [expected]
+    ours = trainer(
+        tmp_path, train_dataset=Dataset.from_list([{"messages": CHAT, "tools": json.dumps(tools)}]), **options
+    )
+    expected = tokenizer.apply_chat_template(CHAT, tools=tools, return_dict=True)["input_ids"]
+    assert ids_of(ours.train_dataset) == [expected]
+
+
+def test_evaluate_and_predict_check_rows_as_the_constructor_does(tmp_path):
+    ours = trainer(tmp_path, eval_dataset={"a": Dataset.from_list(ROWS)})
+    packed = Dataset.from_list([{"input_ids": [3, 4, 5, 6], "seq_lengths": [2, 2]}])
+    empty = Dataset.from_dict({"input_ids": [], "labels": []})
+    for call in (ours.evaluate, ours.predict):
+        for rows, message in (
+            (packed, "has the column seq_lengths"),
+            (empty, "is empty"),
+            (ROWS, "is a list, expected"),
+        ):
+            with pytest.raises(ValueError, match=f"(eval|test) data set {message}"):
+                call(rows)
+    with pytest.raises(ValueError, match="there is no evaluation set 'b', only a"):
+        ours.evaluate("b")
+
+
+def test_a_set_of_another_form_than_the_training_set_is_scored_by_it_and_a_notice_says_so(tmp_path, caplog):
+    rows = Dataset.from_list([FORMS["prompt"]])
+    trainer(tmp_path, train_dataset=Dataset.from_list([FORMS["text"]]), eval_dataset=rows)
+    assert said(caplog, "eval data set: prompts are scored too, as the first row of the training set decides")
+
+
+def test_columns_beside_those_of_a_format_are_read_if_it_gives_them(tmp_path, caplog):
+    rows = Dataset.from_list([{"input_ids": [3, 4, 5], "labels": [-100, -100, 5]}])
+    whole = rows.with_format("torch", columns=["input_ids"], output_all_columns=True)
+    assert documents(trainer(tmp_path, train_dataset=whole).train_dataset)[0][1] == [-100, -100, 5]
+    assert not said(caplog, "its format hides")
+    trainer(tmp_path, train_dataset=rows.with_format("torch", columns=["input_ids"]))
+    assert said(caplog, "train data set: its format hides labels: not read")
+
+
+@pytest.mark.parametrize("extra", [{"id": 1}, {"weight": 0.0}, {"function_call": {"name": None}}], ids=str)
+def test_a_message_whose_content_is_null_says_nothing_whatever_else_it_holds(extra, tmp_path):
+    rows = Dataset.from_list(
+        [{"messages": CHAT}, {"messages": [QUESTION, {"role": "assistant", "content": None} | extra]}]
+    )
+    with pytest.raises(ValueError, match="row 1 of the train data set: messages is"):
+        trainer(tmp_path, train_dataset=rows)
+
+
+def test_packs_of_ones_own_without_a_token_to_score_are_refused_and_their_padding_is_counted(tmp_path, caplog):
+    own = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    with pytest.raises(ValueError, match="no document of the data set has a token to score"):
+        trainer(tmp_path, train_dataset=Dataset.from_list([{"input_ids": [3, 4], "labels": [3, -100]}]), **own)
+    row = {"input_ids": [3, 4, 0], "labels": [3, 4, 0], "attention_mask": [1, 1, 0]}
+    trainer(tmp_path, train_dataset=Dataset.from_list([row]), **own)
+    assert said(caplog, "train data set: 1 tokens of padding are left out")
+
+
+def test_a_role_that_the_template_leaves_out_is_noticed_in_a_stream(tmp_path, caplog):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = OWN_ROLES
+    rows = streamed([{"messages": [{"role": "human", "content": "hello"}, QUESTION]}])
+    trainer(tmp_path, train_dataset=rows, processing_class=tokenizer, max_steps=1)
+    assert said(caplog, "the chat template leaves out what the role 'human' says, as in row 0")
+
+
+def test_the_notice_about_roles_reads_the_arguments_of_the_template(tmp_path, caplog):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ who.upper() }} {% if show %}" + tokenizer.chat_template + "{% endif %}"
+    rows = Dataset.from_list([{"messages": CHAT, "chat_template_kwargs": {"who": "bob", "show": True}}])
+    trainer(tmp_path, train_dataset=rows, processing_class=tokenizer)
+    assert not said(caplog, "leaves out")
+
+
+def test_tokens_are_taken_once_only_if_the_tokenizer_adds_them(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = "why"
+    rows = Dataset.from_list([{"text": "why why no <eos> <eos>"}])
+    ours = trainer(tmp_path, train_dataset=rows, processing_class=tokenizer)
+    assert ids_of(ours.train_dataset) == [words("why why no <eos> <eos>")]
+
+
+def test_an_adapter_around_the_embeddings_is_no_table_of_positions(tmp_path, caplog):
+    rows = Dataset.from_list([{"input_ids": [3] * 30, "labels": [3] * 30}])
+    model = tiny_model(max_position_embeddings=len(VOCAB))
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    trainer(tmp_path, model=model, train_dataset=rows, peft_config=lora)
+    assert said(caplog, "1 of 1 documents of the train data set have more tokens (up to 30) than the 24 positions")
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["rows", "packs"])
+def test_a_document_of_a_stream_beyond_a_table_of_positions_is_named(own, tmp_path, caplog):
+    rows = [{"input_ids": [3] * n, "labels": [3] * n} for n in (5, 50)]
+    model = tiny_model("gpt2", n_positions=32)
+    own_packs = {"dataset_kwargs": {"skip_prepare_dataset": True}} if own else {}
+    options = {"packing": False, "max_length": None, "max_steps": 2, "per_device_train_batch_size": 1} | own_packs
+    trainer(
+        tmp_path, model=model, train_dataset=streamed(rows[:1] * 4), **options | {"max_steps": 1, "max_length": 400}
+    )
+    assert not said(caplog, "positions")
+    ours = trainer(tmp_path, model=model, train_dataset=streamed(rows), **options)
+    with pytest.raises(ValueError, match=r"document of 50 tokens, but the model"):
+        ours.train()
+
+
+BESIDE = {
+    "broken tools": ({"tools": "not json"}, "tools is 'not json', which is no JSON"),
+    "a number": ({"tools": "3"}, "tools is 3, expected a list of tools"),
+    "text for arguments": ({"chat_template_kwargs": "x"}, "chat_template_kwargs is 'x', expected a dict"),
+    "what the trainer sets": ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs has 'tokenize'"),
+}
+
+
+@pytest.mark.parametrize("source", [Dataset.from_list, streamed], ids=["map", "stream"])
+@pytest.mark.parametrize("case", list(BESIDE))
+def test_what_goes_with_messages_is_checked_by_row(case, source, tmp_path):
+    beside, message = BESIDE[case]
+    good = {"tools": "[]"} if "tools" in beside else {"chat_template_kwargs": None}
+    rows = [FORMS["messages"] | good, FORMS["messages"] | beside]
+    with pytest.raises(ValueError, match=f"row 1 of the train (data set|stream): {message}"):
+        list(trainer(tmp_path, train_dataset=source(rows), max_steps=1).train_dataset)
+    trainer(tmp_path, train_dataset=source([FORMS["text"] | beside]), max_steps=1)  # no message: not read
+
+
+def test_a_text_may_be_in_a_column_of_any_name_and_type(tmp_path):
+    for field in ("prompt", "tools", "chat_template_kwargs", "body"):
+        for source in (Dataset.from_list, streamed):
+            rows = source([{field: FORMS["text"]["text"]}])
+            ours = trainer(tmp_path, train_dataset=rows, dataset_text_field=field, max_steps=1)
+            assert ids_of(ours.train_dataset) == [IDS["text"]]
+    views = Dataset(pa.table({"text": pa.array([FORMS["text"]["text"]], pa.string_view())}))
+    assert ids_of(trainer(tmp_path, train_dataset=views).train_dataset) == [IDS["text"]]
+
+
+def test_a_stream_of_arrays_is_read_as_plain_messages(tmp_path):
+    rows = Dataset.from_list([FORMS["messages"]]).with_format("numpy").to_iterable_dataset()
+    assert ids_of(trainer(tmp_path, train_dataset=rows, max_steps=1).train_dataset) == [IDS["messages"]]
