@@ -43,6 +43,7 @@ from packsft.config import has_bf16
 from packsft.data.batch import document_lengths
 from packsft.data.collator import PackingCollator, mark_sizes
 from packsft.data.loaders import PackedLoaders, Packs
+from packsft.data.messages import tokenizer_without_nulls, warn_of_unseen_roles
 from packsft.data.packs import USER_COLUMNS, PackedDataset, UserPacks, pack_dataset
 from packsft.data.ranks import Ranks, check_same_on_all_ranks
 from packsft.data.raw import (
@@ -50,8 +51,6 @@ from packsft.data.raw import (
     formatted_rows,
     in_one_form,
     once_of,
-    tokenizer_without_nulls,
-    warn_of_unseen_roles,
 )
 from packsft.data.streams import PackedStream
 from packsft.model.head import count_embeddings

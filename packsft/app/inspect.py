@@ -20,8 +20,9 @@ from rich.console import Console
 
 from packsft.app.json_lines import check_json, parse_json
 from packsft.app.tables import print_table
+from packsft.data.messages import tokenizer_without_nulls, warn_of_unseen_roles
 from packsft.data.packs import pack_dataset
-from packsft.data.raw import checked_rows, label_rows, once_of, one_form, tokenizer_without_nulls, warn_of_unseen_roles
+from packsft.data.raw import checked_rows, label_rows, once_of, one_form
 from packsft.packing import (
     MaxLength,
     PackingReport,

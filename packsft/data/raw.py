@@ -6,12 +6,10 @@ renders a null in a message. Knows which columns TRL reads, not what it makes of
 
 from __future__ import annotations
 
-import copy
 import functools
-import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,19 +18,24 @@ import pyarrow.compute as pc
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 
-from packsft.data.columns import MASK, ListColumn, check_no_transform, first_of, is_list, order_of, rows_of, where
+from packsft.data.columns import MASK, ListColumn, check_no_transform, first_of, order_of, rows_of, where
 from packsft.data.document import IGNORE_INDEX, check_mask, checked_tokens, short
+from packsft.data.messages import (
+    BESIDE,
+    CHATS,
+    FROM_VALUE,
+    ROLE_CONTENT,
+    TEXT,
+    check_beside,
+    doubtful_rows,
+    is_unicode,
+    kind_of,
+    rows_of_each_kind,
+)
 
 logger = logging.getLogger("packsft")
 
-TEXT = "a text"
-MESSAGES = "a list of messages, each with a {} and {}"
-ROLE_CONTENT, FROM_VALUE = MESSAGES.format("role", "content"), MESSAGES.format("from", "value")
-KEYS = {ROLE_CONTENT: ("role", "content"), FROM_VALUE: ("from", "value")}
 FORMS = "expected input_ids, prompt and completion, messages, or the texts {!r} (dataset_text_field)"
-CHATS, BESIDE = ("messages", "conversations"), ("tools", "chat_template_kwargs")
-SAID = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # instead of a content
-OF_TEMPLATE = ("tokenize", "return_dict", "conversation", "return_assistant_tokens_mask", "add_generation_prompt")
 EMPTY = "are empty: there, at most the EOS token is scored"
 OF_TOKENS = ("labels", "attention_mask", "position_ids", "completion_mask", "assistant_masks")
 Rows = TypeVar("Rows", Dataset, IterableDataset)
@@ -72,7 +75,7 @@ def one_form(dataset: Rows, text_field: str, name: str) -> Rows:
     chosen: tuple[str, ...] = readable[0]
     if left := [column for other in readable[1:] for column in other if column not in chosen]:
         logger.warning("%s data set: %s is trained on; %s is not read", name, " and ".join(chosen), " and ".join(left))
-    named, kind = {column: column for column in chosen}, _kind(sample[chosen[0]])
+    named, kind = {column: column for column in chosen}, kind_of(sample[chosen[0]])
     if chosen[0] in CHATS:  # TRL reads the keys by the name of the column
         named[chosen[0]] = "conversations" if kind == FROM_VALUE else "messages"
     elif len(chosen) == 1:
@@ -144,7 +147,7 @@ def checked_rows(dataset: Rows, *, text_field: str, completion_only: bool, eos_t
     kinds: tuple[str, ...] = (TEXT, ROLE_CONTENT)
     if first != "prompt":
         kinds = (ROLE_CONTENT, FROM_VALUE) if first in CHATS else (TEXT,)
-    kind = _kind(sample[first])
+    kind = kind_of(sample[first])
     expected = kind if kind in kinds else " or ".join(kinds)
     check = functools.partial(_check_texts, texts=texts, expected=expected, name=name)
     strip = functools.partial(_without_blanks_at_end, text=texts[-1], eos_token=eos_token or "")
@@ -159,9 +162,9 @@ def checked_rows(dataset: Rows, *, text_field: str, completion_only: bool, eos_t
         return dataset
     check(sample, 0, of="data set")  # the others have the same type, if any
     for text in texts:
-        for row in _doubtful(dataset, text, expected):
+        for row in doubtful_rows(dataset, text, expected):
             check(dataset[row], row, of="data set")
-    for row in _rows_of_each_kind(dataset):
+    for row in rows_of_each_kind(dataset):
         check(dataset[row], row, of="data set")
     if "chat_template_kwargs" in sample and dataset.data.column("chat_template_kwargs").null_count:
         dataset = dataset.map(_with_kwargs)
@@ -200,7 +203,7 @@ def formatted_rows(dataset: Rows, function: Callable[[dict], str], num_proc: int
 
 def _format(row: dict[str, Any], index: int, function: Callable[[dict], str], name: str) -> dict[str, str]:
     text = function(row)
-    if not isinstance(text, str) or not _is_unicode(text):
+    if not isinstance(text, str) or not is_unicode(text):
         raise ValueError(
             f"row {index} of the {name}: formatting_func gives {short(text)}, expected a text: one per row"
         )
@@ -272,150 +275,6 @@ def _check_tokens(
 # ---- texts and messages ----
 
 
-def tokenizer_without_nulls(tokenizer: Any, rows: Rows, name: str) -> Any:
-    """A copy whose chat template sees no key that is None, in messages, tools and its own arguments.
-
-    A data set of Arrow has all keys of all rows in each: None where a row had no such key. A template renders such a
-    None, or takes it for a value. The content of a message with tool calls stays: there, None is what others write.
-    What comes as JSON text or from a stream of Python objects stays as it is.
-
-    Args:
-        rows: of `checked_rows`.
-        name: names the data set in messages.
-    """
-    own = copy.copy(tokenizer)
-    of_arrow = isinstance(rows, Dataset) or getattr(rows, "of_arrow", True)
-    own.apply_chat_template = functools.partial(_apply_template, tokenizer, name, of_arrow, _has_json_tools(rows))
-    return own
-
-
-def _has_json_tools(rows: Rows) -> bool:
-    sample: dict[str, Any] = next(iter(rows), {})
-    return isinstance(sample.get("tools"), str)
-
-
-def _apply_template(
-    tokenizer: Any, name: str, of_arrow: bool, json_tools: bool, messages: list[dict[str, Any]], **options: Any
-) -> Any:
-    if tokenizer.chat_template is None and options.get("chat_template") is None:
-        raise ValueError(f"the rows of the {name} data set hold messages, but the tokenizer has no chat template")
-    if of_arrow:
-        tools = options.get("tools")
-        options = without_nulls(options) | ({"tools": tools} if json_tools else {})
-        messages = [
-            without_nulls(message)
-            | ({"content": None} if message.get("tool_calls") and message.get("content", "") is None else {})
-            for message in messages
-        ]
-    try:
-        return tokenizer.apply_chat_template(messages, **options)
-    except Exception as error:  # a template may raise anything
-        raise ValueError(
-            f"the chat template fails on a row of the {name} data set, {short(messages)}: {error}"
-        ) from error
-
-
-def warn_of_unseen_roles(rows: Rows, tokenizer: Any, name: str, chat_template: str | None = None) -> None:
-    """Says so if the chat template leaves out the messages of a role: tried on the first row that has it, or the first
-    row of a stream.
-
-    Not of assistants, whose earlier thoughts a template may leave out, nor of tools. `rows` are of `checked_rows`.
-    """
-    sample: dict[str, Any] = next(iter(rows), {})
-    for column in set(sample) & {"prompt", *CHATS}:
-        keys = KEYS.get(_kind(sample[column]) or "")
-        if keys is None:
-            continue
-        tried = [0]
-        if isinstance(rows, Dataset) and _is_list_of_structs(rows.data.column(column).type):
-            tried = _first_rows_of_roles(rows, column, keys[0])
-        for number in tried:
-            row = rows[number] if isinstance(rows, Dataset) else sample
-            messages = [{"role": m[keys[0]], "content": m.get(keys[1])} | m for m in row[column]]
-            tools = row.get("tools")
-            options = {"chat_template": chat_template, "tools": json.loads(tools) if isinstance(tools, str) else tools}
-            options |= {"tokenize": False, "add_generation_prompt": column == "prompt"}
-            options |= row.get("chat_template_kwargs") or {}
-            try:
-                text = tokenizer_without_nulls(tokenizer, rows, name).apply_chat_template(messages, **options)
-            except ValueError:  # the template fails: TRL will, where it needs it
-                return
-            for message in messages:
-                said, role = message["content"], message["role"]
-                if role not in ("assistant", "tool") and isinstance(said, str) and said.strip() not in text:
-                    logger.warning(
-                        "%s data set: the chat template leaves out what the role %r says, as in row %d: %s",
-                        name, role, number, short(said),
-                    )  # fmt: skip
-                    return
-
-
-def _rows_of_each_kind(rows: Dataset) -> list[int]:
-    """Rows that show whether `tools` and `chat_template_kwargs` can be read: the first with a value, or one for each
-    text of `tools`, and for each key of the arguments."""
-    found = []
-    for name in set(rows.column_names) & set(BESIDE):
-        column, order = rows.data.column(name), order_of(rows)
-        parts = [column]
-        if pa.types.is_struct(column.type):
-            parts += [pc.struct_field(column, field.name) for field in column.type if field.name in OF_TEMPLATE]
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            firsts: dict[Any, int] = {}
-            for row, text in enumerate(column.to_pylist()):
-                firsts.setdefault(text, row)
-            found += [first_of(order, np.array([row])) for row in firsts.values()]
-        found += [first_of(order, where(part.is_valid())) for part in parts]
-    return sorted({row for row in found if row is not None})
-
-
-def _first_rows_of_roles(rows: Dataset, column: str, key: str) -> list[int]:
-    table_rows: dict[str, list[np.ndarray]] = {}
-    first = 0
-    for chunk in rows.data.column(column).chunks:
-        roles, of_row = pc.struct_field(chunk.flatten(), key), pc.list_parent_indices(chunk).to_numpy()
-        for role in pc.unique(roles):
-            table_rows.setdefault(role.as_py(), []).append(first + np.unique(of_row[where(pc.equal(roles, role))]))
-        first += len(chunk)
-    found = {first_of(order_of(rows), np.concatenate(of_role)) for of_role in table_rows.values()}
-    return sorted(row for row in found if row is not None)
-
-
-def _is_list_of_structs(kind: pa.DataType) -> bool:
-    return is_list(kind) and pa.types.is_struct(kind.value_type)
-
-
-def without_nulls(value: Any) -> Any:
-    """The same value without the keys, at any depth, that are None."""
-    if isinstance(value, Mapping):
-        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _kind(value: Any) -> str | None:
-    """What the value of a column is; None for what TRL cannot read there."""
-    if isinstance(value, str):
-        return TEXT if _is_unicode(value) else None
-    for kind, keys in KEYS.items():
-        if isinstance(value, list) and value and all(_is_message(message, *keys) for message in value):
-            return kind
-    return None
-
-
-def _is_message(message: Any, role: str, content: str) -> bool:
-    """Whether it has a role, and a content or something else to say, such as tool calls."""
-    if not isinstance(message, dict) or not isinstance(message.get(role), str):
-        return False
-    said = message.get(content)
-    if said is None:
-        return any(without_nulls(message.get(key)) not in (None, "", [], {}) for key in SAID)
-    return _is_unicode(said) if isinstance(said, str) else isinstance(said, (list, dict))
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether it can be encoded: half of a surrogate pair cannot, and a stream may hold one."""
-    return text.isascii() or bool(text.encode(errors="ignore").decode() == text)
-
-
 def _check_texts(
     row: dict[str, Any],
     index: int,
@@ -431,31 +290,16 @@ def _check_texts(
         if of_tokens in row:
             raise ValueError(f"{where} has {of_tokens}, which the first row has not")
     for text in texts:
-        if _kind(row.get(text)) != expected:
+        if kind_of(row.get(text)) != expected:
             raise ValueError(f"{where}: {text} is {short(row.get(text))}, expected {expected}")
     if expected != TEXT:
-        _check_beside(row, where)
+        check_beside(row, where)
     if told == [] and not row[texts[-1]]:
         told.append(EMPTY)
         logger.warning("%s stream: some completions %s", name, EMPTY)
     if expected == FROM_VALUE:  # TRL renames the keys in place
         row = row | {text: [dict(message) for message in row[text]] for text in texts}
     return _with_kwargs(row) if "chat_template_kwargs" in row else row
-
-
-def _check_beside(row: Mapping[str, Any], where: str) -> None:
-    tools, kwargs = row.get("tools"), row.get("chat_template_kwargs")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: tools is {short(tools)}, which is no JSON: {error}") from None
-    if not isinstance(tools, list | None):
-        raise ValueError(f"{where}: tools is {short(tools)}, expected a list of tools")
-    if not isinstance(kwargs, dict | None):
-        raise ValueError(f"{where}: chat_template_kwargs is {short(kwargs)}, expected a dict")
-    if fixed := [key for key in OF_TEMPLATE if (kwargs or {}).get(key) is not None]:
-        raise ValueError(f"{where}: chat_template_kwargs has {fixed[0]!r}, which the trainer sets itself")
 
 
 def _without_blanks_at_end(row: dict[str, Any], text: str, eos_token: str) -> dict[str, Any]:
@@ -466,30 +310,3 @@ def _without_blanks_at_end(row: dict[str, Any], text: str, eos_token: str) -> di
 
 def _with_kwargs(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"chat_template_kwargs": row["chat_template_kwargs"] or {}}
-
-
-def _doubtful(dataset: Dataset, name: str, expected: str) -> Iterable[int]:
-    """Rows, in order, that may be without a text, or without a message where messages are expected."""
-    column = dataset.data.column(name)
-    if expected != TEXT and not _is_list_of_structs(column.type):
-        return range(len(dataset))  # of a type that Arrow does not know
-    first, doubtful = 0, [np.zeros(0, np.int64)]
-    for chunk in column.chunks:
-        doubtful.append(first + where(chunk.is_null()))
-        if expected != TEXT:
-            doubtful.append(first + where(pc.equal(pc.list_value_length(chunk), 0)))
-            of_row = pc.list_parent_indices(chunk).to_numpy()
-            doubtful.append(first + of_row[where(_may_say_nothing(chunk.flatten(), *KEYS[expected]))])
-        first += len(chunk)
-    return rows_of(order_of(dataset), np.unique(np.concatenate(doubtful))).tolist()
-
-
-def _may_say_nothing(messages: pa.StructArray, role: str, content: str) -> pa.BooleanArray:
-    """Which messages `_is_message` may refuse: without a role, or without a content and without tool calls."""
-    fields = {field.name: pc.struct_field(messages, field.name) for field in messages.type}
-    said = fields[content] if content in fields else pa.nulls(len(messages))
-    nothing_said = pc.invert(said.is_null()) if pa.types.is_primitive(said.type) else said.is_null()  # a number, a date
-    calls = fields.get("tool_calls")
-    if calls is not None and is_list(calls.type):
-        nothing_said = pc.and_(nothing_said, pc.equal(pc.fill_null(pc.list_value_length(calls), 0), 0))
-    return functools.reduce(pc.or_, [messages.is_null(), fields[role].is_null(), nothing_said])
