@@ -219,10 +219,10 @@ def _check_exact_steps(args: SFTConfig) -> None:
             f"tokens_per_pass='auto' can measure memory on CUDA devices and on the CPU under Linux, not on "
             f"{args.device.type}: set a number"
         )
-    if args.deepspeed_plugin is not None:
+    if args.deepspeed_plugin is not None and getattr(args, "tokens_per_pass", None) == "auto":
         raise ValueError(
-            "packing_strategy='step' does not work under DeepSpeed, which expects the same number of micro-batches in "
-            f"every step: {other}, or use FSDP or DDP"
+            "tokens_per_pass='auto' does not work under DeepSpeed, which keeps the gradients of the measurement: set a "
+            "number"
         )
     optimizer = getattr(args.optim, "value", args.optim)
     if "lomo" in optimizer or "layerwise" in optimizer:

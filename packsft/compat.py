@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib import metadata, resources
 from pathlib import Path
@@ -24,6 +24,7 @@ from datasets import Dataset
 from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.fsdp import StateDictType
+from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerBase
 from transformers.utils import is_peft_available
 from trl.trainer import sft_trainer as trl_sft_trainer
@@ -145,13 +146,24 @@ def prepare_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: trl
 
 @contextmanager
 def gathered_parameters(*parameters: Tensor | None) -> Iterator[list[Any]]:
-    """The whole head on every rank: gathers DTensors (FSDP2), and ZeRO-3 partitions within the context."""
-    from torch.distributed.tensor import DTensor
-    from trl.trainer.utils import maybe_gather_lm_head_ctx
-
+    """The whole head on every rank: gathers DTensors (tensor parallelism), and ZeRO-3 partitions within the context."""
     whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in parameters]
-    with maybe_gather_lm_head_ctx(*whole):
+    with _gathered(p for p in whole if p is not None):
         yield whole
+
+
+def whole_model(model: nn.Module) -> AbstractContextManager:
+    """Within the context, every rank holds all weights of a model that ZeRO-3 partitioned when it was made."""
+    return _gathered(model.parameters())
+
+
+def _gathered(parameters: Iterable[Any]) -> AbstractContextManager:
+    partitioned = [p for p in parameters if hasattr(p, "ds_id") and p.ds_status.name != "AVAILABLE"]
+    if not partitioned:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(partitioned)
 
 
 def as_before_accelerate(model: nn.Module) -> None:
@@ -216,8 +228,15 @@ def one_batch_per_step(trainer: Any) -> Iterator[tuple[int, Any]]:
         trainer.args, trainer._train_batch_size = args, batch_size
 
 
-def no_gradient_sync(trainer: Any, model: nn.Module) -> AbstractContextManager:
-    """What transformers' loop (5.24) puts around all micro-batches of a step except the last."""
+def gradient_sync(trainer: Any, model: nn.Module, *, last: bool) -> AbstractContextManager:
+    """What transformers' loop (5.24) puts around a micro-batch, the `last` of a step or another.
+
+    DeepSpeed takes its step within a backward: accelerate (1.15) tells it by this state which one is the last.
+    """
+    if trainer.is_deepspeed_enabled:
+        trainer.accelerator.gradient_state._set_sync_gradients(last)
+    if last or trainer.is_deepspeed_enabled:
+        return nullcontext()
     if trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
         return nullcontext()
     sharded_at_load = getattr(trainer, "is_distributed_loading_by_transformers", False)  # not yet in 5.17

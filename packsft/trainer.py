@@ -123,19 +123,20 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         self._said_logits = False
         self._vocab_size = count_embeddings(base_model_of(self.model))
         dft = self.args.loss_type == "dft"
-        self._prepared = PreparedModel(
-            self.model,
-            # as in the parent, DFT takes no label smoothing
-            LossOptions(dft=dft, label_smoothing=0.0 if dft else self.args.label_smoothing_factor),
-            attention_backend=getattr(self.args, "attention_backend", "auto"),
-            check=getattr(self.args, "check_packing", "on") == "on",
-            on_unpackable=getattr(self.args, "on_unpackable", "pad"),
-            max_length=None if skips_preparation(self.args) else self.args.max_length,
-            autocast=self.accelerator.autocast,
-            any_rank=any_rank_of(self.accelerator),
-            needs_aux_loss=self.aux_loss_enabled,
-            compiles_layers=getattr(self.args, "compile_layers", False),
-        )
+        with compat.whole_model(self.model):
+            self._prepared = PreparedModel(
+                self.model,
+                # as in the parent, DFT takes no label smoothing
+                LossOptions(dft=dft, label_smoothing=0.0 if dft else self.args.label_smoothing_factor),
+                attention_backend=getattr(self.args, "attention_backend", "auto"),
+                check=getattr(self.args, "check_packing", "on") == "on",
+                on_unpackable=getattr(self.args, "on_unpackable", "pad"),
+                max_length=None if skips_preparation(self.args) else self.args.max_length,
+                autocast=self.accelerator.autocast,
+                any_rank=any_rank_of(self.accelerator),
+                needs_aux_loss=self.aux_loss_enabled,
+                compiles_layers=getattr(self.args, "compile_layers", False),
+            )
         packs_evaluation = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
         if self._prepared.padded and self.compute_metrics is not None and packs_evaluation:
             raise ValueError(

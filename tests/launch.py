@@ -27,8 +27,8 @@ def launch(script: Path, processes: int, *arguments: object, **environment: str)
     return done.stderr
 
 
-def results_of(script: Path, processes: int, output: Path, *arguments: object) -> Any:
+def results_of(script: Path, processes: int, output: Path, *arguments: object, **environment: str) -> Any:
     """What the script saves with `torch.save` in its first argument, at its end."""
-    said = launch(script, processes, output, *arguments)
+    said = launch(script, processes, output, *arguments, **environment)
     assert output.exists(), said[-3000:]
     return torch.load(output)

@@ -93,9 +93,6 @@ def _lora(layer: Any, name: str) -> Addition | str | None:
     if not class_of(A) is class_of(B) is nn.Linear:
         return f"the LoRA on the language-model head is made of a {_name(A)} and a {_name(B)}"
 
-    if hasattr(A.weight, "ds_id"):  # ZeRO-3 gathers it for the backward of its own module, which does not run here
-        return "ZeRO-3 partitions the LoRA on the language-model head"
-
     def product(hidden: Tensor, _: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         if not torch.is_autocast_enabled(hidden.device.type):  # autocast would undo this cast
             hidden = hidden.to(down.dtype)

@@ -58,7 +58,8 @@ class HeadOutput(ModelOutput):
 def count_embeddings(model: PreTrainedModel) -> int:
     """Rows of the input embeddings, with or without an adapter on them."""
     embedding = model.get_input_embeddings()
-    return getattr(embedding, "base_layer", embedding).weight.shape[0]
+    weight = getattr(embedding, "base_layer", embedding).weight
+    return getattr(weight, "ds_shape", weight.shape)[0]  # under ZeRO-3 a rank holds a part of it, or nothing
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -265,7 +266,11 @@ def _head_output(
 
 def _sharded(head: nn.Module) -> list[nn.Module]:
     """The modules of the head that FSDP2 or ZeRO-3 shards, from the outermost: their hooks gather the weights."""
-    return [module for module in head.modules() if isinstance(module, FSDPModule)]
+    return [
+        module
+        for module in head.modules()
+        if isinstance(module, FSDPModule) or any(hasattr(p, "ds_id") for p in module.parameters(recurse=False))
+    ]
 
 
 def _called_through(modules: Sequence[Any], function: Callable[[Tensor], Any], hidden: Tensor) -> Any:

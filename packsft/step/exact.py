@@ -88,7 +88,7 @@ class ExactSteps(Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _run_pass(self, model: nn.Module, batch: dict[str, Any], num_items: Any, last: bool) -> Tensor:
-        with contextlib.nullcontext() if last else compat.no_gradient_sync(self, model):
+        with compat.gradient_sync(self, model, last=last):
             return super().training_step(model, batch, num_items)
 
     def _begin_passes(self, num_passes: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import release_memory
+from accelerate.utils import DistributedType, release_memory
 from torch import Tensor, nn
 
 from packsft.compat import is_out_of_memory
@@ -87,8 +87,8 @@ class PassWalker:
         If memory runs out, the same step runs again with half as many tokens per pass.
 
         Raises:
-            torch.OutOfMemoryError: each pass holds a single document already, or there are several ranks, which cannot
-                wait for each other.
+            torch.OutOfMemoryError: each pass holds a single document already, there are several ranks, which cannot
+                wait for each other, or DeepSpeed keeps the gradients.
         """
         assert self.steps is not None
         if self._fits:
@@ -149,6 +149,11 @@ class PassWalker:
             raise torch.OutOfMemoryError(
                 f"a pass of {most:,} tokens is too much for the memory of rank {self._accelerator.process_index}, and "
                 f"the other ranks cannot wait for it: set tokens_per_pass={smaller} ({error})"
+            ) from None
+        if self._accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise torch.OutOfMemoryError(
+                f"a pass of {most:,} tokens is too much for the memory, and DeepSpeed keeps the gradients of those "
+                f"before it: set tokens_per_pass={smaller} ({error})"
             ) from None
         logger.warning(
             "out of memory in a pass of %d tokens: the step runs again, and the run continues, with at most %d tokens "

@@ -3,11 +3,13 @@
 usage: train_tiny.py OUTPUT_FILE RUNS, with RUNS as JSON: names, and options of the configuration. Other options are
 `family`, `model` and `dtype` of the model (default: a GPT-2 in float64), `lora` (fields of a `LoraConfig`), `adalora`,
 and `layer`: the class of the decoder layers, which are then sharded by FSDP2, and
-`tp_size`: layers are then split by transformers' tensor parallelism. With `save_steps` (and an `output_dir`),
+`tp_size`: layers are then split by transformers' tensor parallelism. `zero_stage` takes DeepSpeed, and the model from
+`folder`, where a run without it saves it. With `save_steps` (and an `output_dir`),
 the model is saved, and a second run resumes.
 """
 
 import json
+import os
 import sys
 import tempfile
 
@@ -22,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from packsft import PackedSFTTrainer
+from packsft.compat import whole_model
 from packsft.model import head
 
 
@@ -38,6 +41,10 @@ class Recording(PackedSFTTrainer):
 
 
 FUSED = {"calls": 0}
+ZERO = {
+    "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "gradient_clipping": "auto",
+    "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+}  # fmt: skip
 
 
 def counted(*args, **kwargs):
@@ -46,12 +53,12 @@ def counted(*args, **kwargs):
 
 
 def exercised(model):
-    """Adapters begin with zeros, which would hide the gradient of their other half."""
+    """Adapters begin with zeros, which would hide the gradient of their other half. The same on every engine."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name or "trainable_tokens_delta" in name:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+            if ".lora_" in name or "trainable_tokens_delta" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
 
 
 def built(options):
@@ -66,7 +73,16 @@ def built(options):
         options |= {"fsdp": True, "fsdp_config": fsdp | options.pop("fsdp_config", {})}
     if tp := options.pop("tp_size", None):
         options["parallelism_config"] = ParallelismConfig(tp_size=tp)
+    if zero := options.pop("zero_stage", None):
+        options["deepspeed"] = {"zero_optimization": {"stage": zero}, **ZERO}
+    folder = options.pop("folder", None)
     args = config(options.pop("output_dir", tempfile.mkdtemp()), **options)
+    if zero:  # accelerate would not take DeepSpeed on a CPU
+        assert args.device.type == "cpu"
+        os.environ |= {"ACCELERATE_USE_CPU": "false", "ACCELERATE_USE_DEEPSPEED": "true"}
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)  # partitioned by ZeRO-3
+    elif folder:
+        model.save_pretrained(folder)
     if layer or tp:  # accelerate would take DDP on a CPU
         assert args.device.type == "cpu"
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -84,6 +100,7 @@ def built(options):
         processing_class=tiny_tokenizer(),
     )
     assert bool(layer) == (ours.accelerator.distributed_type == DistributedType.FSDP)
+    assert bool(zero) == (ours.accelerator.distributed_type == DistributedType.DEEPSPEED)
     exercised(ours.model)
     FUSED["calls"] = 0
     ours.step_losses = {}
@@ -92,7 +109,7 @@ def built(options):
 
 def results_of(ours):
     return {
-        "weights": {name: whole(p) for name, p in ours.accelerator.unwrap_model(ours.model).named_parameters()},
+        "weights": weights_of(ours.accelerator.unwrap_model(ours.model)),
         "fused": FUSED["calls"],
         "losses": losses(ours),
         "step_losses": ours.accelerator.reduce(torch.stack(list(ours.step_losses.values())), reduction="mean"),
@@ -117,6 +134,11 @@ def trained(options):
         again.train(resume_from_checkpoint=f"{options['output_dir']}/checkpoint-{options['save_steps']}")
         results |= {"resumed": results_of(again)}
     return results
+
+
+def weights_of(model):
+    with whole_model(model):
+        return {name: whole(parameter) for name, parameter in model.named_parameters()}
 
 
 def whole(parameter):

@@ -456,10 +456,10 @@ def test_settings_without_an_effect_are_named(options, named, tmp_path, caplog):
     assert named in caplog.text
 
 
-def test_deepspeed_is_refused_by_name(tmp_path):
-    args = config(tmp_path)
+def test_passes_cannot_be_measured_under_deepspeed(tmp_path):
+    args = config(tmp_path, tokens_per_pass="auto")
     args.deepspeed_plugin = object()
-    with pytest.raises(ValueError, match="packing_strategy='step' does not work under DeepSpeed"):
+    with pytest.raises(ValueError, match="tokens_per_pass='auto' does not work under DeepSpeed"):
         trainer(tmp_path, args=args)
 
 

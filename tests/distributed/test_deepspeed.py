@@ -1,0 +1,66 @@
+"""Two processes under DeepSpeed's ZeRO give the weights and the losses of one, with the fused head, in float32."""
+
+import json
+from pathlib import Path
+
+import pytest
+from launch import results_of
+from numerics import error
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).with_name("train_tiny.py")
+LLAMA = {
+    "family": "llama", "dtype": "float32", "optim": "sgd", "learning_rate": 0.1, "max_steps": 6, "packing": True,
+    "tokens_per_pass": 24, "train_sampling_strategy": "sequential",
+}  # fmt: skip
+UNTIED = {"model": {"tie_word_embeddings": False}}
+LAYERS = ["q_proj", "v_proj"]
+BFD = {"packing_strategy": "bfd", "max_length": 24, "tokens_per_pass": None}
+RUNS = {
+    "step": LLAMA,
+    "bfd": LLAMA | BFD,
+    "untied": LLAMA | UNTIED,
+    "LoRA": LLAMA | {"lora": {"target_modules": LAYERS}},
+    "LoRA on the head": LLAMA | UNTIED | {"lora": {"target_modules": [*LAYERS, "lm_head"]}},
+    "a copy of the head": LLAMA | UNTIED | {"lora": {"target_modules": LAYERS, "modules_to_save": ["lm_head"]}},
+}
+STAGES = {name: (1, 2, 3) if name in ("step", "bfd") else (3,) for name in RUNS}
+CPU = {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+def runs(folder, processes):
+    each = {"per_device_train_batch_size": 4 // processes, "gradient_accumulation_steps": 2}
+    return {name: options | each | {"folder": str(folder / name)} for name, options in RUNS.items()}
+
+
+@pytest.fixture(scope="module")
+def one(folder):
+    return results_of(SCRIPT, 1, folder / "one.pt", json.dumps(runs(folder, 1)))
+
+
+@pytest.fixture(scope="module")
+def two(folder, one):
+    cells = {
+        f"{name}, ZeRO-{stage}": options | {"zero_stage": stage}
+        for name, options in runs(folder, 2).items()
+        for stage in STAGES[name]
+    }
+    return results_of(SCRIPT, 2, folder / "two.pt", json.dumps(cells), **CPU)
+
+
+@pytest.mark.parametrize(("name", "stage"), [(name, stage) for name in RUNS for stage in STAGES[name]])
+def test_two_processes_under_zero_give_the_weights_of_one_with_the_fused_head(name, stage, one, two):
+    theirs, ours = one[name], two[f"{name}, ZeRO-{stage}"]
+    assert ours["fused"] > 0
+    assert ours["steps"] == theirs["steps"] == 6
+    for weight in theirs["weights"]:
+        assert error(ours["weights"][weight], theirs["weights"][weight]) < 2e-6, weight
+    assert error(ours["step_losses"], theirs["step_losses"]) < 1e-6
+    assert ours["evaluated"] == pytest.approx(theirs["evaluated"], rel=1e-5)
