@@ -194,7 +194,8 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         tokenise.max_length, tokenise.shuffle_dataset = None, False
         sample: dict[str, Any] = next(iter(dataset.with_format(None)), {})
         tokenised, scores_completions = "input_ids" in sample, {"prompt", "completion"} <= sample.keys()
-        if args.completion_only_loss is None and scores_completions != self.completion_only_loss:
+        decided_elsewhere = args.completion_only_loss is None and scores_completions != self.completion_only_loss
+        if decided_elsewhere and "labels" not in sample and formatting_func is None:
             logger.warning(
                 "%s data set: %s, as the first row of the training set decides (completion_only_loss=None)",
                 dataset_name, "only completions are scored" if self.completion_only_loss else "prompts are scored too",

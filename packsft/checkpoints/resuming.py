@@ -65,7 +65,8 @@ class WholeCheckpoints(Trainer):
         """Adds to the parent: resumes from whole checkpoints of the same run.
 
         Raises:
-            ValueError: there is no whole checkpoint, it lacks state, or it is of a run with other settings.
+            ValueError: there is no whole checkpoint, it lacks state, or it is of a run with other settings; or a rank
+                has other settings than rank 0.
         """
         output_dir = Path(self.args.output_dir or ".")
         if self.args.should_save:  # one rank, or one of each node with `save_on_each_node`
@@ -79,6 +80,7 @@ class WholeCheckpoints(Trainer):
             self.get_total_train_batch_size(self.args),
             Ranks.of(self.accelerator),
         )
+        self._check_ranks_agree()
         saves = str(self.args.save_strategy.value) != "no"
         self._rows: Future[Any] | None = None  # hashed while training begins, on one rank
         if (saves or resume_from_checkpoint) and self.is_world_process_zero():
@@ -98,6 +100,18 @@ class WholeCheckpoints(Trainer):
             if "random_state" in self._order:
                 self._order["resumed_state"] = self._order.pop("random_state")
         return super().train(None if self._resumed is None else str(self._resumed), *positional, **named)
+
+    def _check_ranks_agree(self) -> None:
+        """Raises ValueError, on all ranks: they would wait for each other, or train on other examples."""
+        limits = {name: getattr(self.args, name, None) for name in ("max_steps", "num_train_epochs", "tokens_per_pass")}
+        model = {name: value for name, value in self._settings["model"].items() if name != "frozen weights"}
+        every = gather_object([self._settings | {"model": model} | limits])
+        for rank, settings in enumerate(every):
+            if differ := differences(every[0], settings):
+                what = "; ".join(f"{name}: {change}" for name, change in differ.items())
+                raise ValueError(
+                    f"rank {rank} would train otherwise than rank 0 ({what}): give all ranks the same arguments"
+                )
 
     # ---- resuming ----
 

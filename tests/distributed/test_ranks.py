@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from launch import results_of
+from launch import launch, results_of
 from numerics import error
 
 pytestmark = pytest.mark.slow
@@ -111,3 +111,11 @@ def test_layers_that_fsdp_shards_are_compiled_once_and_train_alike(tmp_path):
         assert error(compiled["losses"], plain["losses"]) < 1e-12
         assert compiled["names"] == plain["names"]
         assert found[checkpointing]["graphs and breaks"] == (1, 0)
+
+
+@pytest.mark.parametrize("differing", [{"seed": 1}, {"tokens_per_pass": 32}, {"max_steps": 7}], ids=str)
+def test_a_rank_with_other_arguments_is_named_before_the_first_step(differing, tmp_path):
+    runs = {"x": sizes(4, 2, **STEP, max_steps=6) | {"of_rank_1": differing}}
+    said = launch(SCRIPT, 2, tmp_path / "runs.pt", json.dumps(runs))
+    (name,) = differing
+    assert said.count(f"ValueError: rank 1 would train otherwise than rank 0 ({name}: ") == 2

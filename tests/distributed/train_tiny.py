@@ -1,11 +1,11 @@
 """Script for the tests of several ranks: trains a tiny model, several times, and saves weights and losses.
 
 usage: train_tiny.py OUTPUT_FILE RUNS, with RUNS as JSON: names, and options of the configuration. Other options are
-`family`, `model` and `dtype` of the model (default: a GPT-2 in float64), `lora` (fields of a `LoraConfig`), `adalora`,
-and `layer`: the class of the decoder layers, which are then sharded by FSDP2, and
-`tp_size`: layers are then split by transformers' tensor parallelism. `zero_stage` takes DeepSpeed, and the model from
-`folder`, where a run without it saves it. With `save_steps` (and an `output_dir`),
-the model is saved, and a second run resumes.
+`family`, `model` and `dtype` of the model (default: a GPT-2 in float64), `lora` (fields of a `LoraConfig`),
+`adalora`, and `layer`: the class of the decoder layers, which are then sharded by FSDP2, and `tp_size`: layers are
+then split by transformers' tensor parallelism. `zero_stage` takes DeepSpeed, and the model from `folder`, where a run
+without it saves it. `of_rank_1` holds options that rank 1 alone has. With `save_steps` (and an `output_dir`), the
+model is saved, and a second run resumes.
 """
 
 import json
@@ -76,6 +76,8 @@ def built(options):
     if zero := options.pop("zero_stage", None):
         options["deepspeed"] = {"zero_optimization": {"stage": zero}, **ZERO}
     folder = options.pop("folder", None)
+    if differing := options.pop("of_rank_1", None):
+        options |= differing if os.environ["RANK"] == "1" else {}
     args = config(options.pop("output_dir", tempfile.mkdtemp()), **options)
     if zero:  # accelerate would not take DeepSpeed on a CPU
         assert args.device.type == "cpu"
