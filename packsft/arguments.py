@@ -109,7 +109,8 @@ def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
             "itself. Prepare rows instead: `input_ids`, `labels` (-100 = not scored) and, for packs of your own, "
             "`seq_lengths`"
         )
-    if not callable(function := arguments.get("formatting_func") or len):
+    function = arguments.get("formatting_func")
+    if function is not None and not callable(function):
         raise ValueError(f"formatting_func is a {type(function).__name__}, expected a function of a row")
     train, evals = (arguments.get(name) for name in ("train_dataset", "eval_dataset"))
     datasets = {} if train is None else {"train_dataset": train}
@@ -147,10 +148,8 @@ def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
 
 def _check_values(args: SFTConfig) -> None:
     """Raises ValueError for a field of numbers or of given choices that holds anything else: a text would be true."""
-    hints, ours = (
-        typing.get_type_hints(type(args)),
-        {field.name: field for field in dataclasses.fields(PackedSFTConfig)},
-    )
+    hints = typing.get_type_hints(type(args))
+    ours = {field.name: field for field in dataclasses.fields(PackedSFTConfig)}
     for field in dataclasses.fields(args):
         value, hint = getattr(args, field.name), hints[field.name]
         allowed = set(typing.get_args(hint) or (hint,)) - {type(None)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from harness.shapes import random_documents, tiny_llama, tiny_tokenizer
 from harness.trainers import EXACT, OURS, TRL_PACKED, TRL_PADDED, build_trainer
 from trl import pack_dataset
 
+from packsft.data.packs import pack_dataset as plan_rows
 from packsft.packing import PackPlan, attention_costs, balanced_order, cost_imbalance, plan_packs, plan_step
 
 COUNT, RANKS = 200_000, 8
@@ -28,6 +30,7 @@ COUNT, RANKS = 200_000, 8
 
 def bench(settings: Settings) -> Iterator[Figure]:
     yield from plans(settings.quick)
+    yield from shuffled(settings.quick)
     yield from loaders(settings.quick)
 
 
@@ -67,6 +70,32 @@ def plans(quick: bool) -> Iterator[Figure]:
         yield _balance(name, costs[shuffled], costs[balanced_order(plan, RANKS)], at_most=1.1)
     for num_examples in (64, 512):
         yield from _exact_step(lengths, num_examples)
+
+
+def shuffled(quick: bool) -> Iterator[Figure]:
+    """Seconds to plan 2 million tokenised rows on a disk (`quick`: 200,000), in their order and shuffled, which is read
+    in place; and what numpy allocates at its peak."""
+    lengths = log_normal_lengths(200_000 if quick else 2_000_000, 1024)
+    offsets = np.concatenate(([0], np.cumsum(lengths)))
+    tokens = pa.LargeListArray.from_arrays(offsets, pa.array(np.zeros(offsets[-1], np.int32)))
+    with tempfile.TemporaryDirectory() as folder:
+        datasets.disable_progress_bars()
+        table = pa.table({"input_ids": tokens, "labels": tokens})
+        datasets.Dataset(table, fingerprint="rows").save_to_disk(folder)
+        del table, tokens
+        rows = datasets.load_from_disk(folder)
+        seconds: dict[str, float] = {}
+        for name, data in (("in order", rows), ("shuffled", rows.shuffle(seed=0))):
+            start = time.perf_counter()
+            plan_rows(data, 1024, strategy="bfd", name="rows", vocab_size=1000)
+            seconds[name] = time.perf_counter() - start
+            tracemalloc.start()
+            plan_rows(data, 1024, strategy="bfd", name="rows", vocab_size=1000)
+            note = f"{offsets[-1]:,} tokens; {tracemalloc.get_traced_memory()[1] / 2**20:,.0f} MiB at the peak"
+            tracemalloc.stop()
+            ratio: dict[str, Any] = {"ratio": seconds[name] / seconds["in order"], "ratio_of": "time / in order"}
+            what = f"packsft, {len(lengths):,} rows on a disk, {name}"
+            yield figure(what, seconds[name], "s", note=note, **ratio if name == "shuffled" else {})
 
 
 def loaders(quick: bool) -> Iterator[Figure]:

@@ -201,7 +201,7 @@ def load_rows(data: str, split: str = "train") -> Dataset:
         raise ValueError(f"{data} has an unknown file type, expected {', '.join(FILE_KINDS)}")
     if path.is_file() and path.stat().st_size == 0:
         raise ValueError(f"{data} is empty")
-    saved = path.is_dir() and any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
+    saved = is_saved(path)
     whole = str(path.absolute())
     if path.exists() and ("::" in whole or os.path.expandvars(whole) != whole):
         raise ValueError(f"{data}: datasets takes the `::` or the `$` in this path for its own: rename it")
@@ -235,6 +235,11 @@ def load_rows(data: str, split: str = "train") -> Dataset:
     if len(rows) == 0:
         raise ValueError(f"{data} holds no examples")
     return rows
+
+
+def is_saved(path: Path) -> bool:
+    """Whether it is a folder of `save_to_disk`."""
+    return path.is_dir() and any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
 
 
 def _read_file(path: Path, kind: str, split: str) -> Dataset:

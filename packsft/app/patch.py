@@ -84,14 +84,14 @@ def _load_splits(path: str, name: str | None = None, *, streaming: bool = False,
     import datasets
     from datasets.load import load_dataset  # not the name that this function replaces
 
-    from packsft.app.inspect import FILE_KINDS, load_rows
+    from packsft.app.inspect import FILE_KINDS, is_saved, load_rows
 
     where = Path(path)
     if where.is_file() or where.suffix.lower() in FILE_KINDS:
         if name is not None:
             raise ValueError(f"dataset_config={name!r} has no meaning for the file {path}")
         loaded: Any = datasets.DatasetDict(train=load_rows(path))
-    elif (where / "state.json").exists() or (where / "dataset_dict.json").exists():
+    elif is_saved(where):
         loaded = datasets.load_from_disk(path)
         loaded = loaded if isinstance(loaded, dict) else datasets.DatasetDict(train=loaded)
     else:

@@ -112,10 +112,8 @@ def rows_of_each_kind(rows: Dataset) -> list[int]:
         if pa.types.is_struct(column.type):
             parts += [pc.struct_field(column, field.name) for field in column.type if field.name in OF_TEMPLATE]
         if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            firsts: dict[Any, int] = {}
-            for row, text in enumerate(column.to_pylist()):
-                firsts.setdefault(text, row)
-            found += [first_of(order, np.array([row])) for row in firsts.values()]
+            kinds = column.combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy()
+            found += np.unique(kinds if order is None else kinds[order], return_index=True)[1].tolist()
         found += [first_of(order, where(part.is_valid())) for part in parts]
     return sorted({row for row in found if row is not None})
 

@@ -109,7 +109,7 @@ def once_of(rows: Rows, tokenizer: Any) -> tuple[int | None, int | None]:
     if "input_ids" in sample or not any(isinstance(sample[name], str) for name in sample if name not in BESIDE):
         return None, None
     ids, (bos, eos) = tokenizer("a")["input_ids"], (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    return bos if ids[0] == bos else None, eos if ids[-1] == eos else None
+    return bos if ids[:1] == [bos] else None, eos if ids[-1:] == [eos] else None
 
 
 def checked_rows(dataset: Rows, *, text_field: str, completion_only: bool, eos_token: str | None, name: str) -> Rows:

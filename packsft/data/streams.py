@@ -166,7 +166,7 @@ class PackedStream(torch.utils.data.IterableDataset):
     def sample(self) -> str:
         """SHA-256 in hex of the first rows. A stream that `datasets` has split by node has others on each."""
         rows = [dict(row) for row in itertools.islice(iter(self.stream), SAMPLED_ROWS)]
-        as_text = json.dumps(rows, default=lambda value: np.asarray(value).tolist())
+        as_text = json.dumps(rows, default=lambda value: value.tolist() if hasattr(value, "tolist") else repr(value))
         split = repr(getattr(self.stream, "_distributed", None))
         return hashlib.sha256((split + as_text).encode()).hexdigest()
 

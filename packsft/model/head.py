@@ -123,15 +123,8 @@ def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss
         head = split_head(self.get_output_embeddings())
         if why_compact is None and not isinstance(head, str):
             hidden = _backbone(self)(*args, use_cache=False, **kwargs).last_hidden_state
-            losses = functools.partial(
-                _fused_losses,
-                self,
-                rows=rows,
-                targets=targets,
-                weights=weights,
-                options=fused_options,
-                num_items=num_items,
-            )
+            given = {"rows": rows, "targets": targets, "weights": weights, "num_items": num_items}
+            losses = functools.partial(_fused_losses, self, options=fused_options, **given)
             return _head_output(_called_through(_sharded(self.get_output_embeddings()), losses, hidden), device, apart)
         outputs, logits = _compact_logits(self, own_forward, rows, *args, use_cache=False, **kwargs)
         targets, weights, num_items = _to(logits.device, targets, weights, num_items)
@@ -211,9 +204,7 @@ def _compact_logits(model: Any, own_forward: Any, rows: Tensor, *args: Any, **kw
     packed = kwargs["input_ids"].shape[0] == 1 if "input_ids" in kwargs else False
     forward = functools.partial(own_forward, model)
     if packed and "logits_to_keep" in inspect.signature(forward).parameters:
-        if getattr(
-            model, "hf_device_map", None
-        ):  # rows of the last hidden states, which are where the last weights are
+        if getattr(model, "hf_device_map", None):  # the last hidden states are where the last weights are
             *_, last = _backbone(model).parameters()
             rows = rows.to("cpu" if last.is_meta else last.device)
         outputs = forward(*args, logits_to_keep=rows.long(), **kwargs)

@@ -1,5 +1,6 @@
 """Rows as users give them: of several forms, with nulls, padding, doubled tokens, or split by rank: right or named."""
 
+import datetime
 import json
 
 import pyarrow as pa
@@ -488,6 +489,8 @@ def test_streams_that_differ_late_in_a_row_have_other_samples(tmp_path):
     samples = [PackedStream(streamed(part), None, strategy="none").sample() for part in (rows, rows[::-1], rows[:4])]
     assert len(set(samples)) == 3
     assert PackedStream(streamed(rows), None, strategy="none").sample() == samples[0]
+    dated = [row | {"at": datetime.date(2000, 1, 1), "id": b"a"} for row in rows]
+    assert len(ids_of(trainer(tmp_path, train_dataset=streamed(dated), max_length=400, max_steps=1).train_dataset)) == 8
 
 
 @pytest.mark.parametrize("source", [Dataset.from_list, streamed], ids=["map", "stream"])
@@ -643,6 +646,13 @@ def test_what_goes_with_messages_is_checked_by_row(case, source, tmp_path):
     with pytest.raises(ValueError, match=f"row 1 of the train (data set|stream): {message}"):
         list(trainer(tmp_path, train_dataset=source(rows), max_steps=1).train_dataset)
     trainer(tmp_path, train_dataset=source([FORMS["text"] | beside]), max_steps=1)  # no message: not read
+
+
+def test_json_of_a_selected_row_is_checked_where_the_same_stands_in_one_that_is_not(tmp_path):
+    rows = Dataset.from_list([FORMS["messages"] | {"tools": tools} for tools in ("no json", "[]", "no json")])
+    with pytest.raises(ValueError, match="row 1 of the train data set: tools is 'no json', which is no JSON"):
+        trainer(tmp_path, train_dataset=rows.select([1, 2]))
+    trainer(tmp_path, train_dataset=rows.select([1]))
 
 
 def test_a_text_may_be_in_a_column_of_any_name_and_type(tmp_path):
