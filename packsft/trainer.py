@@ -110,6 +110,8 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         with compat.own_head_during_init():
             super().__init__(*call.args[1:], **call.kwargs)
         self.args.enable_jit_checkpoint = saves_on_sigterm
+        if (own_loss := call.arguments.get("compute_loss_func")) is not None:
+            self.compute_loss_func = own_loss  # TRL puts a string there with transformers < 5.19
 
         check_accelerator(self.accelerator, self.args, self.model)
         self._check: PackingCheck | None = None

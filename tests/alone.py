@@ -10,7 +10,7 @@ from packsft import PackedSFTConfig, PackedSFTTrainer
 
 
 def copied(model, dtype=None):
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(model).cpu()
     return model if dtype is None else model.to(dtype)  # which quantised weights refuse
 
 
@@ -59,5 +59,5 @@ def assert_gradients_equal(grads, exact, tolerance):
     assert grads.keys() == exact.keys()
     floor = 1e-6 * max(grad.abs().max() for grad in exact.values())
     for name, grad in grads.items():
-        off = (grad - exact[name]).abs().max() / exact[name].abs().max().clamp(min=floor)
+        off = (grad.cpu() - exact[name]).abs().max() / exact[name].abs().max().clamp(min=floor)
         assert off < tolerance, f"{name}: {off:.2g}"

@@ -21,6 +21,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="also run the tests marked slow")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Most tests compare with numbers of the CPU. They run there on a machine with a GPU too, and so do the processes
+    that they start; the GPU is for `pytest -m gpu`."""
+    if "gpu" not in config.getoption("markexpr") and "PACKSFT_TEST_DEVICE" not in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_report_header(config: pytest.Config) -> str | None:
     return None if config.getoption("--all") else "tests marked slow are left out: --all adds them"
 
@@ -31,7 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if "slow" not in item.keywords]
     if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
         return
-    skip = pytest.mark.skip(reason="needs an Ampere or newer CUDA device")
+    skip = pytest.mark.skip(reason="needs an Ampere or newer GPU, and `pytest -m gpu`")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)

@@ -25,7 +25,7 @@ def seeded(seed: int) -> torch.Generator:
 
 def error(value: Tensor, truth: Tensor) -> float:
     """`max|value - truth| / max|truth|`; infinite if a NaN or an infinity stands where the truth has none."""
-    value, truth = value.detach().double().flatten(), truth.detach().double().flatten()
+    value, truth = value.detach().cpu().double().flatten(), truth.detach().cpu().double().flatten()
     assert value.shape == truth.shape, f"shapes differ: {tuple(value.shape)} and {tuple(truth.shape)}"
     finite = truth.isfinite()
     same = torch.where(truth.isnan(), value.isnan(), value == truth)

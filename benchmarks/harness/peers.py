@@ -140,6 +140,8 @@ def attentions(bounds: Tensor, dtype: torch.dtype, head_dim: int) -> list[Peer]:
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
     """`F.scaled_dot_product_attention` of one sequence, `[T, heads, K]` in and out."""
+    if q.is_cuda and q.dtype.itemsize > 2:  # there grouped heads get the kernel that forms all products, no other
+        k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
     q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **arguments)[0].transpose(0, 1)
 

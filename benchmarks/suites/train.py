@@ -13,7 +13,7 @@ import importlib.util
 import io
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
@@ -156,17 +156,18 @@ def on_smollm2(settings: Settings) -> Iterator[Figure]:
 
 def on_gpu_models(settings: Settings) -> Iterator[Figure]:
     """What is measured on a GPU; as a dry run the same on tiny models, wherever."""
-    yield from on_gpu_model(settings, "Llama-3.2-1B", tuple(COMPETITORS), examples=480)
-    yield from on_gpu_model(settings, "Qwen2.5-7B", SHORT, examples=120, peft=True)
-    yield from on_gpu_model(settings, "Qwen2.5-0.5B", SHORT, examples=240)
+    first, limit = yield from on_gpu_model(settings, "Llama-3.2-1B", tuple(COMPETITORS), gpu_targets(), examples=480)
+    yield from on_gpu_model(settings, "Qwen2.5-7B", SHORT, {}, examples=120, peft=True)
+    yield from on_gpu_model(settings, "Qwen2.5-0.5B", SHORT, {}, examples=240)
+    yield from same_steps(first.shortest(0, 32))
+    yield from checkpointed(first, None, limit)
 
 
 def on_gpu_model(
-    settings: Settings, name: str, competitors: Sequence[str], *, examples: int, peft: bool = False
-) -> Iterator[Figure]:
-    """The table of a model; of the first one with more figures."""
+    settings: Settings, name: str, competitors: Sequence[str], targets: Targets, *, examples: int, peft: bool = False
+) -> Generator[Figure, None, tuple[Workload, float]]:
+    """The table of a model. Returns what was trained on, and FLOP/s of the model's bare GEMMs."""
     shape, max_length, longest, small = MODELS[name], 4096, 1024, settings.quick or settings.dry_run
-    first = name == "Llama-3.2-1B"
     if settings.dry_run:
         shape, max_length, longest, examples = shape.shrunk(), 128, 64, 32
     elif settings.quick:
@@ -181,10 +182,10 @@ def on_gpu_model(
     )
     if peft and importlib.util.find_spec("peft") is None:
         yield figure(work.name, note="cannot run: peft is not installed")
-        return
-    targets = gpu_targets() if first and not settings.dry_run else {}
+        return work, 0.0
     limit = gemm_rate(work, 1 if small else 3)
-    repeats = {OURS: 2, TRL_PACKED: 2, TRL_OUR_ATTENTION: 2} if first and not small else {}
+    repeats = {OURS: 2, TRL_PACKED: 2, TRL_OUR_ATTENTION: 2} if targets and not small else {}
+    targets = {} if settings.dry_run else targets
     found: dict[str, Result] = {}
     warmup = replace(work, rows=work.rows.select(range(min(48, examples))))
     for competitor in competitors:  # one after the other, so that a run that is cut short has the first ones
@@ -194,9 +195,7 @@ def on_gpu_model(
     if torch.cuda.is_available():
         peaks = {key: result.mib or f"cannot run: {result.why_not}" for key, result in found.items()}
         yield from memory(work, peaks, targets, 0.8)
-    if first:
-        yield from same_steps(work.shortest(0, 32))
-        yield from checkpointed(work, None, limit)
+    return work, limit
 
 
 # ---- runs ----

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from alone import assert_gradients_equal, documents_alone, packed_step
 from runs import losses, trainer
-from tiny import tiny_model
+from tiny import tiny_model, token_rows
 from transformers import TrainerCallback
 
 pytestmark = pytest.mark.gpu
@@ -51,3 +52,14 @@ def test_packed_losses_are_those_of_examples_alone(tmp_path):
         ours.train()
         runs.append(losses(ours)[0])
     assert runs[0] == pytest.approx(runs[1], rel=1e-5)
+
+
+@pytest.mark.usefixtures("rms_norm_keeps_float64")
+@pytest.mark.parametrize("options", [{}, {"packing_strategy": "bfd"}, {"gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "opt"])
+def test_a_step_on_the_card_is_that_of_the_documents_alone_on_the_cpu(family, options, tmp_path):
+    model, rows = tiny_model(family, torch.float64), token_rows(8)
+    loss, exact = documents_alone(model, list(rows))
+    _, ours, grads = packed_step(model, rows, tmp_path, use_cpu=False, per_device_train_batch_size=8, **options)
+    assert float(ours) == pytest.approx(float(loss), rel=1e-12)
+    assert_gradients_equal(grads, exact, 1e-10)
