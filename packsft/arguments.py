@@ -81,6 +81,8 @@ def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
         )
     if getattr(args, "compile_layers", False):
         _check_compiled_layers(args)
+    if (parts := getattr(args, "sequence_parallel_size", 1)) > 1:
+        _check_sequence_parallel(parts, args, arguments)
     if args.deepspeed_plugin is not None:
         for name, value in (("on_nonfinite", "skip"), ("resume_only_model", True)):
             if getattr(args, name, None) == value:
@@ -146,6 +148,25 @@ def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
         )
 
 
+def _check_sequence_parallel(parts: int, args: SFTConfig, arguments: dict[str, Any]) -> None:
+    where = f"sequence_parallel_size={parts}"
+    if args.world_size % parts:
+        raise ValueError(
+            f"{where} needs a number of processes that it divides, and there are {args.world_size}: start them with "
+            f"accelerate launch --num_processes={parts} or torchrun"
+        )
+    for name in ("compute_metrics", "compute_loss_func"):
+        if arguments.get(name) is not None:
+            raise ValueError(f"{where}: {name} needs the logits of a whole row, and a rank has a part of it")
+    if not args.average_tokens_across_devices:
+        raise ValueError(
+            f"{where}: average_tokens_across_devices=False would count the tokens of a part of a row alone"
+        )
+    for name in ("compile_layers", "torch_compile"):
+        if getattr(args, name, False):
+            raise ValueError(f"{where}: {name}=True does not compile the exchange between the ranks of a row")
+
+
 def _check_values(args: SFTConfig) -> None:
     """Raises ValueError for a field of numbers or of given choices that holds anything else: a text would be true."""
     hints = typing.get_type_hints(type(args))
@@ -162,8 +183,8 @@ def _check_values(args: SFTConfig) -> None:
         if choices and getattr(value, "value", value) not in [getattr(choice, "value", choice) for choice in choices]:
             raise ValueError(f"{field.name}={value!r} is unknown, expected one of {list(choices)}")
     positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-    for name in (*positive, "pad_to_multiple_of", "dataset_num_proc"):
-        size: Any = getattr(args, name)
+    for name in (*positive, "pad_to_multiple_of", "dataset_num_proc", "sequence_parallel_size"):
+        size: Any = getattr(args, name, None)
         if size is not None and (not _NUMBERS[int](size) or size < 1):
             raise ValueError(f"{name}={size!r}: expected an integer of at least 1")
     if not isinstance(args.dataset_kwargs, dict | None):
@@ -362,8 +383,13 @@ def check_accelerator(accelerator: Any, args: SFTConfig, model: nn.Module) -> No
         )
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError(
-            "cp_size or sp_size above 1: context and sequence parallelism shard a row by position, across the "
-            "boundaries of packed documents: leave both at 1"
+            "cp_size or sp_size above 1: accelerate's context and sequence parallelism shard a row by position, across "
+            "the boundaries of packed documents: leave both at 1, and set sequence_parallel_size of PackedSFTConfig"
+        )
+    parts = getattr(args, "sequence_parallel_size", 1)
+    if parallelism is not None and parallelism.tp_enabled and parts > 1:
+        raise ValueError(
+            f"tp_size={parallelism.tp_size} and sequence_parallel_size={parts} both divide the heads: choose one"
         )
 
 

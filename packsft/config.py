@@ -47,6 +47,10 @@ class PackedSFTConfig(SFTConfig):
             of the model. `"auto"` measures at the first step how many tokens fit. The value changes speed and memory,
             not the training, except for what draws or averages over a pass (dropout, NEFTune's noise, the router's
             auxiliary loss). In one process, a step that runs out of memory runs again with half as many tokens.
+        sequence_parallel_size (`int`, *optional*, defaults to `1`):
+            How many ranks share each row, for documents that one device has no memory for: each holds that part of the
+            row's tokens, and in attention that part of the heads. It must divide the number of processes and of
+            attention heads. `tokens_per_pass` and batch sizes then count per group of ranks.
         loss_normalization (`str`, *optional*, defaults to `"token"`):
             The loss of an optimizer step is the mean over its scored tokens (`"token"`), or over its examples, each of
             them the mean over its scored tokens (`"example"`). Exact over passes, gradient accumulation and devices.
@@ -98,6 +102,9 @@ class PackedSFTConfig(SFTConfig):
     tokens_per_pass: int | str | None = field(
         default=None,
         metadata={"help": "With packing_strategy='step': the most tokens in a pass, or 'auto' (default: max_length)."},
+    )
+    sequence_parallel_size: int = field(
+        default=1, metadata={"help": "How many ranks share each row, each with a part of its tokens."}
     )
     loss_normalization: str = field(
         default="token",

@@ -57,6 +57,7 @@ from packsft.model.head import count_embeddings
 from packsft.model.isolation import IsolationVerdict
 from packsft.model.positions import check_document_lengths, has_position_table, longest_document, max_positions
 from packsft.model.prepared import PreparedModel, any_rank_of, base_model_of
+from packsft.model.sequence_parallel import SequenceGroup
 from packsft.notices import PackingNotice, cost_of_logits
 from packsft.packing import STRATEGIES, PackingReport, packing_report
 from packsft.proof.claims import PackingCheck, check_packing, first_documents
@@ -114,6 +115,9 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             self.compute_loss_func = own_loss  # TRL puts a string there with transformers < 5.19
 
         check_accelerator(self.accelerator, self.args, self.model)
+        parts = getattr(self.args, "sequence_parallel_size", 1)
+        self.accelerator.packsft_sequence_parts = parts  # for `Ranks`
+        self._sequence = SequenceGroup(parts) if parts > 1 else None
         self._check: PackingCheck | None = None
         self._sums = {"train": MetricSums(), "eval": MetricSums(filters_log)}
         self._start_watching(getattr(self.args, "on_nonfinite", "error"), filters_log)
@@ -138,6 +142,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
                 any_rank=any_rank_of(self.accelerator),
                 needs_aux_loss=self.aux_loss_enabled,
                 compiles_layers=getattr(self.args, "compile_layers", False),
+                sequence=self._sequence,
             )
         packs_evaluation = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
         if self._prepared.padded and self.compute_metrics is not None and packs_evaluation:
@@ -156,6 +161,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             masked=self.aux_loss_enabled,
             virtual_tokens=self._prepared.virtual_tokens,
             table_of_positions=longest_document(base_model_of(self.model), None),
+            part=(0, 1) if self._sequence is None else (self._sequence.rank, self._sequence.size),
         )
         self._check_data(self._vocab_size)
         max_length = self.args.max_length or sys.maxsize
@@ -272,6 +278,10 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
 
     # ---- reports ----
 
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Adds to the parent: the ranks that share a row take one batch."""
+        return super().get_total_train_batch_size(args) // Ranks.of(self.accelerator).parts
+
     @property
     def packing_report(self) -> PackingReport | None:
         if not isinstance(self.train_dataset, PackedDataset):
@@ -319,7 +329,9 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
                 hook.remove()
 
     def _inner_training_loop(self, *positional: Any, **named: Any) -> TrainOutput:
-        """Adds to the parent: NEFTune's noise by document."""
+        """Adds to the parent: NEFTune's noise by document; other dropout on every part of a row."""
+        if self._sequence is not None:
+            torch.manual_seed(torch.initial_seed() + (self._sequence.rank << 32))
         if self.neftune_noise_alpha is not None:
             compat.noise_by_document(self, lambda: self._document_lengths)
         self._restart_metrics()
@@ -372,7 +384,8 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             mean_loss=loss.detach() if mode == "eval" else None,
         )
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * Ranks.of(self.accelerator).size  # DDP averages
+            ranks = Ranks.of(self.accelerator)
+            loss = loss * (ranks.size * ranks.parts)  # DDP averages
         # what counts once in a step, whatever its documents; as in TRL, a user's loss function is complete
         once = [] if own_loss or output.added_loss is None else [output.added_loss]
         # Llama 4 and Doge have the coefficient but return no such loss; an empty pass routes only a padding token
@@ -387,7 +400,15 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             return loss, self._prepared.logits(model, inputs)
 
     def predict(self, test_dataset: Any, *positional: Any, **named: Any) -> PredictionOutput:
-        """Adds to the parent: rows are prepared as in `evaluate`."""
+        """Adds to the parent: rows are prepared as in `evaluate`.
+
+        Raises ValueError with `sequence_parallel_size` above 1: no rank has the logits of a whole row.
+        """
+        if self._sequence is not None:
+            raise ValueError(
+                f"predict() needs the logits of whole rows, and sequence_parallel_size={self._sequence.size} cuts "
+                "them: call evaluate() for the metrics"
+            )
         if not skips_preparation(self.args):
             packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
             test_dataset = self._prepare_dataset(

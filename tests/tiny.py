@@ -9,11 +9,13 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     MixtralConfig,
     OPTConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
     Qwen3Config,
     StableLmConfig,
 )
@@ -61,6 +63,15 @@ def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, **over
                         "word_embed_proj_dim": 32, "max_position_embeddings": 256, "dropout": 0.0} | overrides
         ),
         "mixtral": lambda: MixtralConfig(**llama_like | {"num_local_experts": 4, "num_experts_per_tok": 2} | overrides),
+        "qwen2_moe": lambda: Qwen2MoeConfig(
+            **llama_like | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                            "shared_expert_intermediate_size": 16, "experts_implementation": "eager"} | overrides
+        ),
+        "gpt_oss": lambda: GptOssConfig(
+            **llama_like | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4,
+                            "layer_types": ["sliding_attention", "full_attention"],
+                            "experts_implementation": "eager"} | overrides
+        ),
         "stablelm": lambda: StableLmConfig(**llama_like | overrides),
     }  # fmt: skip
     generator_state = torch.get_rng_state()

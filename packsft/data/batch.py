@@ -17,8 +17,12 @@ The collator computes everything once, on the host. Nothing here reads from the 
 | `num_scored`                   | int             | N                                                                 |
 | `num_tokens`                   | int             | tokens of the documents, without padding                          |
 | `num_documents`                | int             | D                                                                 |
+| `row_tokens`                   | int             | `num_tokens` of the whole row; only of a part of one, see below   |
 | `rows`                         | `[D]` int64     | each document's row in the data set; -1 if unknown                |
 | `stream_digests`               | tuple           | of a stream: see `streams.stream_digests`                         |
+
+Under sequence parallelism a rank gets a part of the row: `[1, T / P]` of what has T tokens, with the counts,
+`loss_rows` and targets of its own positions. The boundaries, `max_length_q` and D are those of the whole row.
 
 For `torch.compile` the collator pads T, D and N (`round_sizes`). Counts exclude padding.
 
@@ -57,7 +61,8 @@ from packsft.data.document import Pack
 LOSS_KEYS = ("loss_rows", "loss_targets", "loss_weights")  # read by the head, unknown to the models
 # for the trainer: with labels, a model would compute its own loss
 HOST_KEYS = (
-    "labels", "num_items", "num_scored", "num_tokens", "num_documents", "rows", "row_lengths", "stream_digests",
+    "labels", "num_items", "num_scored", "num_tokens", "num_documents", "row_tokens", "rows", "row_lengths",
+    "stream_digests",
 )  # fmt: skip
 
 

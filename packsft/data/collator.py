@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
         masked: adds an attention mask to a padded batch. Attention does not need it, but a router's loss does.
         table_of_positions: the most tokens of a document of user rows, or None.
         virtual_tokens: how many the model puts before each row of a padded batch; `loss_rows` count them.
+        part: (p, P) for part p of P parts of each packed row, see `model/sequence_parallel.py`.
 
     Raises:
         ValueError: a user row is not well formed.
@@ -49,6 +51,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
     masked: bool = False
     virtual_tokens: int = 0
     table_of_positions: int | None = None
+    part: tuple[int, int] = (0, 1)
 
     def torch_call(self, examples: Sequence[Any]) -> dict[str, Any]:
         if not isinstance(examples[0], StepRows):
@@ -78,11 +81,13 @@ class PackingCollator(DataCollatorForLanguageModeling):
     def _batch(self, documents: Pack) -> dict[str, Any]:
         filled = documents or [self._padding(1)]  # a rank without documents: the others wait for it
         batch = self._padded(filled) if self.padded else self._packed(filled)
-        num_scored = sum(document.num_scored for document in documents)
+        num_tokens = sum(map(len, documents))
+        if self.part[1] > 1:
+            part = _part_of(len(batch["input_ids"][0]) * self.part[1], *self.part)
+            batch["row_tokens"], num_tokens = num_tokens, len(range(num_tokens)[part])
         return batch | {
-            "num_items": float(batch["loss_weights"].sum()) if self.per_example else num_scored,
-            "num_scored": num_scored,
-            "num_tokens": sum(map(len, documents)),
+            "num_items": float(batch["loss_weights"].sum()) if self.per_example else batch["num_scored"],
+            "num_tokens": num_tokens,
             "num_documents": len(documents),
             "rows": np.array([document.row for document in documents], np.int64),
         }
@@ -109,16 +114,17 @@ class PackingCollator(DataCollatorForLanguageModeling):
             bound = self.max_length or 0
             longest = bound if longest <= bound else 1 << (longest - 1).bit_length()
         cu_seq_lens = torch.from_numpy(boundaries.astype(np.int32))
+        part = _part_of(len(ids), *self.part)
         return {
-            "input_ids": torch.from_numpy(ids)[None],
-            "position_ids": torch.from_numpy(position_ids)[None],
+            "input_ids": torch.from_numpy(ids[part])[None],
+            "position_ids": torch.from_numpy(position_ids[part])[None],
             "cu_seq_lens_q": cu_seq_lens,
             "cu_seq_lens_k": cu_seq_lens,
             "max_length_q": longest,
             "max_length_k": longest,
-            "seq_idx": torch.from_numpy(seq_idx)[None],
-            "labels": torch.from_numpy(labels)[None],
-            **self._loss_positions(labels, documents, seq_idx),
+            "seq_idx": torch.from_numpy(seq_idx[part])[None],
+            "labels": torch.from_numpy(labels[part])[None],
+            **self._loss_positions(labels, documents, seq_idx, part),
         }
 
     def _padded(self, documents: Pack) -> dict[str, Any]:
@@ -139,15 +145,18 @@ class PackingCollator(DataCollatorForLanguageModeling):
 
     def _padded_length(self, num_tokens: int) -> int:
         length = rounded_size(num_tokens) if self.round_sizes else num_tokens
-        return length + -length % (self.pad_to_multiple_of or 1)
+        return length + -length % math.lcm(self.pad_to_multiple_of or 1, self.part[1])
 
-    def _loss_positions(self, labels: np.ndarray, documents: Pack, document_of: np.ndarray) -> dict[str, torch.Tensor]:
-        """The positions t that predict a scored token, `labels[t + 1]`, with their targets and weights.
+    def _loss_positions(
+        self, labels: np.ndarray, documents: Pack, document_of: np.ndarray, part: slice = slice(None)
+    ) -> dict[str, Any]:
+        """The positions t in `part` that predict a scored token, `labels[t + 1]`, with their targets and weights.
 
         The first label of every document is -100, so no position predicts a token of the next document.
         """
-        scored = np.flatnonzero(labels != IGNORE_INDEX)
-        rows = scored - 1
+        begin, end, _ = part.indices(len(labels))
+        scored = np.flatnonzero(labels[begin + 1 : end + 1] != IGNORE_INDEX) + begin + 1
+        rows = scored - begin - 1
         if self.virtual_tokens:
             rows += self.virtual_tokens * (document_of[scored] + 1)
         positions = {"loss_rows": rows.astype(np.int32), "loss_targets": labels[scored]}
@@ -158,7 +167,13 @@ class PackingCollator(DataCollatorForLanguageModeling):
             pad = (0, rounded_size(len(scored)) - len(scored))
             unscored = {"loss_targets": IGNORE_INDEX}
             positions = {k: np.pad(v, pad, constant_values=unscored.get(k, 0)) for k, v in positions.items()}
-        return {key: torch.from_numpy(values) for key, values in positions.items()}
+        tensors = {key: torch.from_numpy(values) for key, values in positions.items()}
+        return {**tensors, "num_scored": len(scored)}
+
+
+def _part_of(num_tokens: int, part: int, parts: int) -> slice:
+    """Of a row of so many tokens, a multiple of `parts`."""
+    return slice(num_tokens * part // parts, num_tokens * (part + 1) // parts)
 
 
 def _known(digests: tuple[int, str, str] | None) -> dict[str, Any]:

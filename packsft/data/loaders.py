@@ -134,8 +134,10 @@ def packed_loader(
     ranks = Ranks.of(accelerator)
     sampler: Sampler | None = None
     if not isinstance(dataset, PackedStream):
-        seedable = accelerator.use_seedable_sampler or ranks.size > 1  # the same order on every rank
-        sampler = _sampler(dataset, batch_size, ranks, training, order, args, seedable)
+        seedable = accelerator.use_seedable_sampler or accelerator.num_processes > 1  # the same order on every rank
+        # ranks that share a row draw other numbers in their model, and the same ones here
+        seed = torch.random.initial_seed() if accelerator.num_processes == 1 else args.seed
+        sampler = _sampler(dataset, batch_size, ranks, training, order, args, seed, seedable)
     source: Any = dataset
     ranks_of_batches = ranks
     if dataset.strategy.exact_steps:
@@ -208,6 +210,7 @@ def _sampler(
     training: bool,
     order: dict[str, Any],
     args: Any,
+    seed: int,
     seedable: bool,
 ) -> Sampler:
     """The sampler of `train_sampling_strategy`. If packs differ between epochs, their order balances the ranks.
@@ -217,8 +220,8 @@ def _sampler(
     strategy, accumulation = args.train_sampling_strategy, args.gradient_accumulation_steps
     if strategy == "group_by_length":
         size = args.train_batch_size * accumulation if training else args.eval_batch_size
-        own_generator = not training or ranks.size > 1
-        return GroupedByLength(order.setdefault("group", size), dataset.lengths.tolist(), own_generator, order)
+        own = seed if not training or args.world_size > 1 else None
+        return GroupedByLength(order.setdefault("group", size), dataset.lengths.tolist(), own, order)
     if strategy == "sequential" or not training:
         return SequentialSampler(dataset)
     if strategy == "batch_rebalance":
@@ -233,7 +236,7 @@ def _sampler(
     if isinstance(dataset, PackedDataset) and dataset.repacks:
         return PackSampler(dataset, order.setdefault("group", batch_size * ranks.size))
     if seedable:
-        return SeedableRandomSampler(dataset, data_seed=args.data_seed)
+        return SeedableRandomSampler(dataset, data_seed=seed if args.data_seed is None else args.data_seed)
     return RandomOrder(dataset, order)
 
 
@@ -301,19 +304,18 @@ class RandomOrder(RandomSampler):
 class GroupedByLength(LengthGroupedSampler):
     """transformers' sampler, whose order a resumed run finds again.
 
-    With `own_generator` it draws from one of the epoch: for several ranks, whose states need not agree, and for
+    With a `seed` it draws from a generator of the epoch: for several ranks, whose states need not agree, and for
     evaluation, which may not change what training draws.
     """
 
-    def __init__(self, batch_size: int, lengths: list[int], own_generator: bool, order: dict[str, Any]) -> None:
+    def __init__(self, batch_size: int, lengths: list[int], seed: int | None, order: dict[str, Any]) -> None:
         super().__init__(batch_size, lengths=lengths)
-        self._seed, self._epoch, self._own_generator = torch.random.initial_seed(), 0, own_generator
-        self._order = order
+        self._seed, self._epoch, self._order = seed, 0, order
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        own = torch.Generator().manual_seed(self._seed + self._epoch) if self._own_generator else None
+        own = None if self._seed is None else torch.Generator().manual_seed(self._seed + self._epoch)
         self.generator = own or _drawn_from(self._order)
         return super().__iter__()

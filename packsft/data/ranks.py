@@ -1,4 +1,5 @@
-"""Which ranks share a batch: the ranks of a tensor-parallel group. All other ranks take different batches.
+"""Which ranks share a batch: those of a tensor-parallel group, which all take the whole of it, and those of a
+sequence-parallel group, which take a part each. All other ranks take different batches.
 
 All ranks hold the same data set, and each takes its share of it.
 """
@@ -18,18 +19,22 @@ class Ranks:
     - `rank`: which share of the data it takes, below `size`
     - `size`: how many shares there are
     - `sharing`: how many processes take the same share; a sum over all processes counts each share this many times
+    - `parts`: how many processes take a part each of a share's rows
     """
 
     rank: int = 0
     size: int = 1
     sharing: int = 1
+    parts: int = 1
 
     @classmethod
     def of(cls, accelerator: Any) -> Ranks:
         """The place of this process, from an `accelerate.Accelerator`."""
         parallelism = getattr(accelerator, "parallelism_config", None)
         sharing = 1 if parallelism is None else parallelism.tp_size
-        return cls(accelerator.process_index // sharing, accelerator.num_processes // sharing, sharing)
+        parts = getattr(accelerator, "packsft_sequence_parts", 1)
+        processes = sharing * parts
+        return cls(accelerator.process_index // processes, accelerator.num_processes // processes, sharing, parts)
 
 
 def check_same_on_all_ranks(accelerator: Any, sample: str, name: str) -> None:

@@ -24,6 +24,7 @@ from transformers.masking_utils import sdpa_mask
 
 from packsft.compat import attention_registries
 from packsft.model.head import device_of
+from packsft.model.sequence_parallel import group_of
 
 ATTENTION_NAME = "packsft"
 ATTENTIONS, MASKS = attention_registries()
@@ -59,12 +60,17 @@ def packed_attention_forward(
         "softcap": kwargs.get("softcap"),
         "dropout": dropout,
     }
-    sinks = kwargs.get("s_aux")
+    sinks, group = kwargs.get("s_aux"), group_of(module)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, K], views
+    if group is not None:
+        q, k, v = group.to_heads(q, k, v)
+        sinks = group.own_heads(sinks)
     out = varlen_attention(
         q, k, v, cu_seqlens, int(kwargs["max_length_q"]), scale=scaling, sinks=sinks, backend=_backend_of(module),
         **options,
     )  # fmt: skip
+    if group is not None:
+        out = group.to_tokens(out)
     return out.unsqueeze(0), None
 
 

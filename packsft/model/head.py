@@ -32,6 +32,7 @@ from transformers.utils import ModelOutput
 from packsft.compat import gathered_parameters, is_out_of_memory
 from packsft.data.batch import LOSS_KEYS
 from packsft.model.adapters import Addition, exercised, low_rank_of, split_head
+from packsft.model.sequence_parallel import gather_router_logits
 
 logger = logging.getLogger("packsft")
 
@@ -110,6 +111,8 @@ def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss
         if needs_aux_loss
         else _why_not_fused(model, fused_options)
     )
+    if needs_aux_loss:
+        gather_router_logits(_backbone(model))
     # a function of `self`: a deep copy of the model then runs on its own weights
     own_forward = _own_forward(model)
 

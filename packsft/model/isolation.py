@@ -31,10 +31,17 @@ from packsft.model.attention import packed_forward, watch_masks
 from packsft.model.head import count_embeddings, device_of, eval_mode
 from packsft.model.positions import longest_document
 from packsft.model.rotary import Call, watch_positions, why_by_row
+from packsft.model.sequence_parallel import group_of, shared_by
 
 NOT_CHECKED = "not checked"
 DOCUMENT_LENGTHS = (9, 14, 11)  # unequal, and no length equals a boundary offset
 UNBOUNDED_LENGTH = 1 << 20  # checked in place of a max_length
+CUT_ROUNDING = {
+    torch.float64: 1e-5,
+    torch.float32: 1e-3,
+    torch.bfloat16: 0.05,
+    torch.float16: 0.02,
+}  # of a token's norm
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,41 @@ def check_isolation(
     return replace(verdict, reason=f"{verdict.reason}; {apart.reason}")
 
 
+def check_cut_rows(model: PreTrainedModel, autocast: Callable[[], AbstractContextManager]) -> IsolationVerdict:
+    """Whether a row that is cut over the ranks of the model's sequence group gives what it gives whole.
+
+    A layer that hands a state or neighbouring tokens on, other than by our attention, loses them where a row is cut.
+    """
+    devices = [device_of(model)] if device_of(model).type == "cuda" else []
+    with torch.random.fork_rng(devices), eval_mode(model), autocast():
+        return _verdict(lambda: _cut_as_whole(model))
+
+
+@torch.no_grad()
+def _cut_as_whole(model: PreTrainedModel) -> IsolationVerdict:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1:
+            return IsolationVerdict(False, f"{name} is a convolution over tokens, which a cut would interrupt")
+    group, lengths = group_of(model), _document_lengths(model)
+    assert group is not None
+    ids = _random_ids(model, sum(lengths))
+
+    def outputs(**options: Any) -> list[tuple[str, Tensor]]:
+        with packed_forward(), watch_layers(model) as layers:
+            logits = model(**_packed_inputs(model, ids, lengths, **options), use_cache=False).logits
+        return [(name, hidden[0]) for name, hidden in [*layers, ("the head", logits)]]
+
+    cut = [(name, group.gather(part)) for name, part in outputs(part=(group.rank, group.size))]
+    with shared_by(model, None):
+        whole = outputs(pad_to_multiple_of=group.size)
+    for (name, ours), (_, theirs) in zip(cut, whole, strict=True):
+        allowed = CUT_ROUNDING.get(theirs.dtype, max(CUT_ROUNDING.values()))
+        off = ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=1e-30))[: sum(lengths)].max()
+        if not group.sum(off).item() <= group.size * allowed:
+            return IsolationVerdict(False, f"in {name} a token depends on earlier ones other than by attention")
+    return IsolationVerdict(True)
+
+
 def _verdict(check: Callable[[], IsolationVerdict]) -> IsolationVerdict:
     try:
         return check()
@@ -84,17 +126,32 @@ def _verdict(check: Callable[[], IsolationVerdict]) -> IsolationVerdict:
 
 
 def _documents_apart(model: PreTrainedModel, max_length: int) -> IsolationVerdict:
-    longest = longest_document(model, max(DOCUMENT_LENGTHS)) or 0  # a table of positions may be shorter
-    lengths = [length * longest // max(DOCUMENT_LENGTHS) for length in DOCUMENT_LENGTHS]
+    lengths = _document_lengths(model)
     ids = _random_ids(model, sum(lengths))
     with _first_layer_input(model) as packed:
         verdict = _leak(model, ids, lengths)
     if verdict.isolated:
         with _first_layer_input(model) as alone:
             verdict = _lost_mask(model, ids[:, -lengths[-1] :], max_length)
-        if not _same_positions(packed, alone, lengths[-1]):
+        if not _same_positions(_whole_row(model, packed), alone, lengths):
             verdict = IsolationVerdict(False, "a packed document gets other positions than it has alone")
     return verdict
+
+
+def _document_lengths(model: PreTrainedModel) -> list[int]:
+    longest = longest_document(model, max(DOCUMENT_LENGTHS)) or 0  # a table of positions may be shorter
+    return [length * longest // max(DOCUMENT_LENGTHS) for length in DOCUMENT_LENGTHS]
+
+
+def _whole_row(model: PreTrainedModel, hidden_1TM: list[Tensor]) -> list[Tensor]:
+    group = group_of(model)
+    return hidden_1TM if group is None else [group.gather(part[0])[None] for part in hidden_1TM]
+
+
+def _packed_inputs(model: PreTrainedModel, ids: Tensor, lengths: list[int], **options: Any) -> dict[str, Any]:
+    row = {"input_ids": ids[0].tolist(), "seq_lengths": lengths}
+    batch = model_inputs(PackingCollator(pad_token_id=0, **options)([row]))
+    return {k: v.to(device_of(model)) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def _rotations_apart(calls: list[Call], max_length: int) -> IsolationVerdict:
@@ -109,38 +166,47 @@ def _random_ids(model: PreTrainedModel, count: int) -> Tensor:
 
 def _leak(model: PreTrainedModel, ids: Tensor, lengths: list[int]) -> IsolationVerdict:
     """Whether another document reaches the last one, or a later position reaches one of its middle positions."""
-    batch = PackingCollator(pad_token_id=0)([{"input_ids": ids[0].tolist(), "seq_lengths": lengths}])
-    inputs = {k: v.to(device_of(model)) if isinstance(v, Tensor) else v for k, v in model_inputs(batch).items()}
-    begin = sum(lengths[:-1])
+    group = group_of(model)
+    part = (0, 1) if group is None else (group.rank, group.size)
+    inputs = _packed_inputs(model, ids, lengths, part=part)
+    low = part[0] * inputs["input_ids"].shape[1]  # of this rank's positions
+    begin, end = sum(lengths[:-1]), sum(lengths)
     middle = begin + lengths[-1] // 2
+
+    def gradient_of(output_1TM: Tensor, first: int, last: int) -> Tensor:
+        """At each input position of the row, of these positions of an output."""
+        gradient = _gradient(output_1TM[0, max(0, first - low) : max(0, last - low)], leaf[0])
+        return gradient if group is None else group.gather(gradient)
+
     with _embedding_leaf(model) as leaf, watch_layers(model) as layers, torch.enable_grad():
         with packed_forward():
             logits = model(**inputs, use_cache=False).logits
         if not leaf:
             return IsolationVerdict(False, "inconclusive: the input embeddings were never called")
-        for source, first, last in ((logits[0, begin:], begin, None), (logits[0, middle], begin, middle + 1)):
-            gradient = _gradient(source, leaf[0])
+        for source, last in ((begin, end), (middle, middle + 1)):
+            gradient = gradient_of(logits, source, last)
             if not gradient.isfinite().all():
                 return IsolationVerdict(False, "inconclusive: gradients are not finite")
-            if not gradient[first:last].any():
+            if not gradient[begin:last].any():
                 return IsolationVerdict(False, "inconclusive: a document's gradient does not reach its own input")
-            if gradient[:first].any():
-                where = _first_leak(layers, leaf[0], begin)
-                return IsolationVerdict(False, f"documents see each other{where}", float(gradient[:first].max()))
-            if last is not None and gradient[last:].any():
+            if gradient[:begin].any():
+                alike = [(name, output) for name, output in layers if output.shape[:2] == leaf[0].shape[:2]]
+                where = _first_leak(alike, lambda output: gradient_of(output, begin, end)[:begin])
+                return IsolationVerdict(False, f"documents see each other{where}", float(gradient[:begin].max()))
+            if gradient[last:].any():
                 return IsolationVerdict(False, "a position sees the ones after it", float(gradient[last:].max()))
     return IsolationVerdict(True)
 
 
-def _same_positions(packed: list[Tensor], alone: list[Tensor], length: int) -> bool:
+def _same_positions(packed: list[Tensor], alone: list[Tensor], lengths: list[int]) -> bool:
     """Whether the first layer gets the same input for the last document of the row as for that document alone.
 
     Some models count positions through the row and ignore `position_ids` (BART's decoder); others do not start at 0
     (RoBERTa). Relative positions do not show in the input of the first layer.
     """
-    if not packed or not alone or packed[0].shape[1] <= length:
+    if not packed or not alone or packed[0].shape[1] <= lengths[-1]:
         return True
-    last = packed[0].detach()[:, -length:]
+    last = packed[0].detach()[:, sum(lengths[:-1]) : sum(lengths)]
     if last.shape != alone[0].shape:
         return True
     rounding = 4 * torch.finfo(last.dtype).eps * last.abs().max()  # RoCBert projects its embeddings
@@ -167,16 +233,10 @@ def _gradient(source: Tensor, leaf: Tensor) -> Tensor:
     return gradient[0].abs().amax(-1)
 
 
-def _first_leak(layers: list[tuple[str, Tensor]], leaf: Tensor, begin: int) -> str:
+def _first_leak(layers: list[tuple[str, Tensor]], gradient_at_others: Callable[[Tensor], Tensor]) -> str:
     """ " (first in ...)" with the name of the first layer whose last document depends on another one."""
-    for name, hidden in layers:
-        if (
-            hidden.requires_grad
-            and hidden.shape[:2] == leaf.shape[:2]
-            and _gradient(hidden[0, begin:], leaf)[:begin].any()
-        ):
-            return f" (first in {name})"
-    return ""
+    found = (name for name, output in layers if output.requires_grad and gradient_at_others(output).any())
+    return next((f" (first in {name})" for name in found), "")
 
 
 @contextmanager

@@ -22,8 +22,9 @@ from packsft.data.batch import document_lengths, longest_document, loss_inputs, 
 from packsft.model import attention
 from packsft.model.compilation import compile_layers, restore_layers
 from packsft.model.head import HeadOutput, install_head, with_own_values
-from packsft.model.isolation import NOT_CHECKED, IsolationVerdict, check_isolation
+from packsft.model.isolation import NOT_CHECKED, IsolationVerdict, check_cut_rows, check_isolation
 from packsft.model.rotary import by_document, install_rotary
+from packsft.model.sequence_parallel import SequenceGroup, set_group
 
 logger = logging.getLogger("packsft")
 
@@ -42,6 +43,7 @@ class PreparedModel:
         any_rank: returns whether its argument is true on any rank; every rank calls it once.
         needs_aux_loss: whether the router loss of a mixture of experts is needed.
         compiles_layers: whether to compile the decoder layers for training; not on padded rows.
+        sequence: the ranks that share each row, or None.
 
     Attributes:
         base_model: the model without its PEFT wrapper.
@@ -54,7 +56,7 @@ class PreparedModel:
     Raises:
         ValueError: trained weights are offloaded, the model has no language-model head or no layers to compile, the
             attention back end was chosen by name and cannot run, or documents see each other and
-            `on_unpackable="error"`.
+            `on_unpackable="error"`; rows cannot be cut over the ranks of `sequence`.
         FloatingPointError: weights are not finite, which the check shows.
     """
 
@@ -71,9 +73,10 @@ class PreparedModel:
         any_rank: Callable[[bool], bool] = bool,
         needs_aux_loss: bool = False,
         compiles_layers: bool = False,
+        sequence: SequenceGroup | None = None,
     ) -> None:
         self.base_model: Any = base_model_of(model)
-        self.options, self.autocast = options, autocast
+        self.options, self.autocast, self.sequence = options, autocast, sequence
         self._max_length, self._needs_aux_loss = max_length, needs_aux_loss
         prompt = getattr(model, "active_peft_config", None)
         self.prompt = prompt if getattr(prompt, "is_prompt_learning", False) else None
@@ -108,6 +111,12 @@ class PreparedModel:
                 attention.backend_of(model)  # raises, with the reason
         if own_attention in (None, "eager", "sdpa"):  # flash and flex attention isolate documents themselves
             model.set_attn_implementation(attention.ATTENTION_NAME)
+        elif self.sequence is not None:
+            raise ValueError(
+                f"sequence_parallel_size={self.sequence.size}: the attention of this model, {own_attention!r}, sees "
+                "only the tokens of one rank: leave attn_implementation unset"
+            )
+        set_group(model, self.sequence)
         self.padded = False
         if not check and self.prompt is None:
             self.isolation = IsolationVerdict(True, NOT_CHECKED)
@@ -120,6 +129,11 @@ class PreparedModel:
         if not self.padded:
             return
         _refuse_nonfinite(model)
+        if self.sequence is not None:
+            raise ValueError(
+                f"sequence_parallel_size={self.sequence.size}: the rows of {type(model).__name__} cannot be cut: "
+                f"{self.isolation.reason}"
+            )
         if on_unpackable == "error":
             raise ValueError(f"{type(model).__name__} cannot be trained on packed documents: {self.isolation.reason}")
         logger.warning(
@@ -141,11 +155,15 @@ class PreparedModel:
             self.isolation = IsolationVerdict(False, f"{name} puts virtual tokens before a row, not before a document")
             return self.isolation
         self.isolation = check_isolation(self.base_model, self.autocast, self._max_length)
+        if self.isolation.isolated and self.sequence is not None:
+            self.isolation = check_cut_rows(self.base_model, self.autocast)
         return self.isolation
 
     @contextlib.contextmanager
     def forward_on(self, batch: Mapping[str, Any]) -> Iterator[None]:
         """The context for a forward on a batch of the collator."""
+        if self.sequence is not None:
+            self.sequence.num_tokens = batch.get("row_tokens")
         turns = longest_document(batch) >= self._rotary_limit
         apart = contextlib.nullcontext() if self.padded else attention.packed_forward()
         with by_document(document_lengths(batch) if turns else None), apart:
@@ -183,6 +201,8 @@ class PreparedModel:
             rows = "packed, and none sees another: checked on this model"
         else:
             rows = f"packed, although {self.isolation.reason}"
+        if self.sequence is not None:
+            rows += f"; each row is cut over {self.sequence.size} ranks"
         head = "fused" if self.why_compact is None else f"the logits of scored tokens: {self.why_compact}"
         return {"documents": rows, "attention": self._describe_attention(), "head": head}
 

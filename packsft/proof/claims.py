@@ -30,9 +30,10 @@ from packsft.data.batch import loss_inputs, model_inputs
 from packsft.data.collator import PackingCollator
 from packsft.data.document import IGNORE_INDEX, Document, Pack, documents_of, make_document
 from packsft.model.head import device_of, eval_mode
-from packsft.model.isolation import IsolationVerdict, decoder_layers, watch_layers
+from packsft.model.isolation import decoder_layers, watch_layers
 from packsft.model.prepared import PreparedModel
 from packsft.model.rotary import by_document, forget
+from packsft.model.sequence_parallel import shared_by
 from packsft.proof.invariance import rounds_to_float32
 
 Numbers = dict[str, Tensor]  # the loss and the gradient of every parameter, by name
@@ -117,12 +118,14 @@ def check_packing(
         raise ValueError(f"{type(prepared.prompt).__name__} trains padded rows: there is nothing to prove")
     if not prepared.padded:
         prepared.check_isolation()
-    claims = _measure(Comparison(model, prepared, documents, collator, to_device), prepared.isolation)
+    step = Comparison(model, prepared, documents, replace(collator, part=(0, 1)), to_device)
+    with shared_by(prepared.base_model, None):
+        claims = _measure(step, prepared)
     tokens = sum(map(len, documents))
     return PackingCheck(claims, prepared.describe() | {"checked on": f"{len(documents)} documents of {tokens} tokens"})
 
 
-def _measure(step: Comparison, isolation: IsolationVerdict) -> tuple[Claim, ...]:
+def _measure(step: Comparison, prepared: PreparedModel) -> tuple[Claim, ...]:
     devices = [step.device] if step.device.type == "cuda" else []
     with torch.random.fork_rng(devices), eval_mode(step.model):
         rounding = step.rounding
@@ -141,9 +144,12 @@ def _measure(step: Comparison, isolation: IsolationVerdict) -> tuple[Claim, ...]
         each_document = "a pass per document gives the loss and gradients of one"
         singles = [[document] for document in step.documents]
         each = _compare(each_document, step.trained(singles), trained, noise, rounding)
+        shared = "a row cut over the ranks gives the loss and gradients of the whole row"
+        cut = [] if prepared.sequence is None else [_compare(shared, step.cut(), trained, noise, rounding)]
+    isolation = prepared.isolation
     reason = isolation.reason or ""
     apart = Claim("documents in one row do not see each other", isolation.isolated, isolation.leak, 0.0, reason)
-    return apart, logits, head, two, each, as_alone
+    return apart, logits, head, two, each, as_alone, *cut
 
 
 def random_documents(vocab_size: int, max_length: int) -> Pack:
@@ -322,12 +328,20 @@ class Comparison:
     def trained(self, micro_batches: Iterable[Pack]) -> Numbers:
         return self._add(self._trained_loss(documents) for documents in micro_batches)
 
-    def _trained_loss(self, documents: Pack) -> Tensor:
-        with self._prepared.autocast():
-            return self._prepared.loss(self.model, self._batch(documents), self._num_items).loss
+    def cut(self) -> Numbers:
+        """As `trained`, of one row that the ranks of the sequence group share: the sum of what each has of it."""
+        group = self._prepared.sequence
+        assert group is not None
+        with shared_by(self._prepared.base_model, group):
+            numbers = self._add([self._trained_loss(self.documents, part=(group.rank, group.size))])
+        return {name: group.sum(value) for name, value in numbers.items()}
 
-    def _batch(self, documents: Pack) -> dict[str, Any]:
-        return self._to_device(self._collator([documents]))
+    def _trained_loss(self, documents: Pack, **cut: Any) -> Tensor:
+        with self._prepared.autocast():
+            return self._prepared.loss(self.model, self._batch(documents, **cut), self._num_items).loss
+
+    def _batch(self, documents: Pack, **cut: Any) -> dict[str, Any]:
+        return self._to_device(replace(self._collator, **cut)([documents]))
 
     def _own_loss(self, documents: Pack, **inputs: Any) -> Tensor:
         """The loss by its definition, from the model's own logits."""

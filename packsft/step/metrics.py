@@ -75,7 +75,7 @@ class MetricSums:
         if mean_loss is not None:
             counted = torch.isfinite(mean_loss) | (not self._filter_nonfinite)
             sums["loss"] = torch.where(counted, mean_loss.double() * items, 0.0)
-            sums["loss_items"] = counted * items
+            sums["loss_items"] = counted.double() * items
         for name, value in sums.items():
             if value is not None:
                 value = value.detach().double()

@@ -4,8 +4,10 @@ usage: train_tiny.py OUTPUT_FILE RUNS, with RUNS as JSON: names, and options of 
 `family`, `model` and `dtype` of the model (default: a GPT-2 in float64), `lora` (fields of a `LoraConfig`),
 `adalora`, and `layer`: the class of the decoder layers, which are then sharded by FSDP2, and `tp_size`: layers are
 then split by transformers' tensor parallelism. `zero_stage` takes DeepSpeed, and the model from `folder`, where a run
-without it saves it. `of_rank_1` holds options that rank 1 alone has. With `save_steps` (and an `output_dir`), the
-model is saved, and a second run resumes.
+without it saves it. `stream` makes a stream of the rows. `added` is what the model gets beside: "previous token" or
+"convolution". `of_rank_1` holds options that rank 1 alone has. With `save_steps` below `max_steps` (and an
+`output_dir`), the model is saved, and a second run resumes. `resume_from` is a checkpoint. With `proves`, nothing is
+trained: the claims of `check_packing` are measured.
 """
 
 import json
@@ -15,7 +17,8 @@ import tempfile
 
 import torch
 from accelerate import ParallelismConfig, PartialState
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from numerics import norms_keep_float64
 from packsft_kernels import linear_cross_entropy
 from peft import AdaLoraConfig, LoraConfig
 from runs import config, losses
@@ -26,6 +29,7 @@ from transformers import AutoModelForCausalLM
 from packsft import PackedSFTTrainer
 from packsft.compat import whole_model
 from packsft.model import head
+from packsft.model.sequence_parallel import SequenceGroup
 
 
 class Recording(PackedSFTTrainer):
@@ -61,6 +65,16 @@ def exercised(model):
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
 
 
+def with_previous_token(layer):
+    """What a layer that hands a state on does, each document by itself: a token also gets half of the one before."""
+
+    def add(module, args, kwargs, output):
+        continues = kwargs["position_ids"][..., None] > 0
+        return output + continues * torch.nn.functional.pad(output, (0, 0, 1, -1)) / 2
+
+    layer.register_forward_hook(add, with_kwargs=True)
+
+
 def built(options):
     torch.manual_seed(0)
     peft = LoraConfig(r=4, **options.pop("lora")) if "lora" in options else None
@@ -68,6 +82,13 @@ def built(options):
         peft = AdaLoraConfig(init_r=4, total_step=100, target_modules=["c_attn"])
     dtype = getattr(torch, options.pop("dtype", "float64"))
     model = tiny_model(options.pop("family", "gpt2"), dtype, **options.pop("model", {}))
+    if dtype == torch.float64:
+        norms_keep_float64(model)
+    added = options.pop("added", None)
+    if added == "previous token":
+        with_previous_token(model.model.layers[0])
+    elif added == "convolution":
+        model.model.layers[1].conv = torch.nn.Conv1d(4, 4, kernel_size=3)
     if layer := options.pop("layer", None):
         fsdp = {"version": 2, "transformer_layer_cls_to_wrap": [layer], "reshard_after_forward": True}
         options |= {"fsdp": True, "fsdp_config": fsdp | options.pop("fsdp_config", {})}
@@ -75,6 +96,8 @@ def built(options):
         options["parallelism_config"] = ParallelismConfig(tp_size=tp)
     if zero := options.pop("zero_stage", None):
         options["deepspeed"] = {"zero_optimization": {"stage": zero}, **ZERO}
+    rows = token_rows(64).to_iterable_dataset() if options.pop("stream", False) else token_rows(64)
+    attention = options.pop("attention", None)
     folder = options.pop("folder", None)
     if differing := options.pop("of_rank_1", None):
         options |= differing if os.environ["RANK"] == "1" else {}
@@ -93,11 +116,13 @@ def built(options):
         model.save_pretrained(folder)  # rank 0 does
         PartialState().wait_for_everyone()
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, tp_plan="auto", tp_size=tp)
+    if attention:
+        model.set_attn_implementation(attention)
     ours = Recording(
         model=model,
         peft_config=peft,
         args=args,
-        train_dataset=token_rows(64),
+        train_dataset=rows,
         eval_dataset=token_rows(9, seed=5),
         processing_class=tiny_tokenizer(),
     )
@@ -119,18 +144,37 @@ def results_of(ours):
     }
 
 
+def proved(options, how):
+    """Of each claim whether it holds, on every rank."""
+    if how == "heads in another order":
+        to_tokens = SequenceGroup.to_tokens
+        SequenceGroup.to_tokens = lambda group, out: to_tokens(group, out.roll(1, dims=1))
+        try:
+            built(options)
+        except ValueError:
+            return "refused"
+        finally:
+            SequenceGroup.to_tokens = to_tokens
+    claims = [{claim.claim: claim.holds for claim in built(options).check_packing().claims}]
+    return {claim: tuple(holds[claim] for holds in gather_object(claims)) for claim in claims[0]}
+
+
 def trained(options):
+    if how := options.pop("proves", None):
+        return proved(options, how)
+    resume_from = options.pop("resume_from", None)
     ours = built(dict(options))
-    ours.train()
+    ours.train(resume_from_checkpoint=resume_from)
     evaluated = ours.evaluate()
-    predicted = ours.predict(ours.eval_dataset).label_ids
+    shares_rows = options.get("sequence_parallel_size", 1) > 1
+    predicted = [] if shares_rows else ours.predict(ours.eval_dataset).label_ids
     logged = [entry for entry in ours.state.log_history if "entropy" in entry][-1]
     results = results_of(ours) | {
-        "predicted": int((predicted != -100).sum()),
+        "predicted": None if shares_rows else int((predicted != -100).sum()),
         "history": {key: logged[key] for key in ("num_tokens", "entropy", "mean_token_accuracy")},
         "evaluated": {key: evaluated[f"eval_{key}"] for key in ("loss", "entropy", "mean_token_accuracy")},
     }
-    if "save_steps" in options:
+    if "save_steps" in options and options["save_steps"] < options["max_steps"]:
         ours.save_model(f"{options['output_dir']}/model")
         again = built(dict(options))
         again.train(resume_from_checkpoint=f"{options['output_dir']}/checkpoint-{options['save_steps']}")

@@ -35,8 +35,8 @@ def main(device: str) -> None:
             loss = cross_entropy(leaf.view_as(leaf), targets=targets, options=options, inplace=inplace).loss
             (loss / 2).backward()  # a factor that the kernel of `scale_` does not leave out
 
-    # The head pads the rows of a chunk, and orders the scored ones. (At 1,000 columns cuBLAS takes a kernel that racecheck
-    # cannot run: CUBLAS_STATUS_EXECUTION_FAILED on an H200, where memcheck finds nothing.)
+    # The head pads the rows of a chunk, and orders the scored ones. (At 1,000 columns cuBLAS takes a kernel that
+    # racecheck cannot run: CUBLAS_STATUS_EXECUTION_FAILED on an H200, where memcheck finds nothing.)
     for vocab in (20_001, 70_001):
         hidden = torch.randn(9, 64, device=device, dtype=half, requires_grad=True)
         weight = torch.randn(vocab, 64, device=device, dtype=half, requires_grad=True)
