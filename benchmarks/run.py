@@ -32,7 +32,7 @@ SUITES = {  # each a file of `suites/`, whose `bench` makes figures, one by one 
     "cross_entropy": "loss and gradient of logits against a copy",
     "attention": "packed attention against its GEMMs and peers",
     "scaling": "cost against T, documents, N, V, H: linear where it should be",
-    "memory": "peak memory of the head on a GPU, on fake tensors of any size",
+    "memory": "peak memory of the head on a GPU, and of shared rows, on fake tensors of any size",
     "packing": "planning packs and making batches, against TRL and others",
     "reads": "reads of the device by the host in every micro-step",
     "parity": "packed training equals the documents alone",

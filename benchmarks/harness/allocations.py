@@ -91,11 +91,16 @@ class FakeAllocations(TorchDispatchMode):
                 self._count(storage)
         return result
 
+    @property
+    def current(self) -> int:
+        """Bytes that are allocated now."""
+        return sum(size for reference, size in self._live.values() if not reference.expired())
+
     def _count(self, storage: torch.UntypedStorage) -> None:
         self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
         self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.sizes.append(storage.nbytes())
-        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+        self.peak = max(self.peak, self.current)
 
 
 def _python_body(operator: torch._ops.OpOverload) -> Callable[..., Any] | None:

@@ -67,6 +67,7 @@ class ModelShape:
 MODELS = {
     "Llama-3.2-1B": ModelShape("llama", 2048, 8192, 16, 32, 8, 128_256),
     "Qwen2.5-0.5B": ModelShape("qwen2", 896, 4864, 24, 14, 2, 151_936),
+    "Llama-3.1-8B": ModelShape("llama", 4096, 14_336, 32, 32, 8, 128_256, tie_word_embeddings=False),
     "Qwen2.5-7B": ModelShape("qwen2", 3584, 18_944, 28, 28, 4, 152_064, tie_word_embeddings=False),
 }
 

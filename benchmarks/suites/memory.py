@@ -1,14 +1,15 @@
-"""Measures the peak memory of the language-model head on a GPU, for models and lengths of any size, on fake tensors.
+"""Measures peak memory for models and lengths of any size, on fake tensors: of the language-model head on a GPU, and of
+a training step whose row is shared by several ranks.
 
-Every head runs forward and backward on tensors without memory, which say that they are on CUDA, and the storages that
-it allocates are counted (`allocations.py`). No GPU is needed and none is used.
+Work runs forward and backward on tensors without memory, and the storages that it allocates are counted
+(`allocations.py`); those of the head say that they are on CUDA. No GPU is needed and none is used.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 from unittest import mock
@@ -17,8 +18,17 @@ import torch
 from harness.allocations import FakeAllocations
 from harness.measure import Figure, Settings, figure
 from harness.peers import OURS, Head, heads
-from packsft_kernels import launch
+from harness.shapes import MODELS as MODELS_OF_ROWS
+from harness.shapes import ModelShape, random_model
+from packsft_kernels import LossOptions, launch
+from torch import Tensor, distributed
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from packsft.data.batch import loss_inputs, model_inputs
+from packsft.data.collator import PackingCollator
+from packsft.model import head
+from packsft.model.attention import ATTENTION_NAME, packed_forward
+from packsft.model.sequence_parallel import SequenceGroup, set_group
 
 MODELS: dict[str, tuple[int, int, float | None]] = {  # model width, vocabulary, softcap of the logits
     "Llama-3.2-1B": (2048, 128_256, None),
@@ -39,6 +49,7 @@ def bench(settings: Settings) -> Iterator[Figure]:
     for model, length, scored in product(models, lengths, SHARES):
         yield from _heads(model, length, scored, absent)
     yield from (figure(name, note=f"cannot run: {reason}") for name, reason in absent.items())
+    yield from _shared_rows("Llama-3.1-8B", 131_072, (1, 2) if settings.quick else (1, 2, 4, 8))
 
 
 def _heads(model: str, length: int, scored: str, absent: dict[str, str]) -> Iterator[Figure]:
@@ -97,6 +108,73 @@ def _peaks(run: Head, length: int, width: int, vocab: int) -> tuple[int, int]:
 
     used.run(forward_and_backward)
     return used.peak, max(forward, used.peak - 2 * (hidden_TM.numel() + weight_VM.numel()))
+
+
+def _shared_rows(model: str, length: int, sizes: Sequence[int]) -> Iterator[Figure]:
+    """A training step on one document: what a rank allocates beside the weights, if P ranks share the row."""
+    store = importlib.import_module("torch.testing._internal.distributed.fake_pg").FakeStore()
+    distributed.init_process_group("fake", rank=0, world_size=max(sizes), store=store)
+    try:
+        steps = {P: _step(MODELS_OF_ROWS[model], length, P) for P in sizes}
+    finally:
+        distributed.destroy_process_group()
+    whole, *_ = steps.values()
+    for P, (kept, peak, sent) in steps.items():
+        name = f"{model}, a document of {length:,} tokens, P = {P}"
+        shared = {"ratio_of": f"memory / (memory of one rank / {P})", "at_most": 1.1} if P > 1 else {}
+        note = f"{kept / GIB:.1f} GiB from forward to backward; gradient checkpointing, weight gradients freed at once"
+        yield figure(
+            f"{name}: peak of a rank",
+            peak / GIB,
+            "GiB",
+            ratio=P * peak / whole[1] if P > 1 else None,
+            note=note,
+            **shared,
+        )
+        if P > 1:
+            note = (
+                "sent by all ranks: forward, backward and the forward again; query, key, value and output in bfloat16"
+            )
+            yield figure(f"{name}: on the wire", sent / length, "bytes per token and layer", note=note)
+
+
+def _step(shape: ModelShape, length: int, P: int) -> tuple[int, int, float]:
+    """Bytes that live from forward to backward, at the peak, and that all ranks send for a layer."""
+    batch = PackingCollator(pad_token_id=0, part=(0, P))([{"input_ids": [3] * length}])
+    sent = 0
+    exchange = distributed.all_to_all_single
+
+    def counted(out: Tensor, x: Tensor, **options: Any) -> Any:
+        nonlocal sent
+        sent += x.numel() * x.element_size() * (P - 1)  # of P ranks, each keeps one part of P
+        return exchange(out, x, **options)
+
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True) as mode,
+        mock.patch.object(distributed, "all_to_all_single", counted),
+    ):
+        model = random_model(shape, torch.bfloat16, torch.device("cpu"))
+        model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.set_attn_implementation(ATTENTION_NAME)
+        with mock.patch.object(head, "_why_not_fused", return_value=None):  # it reads numbers, and these have none
+            head.install_head(model, LossOptions())
+        set_group(model, SequenceGroup(P) if P > 1 else None)
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+        inputs = model_inputs(batch) | loss_inputs(batch)
+        inputs = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        used, kept = FakeAllocations(), 0
+
+        def forward_and_backward() -> None:
+            nonlocal kept
+            with packed_forward():
+                loss = model(**inputs).loss
+            kept = used.current
+            loss.backward()
+
+        used.run(forward_and_backward)
+    return kept, used.peak, sent / shape.num_hidden_layers
 
 
 @contextlib.contextmanager
