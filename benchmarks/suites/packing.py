@@ -11,6 +11,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from typing import Any
 
 import datasets
@@ -30,6 +31,7 @@ COUNT, RANKS = 200_000, 8
 
 def bench(settings: Settings) -> Iterator[Figure]:
     yield from plans(settings.quick)
+    yield from many_ranks()
     yield from shuffled(settings.quick)
     yield from loaders(settings.quick)
 
@@ -70,6 +72,32 @@ def plans(quick: bool) -> Iterator[Figure]:
         yield _balance(name, costs[shuffled], costs[balanced_order(plan, RANKS)], at_most=1.1)
     for num_examples in (64, 512):
         yield from _exact_step(lengths, num_examples)
+
+
+def many_ranks() -> Iterator[Figure]:
+    """One optimizer step of 128 examples a rank into passes of 16,384 tokens: seconds to plan it, which every rank
+    does, and how even its ranks are. No plan is more even than its longest example allows."""
+    most = 65_536
+    rng = np.random.default_rng(0)
+    distributions = {
+        "log-normal": log_normal_lengths(most, 2048),
+        "uniform to 2,048": rng.integers(8, 2049, most),
+        "Pareto to 16,384": np.clip(50 * (1 + rng.pareto(1.2, most)), 8, 16_384).astype(np.int64),
+    }
+    for (name, lengths), ranks in product(distributions.items(), (8, 64, 512)):
+        step = lengths[: 128 * ranks]
+        start = time.perf_counter()
+        shares = [np.concatenate(passes) for passes in plan_step(step, 16_384, ranks)]
+        seconds = time.perf_counter() - start
+        tokens = np.array([step[share].sum() for share in shares])
+        attention = np.array([(step[share] ** 2).sum() for share in shares])
+        what, bound = f"step of {len(step):,} examples, {ranks} ranks, {name}", (step**2).max() / attention.mean()
+        yield figure(f"{what}: planning", seconds, "s", at_most=0.2, note=f"tokens: {tokens.max() / tokens.mean():.3f}")
+        even = attention.max() / attention.mean()
+        yield figure(
+            f"{what}: attention, highest rank / mean", even, "", ratio=even / max(1.0, bound), at_most=1.15,
+            ratio_of="this / the longest example alone" if bound > 1 else "this / even",
+        )  # fmt: skip
 
 
 def shuffled(quick: bool) -> Iterator[Figure]:

@@ -321,7 +321,7 @@ def _pack(
         for equal in np.split(order, firsts[1:]):
             rng.shuffle(equal)  # a view: shuffles `order`, where the index says nothing but a tie
 
-    offsets, dealt = _best_fit_decreasing(distinct, counts, max_length)
+    offsets, dealt = best_fit_decreasing(distinct, counts, max_length)
     num_packs, lower_bound = len(offsets) - 1, -(-int(sizes.sum(dtype=np.int64)) // max_length)
     if num_packs - lower_bound > lower_bound // 1000:
         patterns = _exact_fill(distinct, counts, max_length)
@@ -370,13 +370,13 @@ def _mixed(
         some = counts > 0
         held = np.bincount(packs[begun])
         spaces = max_length - np.bincount(packs[begun], sizes[shuffled[begun]]).astype(np.int64)
-        offsets, dealt = _best_fit_decreasing(sizes[order[firsts[some]]], counts[some], max_length, spaces, held)
+        offsets, dealt = best_fit_decreasing(sizes[order[firsts[some]]], counts[some], max_length, spaces, held)
         if len(offsets) - 1 <= most_packs:
             return offsets, np.concatenate((shuffled[begun], order[in_order])).astype(np.int64)[dealt]
     return None
 
 
-def _best_fit_decreasing(
+def best_fit_decreasing(
     distinct: IntArray,
     counts: IntArray,
     max_length: int,
@@ -488,7 +488,7 @@ def _best_pair(sizes: NDArray[np.int64], space: int) -> tuple[list[int], int]:
 
 
 def _deal(patterns: list[tuple[list[int], int]], firsts: IntArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Offsets and segments as in `_best_fit_decreasing`; segments of a size are dealt from its first place on."""
+    """Offsets and segments as in `best_fit_decreasing`; segments of a size are dealt from its first place on."""
     place = firsts.tolist()
     dealt = []
     for pattern, times in patterns:
