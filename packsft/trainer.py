@@ -45,7 +45,7 @@ from packsft.data.collator import PackingCollator, mark_sizes
 from packsft.data.loaders import PackedLoaders, Packs
 from packsft.data.messages import tokenizer_without_nulls, warn_of_unseen_roles
 from packsft.data.packs import USER_COLUMNS, PackedDataset, UserPacks, pack_dataset
-from packsft.data.ranks import Ranks, check_same_on_all_ranks
+from packsft.data.ranks import Ranks, check_same_on_all_ranks, on_a_disk_of_the_node
 from packsft.data.raw import (
     checked_rows,
     formatted_rows,
@@ -208,6 +208,8 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
                 "%s data set: %s, as the first row of the training set decides (completion_only_loss=None)",
                 dataset_name, "only completions are scored" if self.completion_only_loss else "prompts are scored too",
             )  # fmt: skip
+        if not tokenised:
+            dataset = on_a_disk_of_the_node(dataset, f"{dataset_name} data set")
         if formatting_func is not None and tokenised:
             logger.warning("%s data set: formatting_func is not called, since rows have input_ids", dataset_name)
         elif formatting_func is not None:

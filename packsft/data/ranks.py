@@ -6,10 +6,18 @@ All ranks hold the same data set, and each takes its share of it.
 
 from __future__ import annotations
 
+import hashlib
+import tempfile
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from accelerate import PartialState
 from accelerate.utils import gather_object
+from datasets import Dataset, load_from_disk
+
+SAMPLED_ROWS = 64
+_kept: list[tempfile.TemporaryDirectory] = []  # until the process ends
 
 
 @dataclass(frozen=True)
@@ -45,3 +53,25 @@ def check_same_on_all_ranks(accelerator: Any, sample: str, name: str) -> None:
             f"the {name} holds other rows on rank {others[0]} than on rank 0, but packsft deals the rows to the ranks "
             "itself: give every rank the whole data set, without shard() or split_dataset_by_node()"
         )
+
+
+def on_a_disk_of_the_node(dataset: Any, name: str) -> Any:
+    """Rows in memory, written once on each node: `datasets` then finds there what another process made of them.
+
+    Without it every process would tokenise them, one group after the other. Anything else is returned as it is.
+
+    Raises:
+        ValueError: on all ranks, if one has other rows.
+    """
+    state = PartialState()
+    if state.num_processes == 1 or not isinstance(dataset, Dataset) or dataset.cache_files or not len(dataset):
+        return dataset
+    some = dataset[np.unique(np.linspace(0, len(dataset) - 1, SAMPLED_ROWS, dtype=np.int64))]
+    check_same_on_all_ranks(state, hashlib.sha256(repr((len(dataset), some)).encode()).hexdigest(), name)
+    folder = ""
+    if state.is_local_main_process:
+        _kept.append(tempfile.TemporaryDirectory(prefix="packsft-"))
+        folder = _kept[-1].name
+        dataset.save_to_disk(folder)
+    of_all = gather_object([folder])  # and waits
+    return load_from_disk(of_all[state.process_index - state.local_process_index])

@@ -119,3 +119,13 @@ def test_a_rank_with_other_arguments_is_named_before_the_first_step(differing, t
     said = launch(SCRIPT, 2, tmp_path / "runs.pt", json.dumps(runs))
     (name,) = differing
     assert said.count(f"ValueError: rank 1 would train otherwise than rank 0 ({name}: ") == 2
+
+
+def test_texts_are_tokenised_once_on_a_node(tmp_path):
+    found = results_of(SCRIPT.with_name("tokenise_tiny.py"), 2, tmp_path / "found.pt")
+    for kind in ("in memory", "on a disk"):
+        (first, packs), (other, as_many) = found[kind]
+        assert packs == as_many
+        assert first >= 64
+        assert other <= 1, kind  # what the tokenizer adds to a text
+    assert all("holds other rows on rank 1 than on rank 0" in error for error in found["other rows"])
