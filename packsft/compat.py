@@ -312,3 +312,8 @@ def no_comparison_of_arguments() -> AbstractContextManager:
     It has no switch for this.
     """
     return mock.patch.object(transformers.trainer, "compare_trainer_and_checkpoint_args")
+
+
+def store_of_ranks() -> Any:
+    """The key-value store of the process group. PyTorch (2.14) has no public name for it."""
+    return torch.distributed.distributed_c10d._get_default_store()

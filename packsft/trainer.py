@@ -45,7 +45,7 @@ from packsft.data.collator import PackingCollator, mark_sizes
 from packsft.data.loaders import PackedLoaders, Packs
 from packsft.data.messages import tokenizer_without_nulls, warn_of_unseen_roles
 from packsft.data.packs import USER_COLUMNS, PackedDataset, UserPacks, pack_dataset
-from packsft.data.ranks import Ranks, check_same_on_all_ranks, on_a_disk_of_the_node
+from packsft.data.ranks import Ranks, check_same_on_all_ranks, naming_failed_rank, on_a_disk_of_the_node
 from packsft.data.raw import (
     checked_rows,
     formatted_rows,
@@ -321,11 +321,12 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
     # ---- a step: batches to loss ----
 
     def train(self, *positional: Any, **named: Any) -> TrainOutput:
-        """Adds to the parent: NEFTune's noise also ends with a run that fails, and is not added twice by the next."""
+        """Adds to the parent: a failing rank is named on all; NEFTune's noise ends with a run that fails, too."""
         if self.args.max_steps <= 0 and not 0 < self.args.num_train_epochs < math.inf:
             raise ValueError(f"num_train_epochs={self.args.num_train_epochs}: must be above 0, unless max_steps is set")
         try:
-            return super().train(*positional, **named)
+            with naming_failed_rank(self.accelerator):
+                return super().train(*positional, **named)
         finally:
             if (hook := getattr(self, "neftune_hook_handle", None)) is not None:
                 hook.remove()
@@ -346,6 +347,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
     ) -> tuple[list, float | Tensor]:
         """Adds to the parent: a denominator that the host already has; whether a resumed stream is the same."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
+        self._check_first_step(batches)
         self._note_stream(batches)
         across_ranks = self.args.average_tokens_across_devices
         return batches, items_in_step(batches, self.accelerator, across_ranks=across_ranks)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import logging
 import shutil
 import time
@@ -46,6 +47,8 @@ from packsft.step.metrics import MetricSums
 
 logger = logging.getLogger("packsft")
 
+_OF_ALL_RANKS = ("max_steps", "num_train_epochs", "tokens_per_pass", "sequence_parallel_size")
+
 
 class WholeCheckpoints(Trainer):
     """Saves and resumes; mixed into a trainer before its class.
@@ -60,6 +63,7 @@ class WholeCheckpoints(Trainer):
     _takes_exact_steps: bool
     _resumed: Path | None = None
     _place = StreamPlace()
+    _is_first_step = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *positional: Any, **named: Any) -> TrainOutput:
         """Adds to the parent: resumes from whole checkpoints of the same run.
@@ -81,6 +85,7 @@ class WholeCheckpoints(Trainer):
             Ranks.of(self.accelerator),
         )
         self._check_ranks_agree()
+        self._is_first_step = self.accelerator.num_processes > 1
         saves = str(self.args.save_strategy.value) != "no"
         self._rows: Future[Any] | None = None  # hashed while training begins, on one rank
         if (saves or resume_from_checkpoint) and self.is_world_process_zero():
@@ -103,15 +108,37 @@ class WholeCheckpoints(Trainer):
 
     def _check_ranks_agree(self) -> None:
         """Raises ValueError, on all ranks: they would wait for each other, or train on other examples."""
-        limits = {name: getattr(self.args, name, None) for name in ("max_steps", "num_train_epochs", "tokens_per_pass")}
+        own = {name: getattr(self.args, name, None) for name in _OF_ALL_RANKS}
         model = {name: value for name, value in self._settings["model"].items() if name != "frozen weights"}
-        every = gather_object([self._settings | {"model": model} | limits])
+        plan = getattr(self.train_dataset, "plan", None)
+        packs = {} if plan is None else {"plan of the packs": plan.fingerprint}
+        self._compare_ranks(self._settings | {"model": model} | own | packs, "give all ranks the same arguments")
+
+    def _check_first_step(self, batches: list[dict[str, Any]]) -> None:
+        """Raises ValueError, on all ranks, before the first step of a run, if one takes other examples or passes.
+
+        Every rank plans a step for itself, and reads what a checkpoint says from its own disk.
+        """
+        if self._is_first_step:
+            self._is_first_step = False
+            steps = [batch for batch in batches if "passes" in batch]
+            examples = [batch.get("stream_digests") or batch["examples"].tolist() for batch in steps]
+            self._compare_ranks(
+                {
+                    "step": self.state.global_step,
+                    "micro-batches": len(batches),
+                    "passes": [len(step["passes"]) for step in steps],
+                    "examples": hashlib.sha256(repr(examples).encode()).hexdigest(),
+                },
+                "give all ranks the same data and checkpoint",
+            )
+
+    def _compare_ranks(self, own: dict[str, Any], advice: str) -> None:
+        every = gather_object([own])
         for rank, settings in enumerate(every):
             if differ := differences(every[0], settings):
                 what = "; ".join(f"{name}: {change}" for name, change in differ.items())
-                raise ValueError(
-                    f"rank {rank} would train otherwise than rank 0 ({what}): give all ranks the same arguments"
-                )
+                raise ValueError(f"rank {rank} would train otherwise than rank 0 ({what}): {advice}")
 
     # ---- resuming ----
 

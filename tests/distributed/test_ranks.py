@@ -129,3 +129,16 @@ def test_texts_are_tokenised_once_on_a_node(tmp_path):
         assert first >= 64
         assert other <= 1, kind  # what the tokenizer adds to a text
     assert all("holds other rows on rank 1 than on rank 0" in error for error in found["other rows"])
+
+
+def test_a_failing_rank_is_named_by_every_rank(tmp_path):
+    runs = {"x": sizes(4, 2, **STEP, max_steps=6) | {"rank_1_fails_at": 2}}
+    said = launch(SCRIPT, 2, tmp_path / "runs.pt", json.dumps(runs))
+    assert "ValueError: row 7 is broken" in said
+    assert "RuntimeError: rank 1 failed: ValueError: row 7 is broken" in said
+
+
+def test_a_rank_that_takes_other_examples_is_named_before_the_first_step(tmp_path):
+    runs = {"x": sizes(4, 2, **STEP, max_steps=6) | {"rank_1_shuffles": True}}
+    said = launch(SCRIPT, 2, tmp_path / "runs.pt", json.dumps(runs))
+    assert said.count("ValueError: rank 1 would train otherwise than rank 0 (examples: ") == 2

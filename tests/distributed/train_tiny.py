@@ -7,7 +7,8 @@ then split by transformers' tensor parallelism. `zero_stage` takes DeepSpeed, an
 without it saves it. `stream` makes a stream of the rows. `added` is what the model gets beside: "previous token" or
 "convolution". `of_rank_1` holds options that rank 1 alone has. With `save_steps` below `max_steps` (and an
 `output_dir`), the model is saved, and a second run resumes. `resume_from` is a checkpoint. With `proves`, nothing is
-trained: the claims of `check_packing` are measured.
+trained: the claims of `check_packing` are measured. `rank_1_fails_at` is a step;
+with `rank_1_shuffles`, that rank takes the rows in another order.
 """
 
 import json
@@ -24,7 +25,7 @@ from peft import AdaLoraConfig, LoraConfig
 from runs import config, losses
 from tiny import tiny_model, tiny_tokenizer, token_rows
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from packsft import PackedSFTTrainer
 from packsft.compat import whole_model
@@ -42,6 +43,25 @@ class Recording(PackedSFTTrainer):
         step = self.state.global_step
         self.step_losses[step] = self.step_losses.get(step, 0.0) + loss.double()
         return loss
+
+
+class Failing(TrainerCallback):
+    """Rank 1 alone fails at a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step and os.environ["RANK"] == "1":
+            raise ValueError("row 7 is broken")
+
+
+class Shuffling(TrainerCallback):
+    """Rank 1 takes the rows in another order, with the same arguments."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if os.environ["RANK"] == "1":
+            kwargs["train_dataloader"].batch_sampler.sampler.initial_seed = 1
 
 
 FUSED = {"calls": 0}
@@ -162,8 +182,13 @@ def proved(options, how):
 def trained(options):
     if how := options.pop("proves", None):
         return proved(options, how)
-    resume_from = options.pop("resume_from", None)
+    resume_from, fails_at = options.pop("resume_from", None), options.pop("rank_1_fails_at", None)
+    shuffles = options.pop("rank_1_shuffles", False)
     ours = built(dict(options))
+    if fails_at:
+        ours.add_callback(Failing(fails_at))
+    if shuffles:
+        ours.add_callback(Shuffling())
     ours.train(resume_from_checkpoint=resume_from)
     evaluated = ours.evaluate()
     shares_rows = options.get("sequence_parallel_size", 1) > 1
