@@ -126,7 +126,7 @@ def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss
         head = split_head(self.get_output_embeddings())
         if why_compact is None and not isinstance(head, str):
             hidden = _backbone(self)(*args, use_cache=False, **kwargs).last_hidden_state
-            given = {"rows": rows, "targets": targets, "weights": weights, "num_items": num_items}
+            given: dict[str, Any] = {"rows": rows, "targets": targets, "weights": weights, "num_items": num_items}
             losses = functools.partial(_fused_losses, self, options=fused_options, **given)
             return _head_output(_called_through(_sharded(self.get_output_embeddings()), losses, hidden), device, apart)
         outputs, logits = _compact_logits(self, own_forward, rows, *args, use_cache=False, **kwargs)
@@ -335,7 +335,21 @@ def _why_not_fused(model: PreTrainedModel, options: LossOptions) -> str | None:
         with eval_mode(model), exercised(additions):
             logits = _own_logits(model, ids)
             hidden = _backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
-            ours = _fused_loss(head, hidden, rows, targets, None, plain, None).log_prob
+            # through its modules, as in training: FSDP2 may shard it in one group with a layer that has just run
+            module: Any = model.get_output_embeddings()
+            given: dict[str, Any] = {
+                "rows": rows,
+                "targets": targets,
+                "weights": None,
+                "options": plain,
+                "num_items": None,
+            }
+
+            def log_prob(hidden: Tensor) -> tuple[Tensor]:
+                unsharded: Any = split_head(module)
+                return (_fused_loss(unsharded, hidden, **given).log_prob,)
+
+            (ours,) = _called_through(_sharded(module), log_prob, hidden)
         with gathered_parameters(linear.weight) as (weight,):
             terms = float(weight.norm(dim=1).max()) * float(hidden.norm(dim=-1).max())
         ours, targets = _to(logits.device, ours, targets)

@@ -1,14 +1,17 @@
 """Script for the tests of several ranks: trains a tiny model, several times, and saves weights and losses.
 
 usage: train_tiny.py OUTPUT_FILE RUNS, with RUNS as JSON: names, and options of the configuration. Other options are
-`family`, `model` and `dtype` of the model (default: a GPT-2 in float64), `lora` (fields of a `LoraConfig`),
-`adalora`, and `layer`: the class of the decoder layers, which are then sharded by FSDP2, and `tp_size`: layers are
-then split by transformers' tensor parallelism. `zero_stage` takes DeepSpeed, and the model from `folder`, where a run
-without it saves it. `stream` makes a stream of the rows. `added` is what the model gets beside: "previous token" or
-"convolution". `of_rank_1` holds options that rank 1 alone has. With `save_steps` below `max_steps` (and an
-`output_dir`), the model is saved, and a second run resumes. `resume_from` is a checkpoint. With `proves`, nothing is
-trained: the claims of `check_packing` are measured. `rank_1_fails_at` is a step;
-with `rank_1_shuffles`, that rank takes the rows in another order.
+`family`, `model` and `dtype` of the model (default: a GPT-2 in float64), `lora` (fields of a `LoraConfig`) and
+`adalora`. How it is spread:
+- `layer`: the class of the decoder layers, which accelerate's FSDP2 then shards, in so many `replicas`;
+- `loads_as`: fields of transformers' `DistributedConfig`, which shards when the model is loaded;
+- `tp_size`: transformers' tensor parallelism alone;
+- `zero_stage`: DeepSpeed; the model comes from `folder`, where a run without it saves it.
+`stream` makes a stream of the rows. `added` is what the model gets beside: "previous token" or "convolution".
+`of_rank_1` holds options that rank 1 alone has; it fails at the step `rank_1_fails_at`, and takes the rows in another
+order with `rank_1_shuffles`. With `save_steps` below `max_steps` (and an `output_dir`), the model is saved, and a
+second run resumes. `resume_from` is a checkpoint. With `proves`, nothing is trained: the claims of `check_packing` are
+measured.
 """
 
 import json
@@ -26,6 +29,7 @@ from runs import config, losses
 from tiny import tiny_model, tiny_tokenizer, token_rows
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.distributed import DistributedConfig
 
 from packsft import PackedSFTTrainer
 from packsft.compat import whole_model
@@ -112,12 +116,16 @@ def built(options):
     if layer := options.pop("layer", None):
         fsdp = {"version": 2, "transformer_layer_cls_to_wrap": [layer], "reshard_after_forward": True}
         options |= {"fsdp": True, "fsdp_config": fsdp | options.pop("fsdp_config", {})}
-    if tp := options.pop("tp_size", None):
-        options["parallelism_config"] = ParallelismConfig(tp_size=tp)
+    tp, replicas = options.pop("tp_size", None), options.pop("replicas", None)
+    if tp or replicas:
+        shards = int(os.environ["WORLD_SIZE"]) // (tp or 1) // (replicas or 1) if layer else 1
+        options["parallelism_config"] = ParallelismConfig(
+            tp_size=tp or 1, dp_replicate_size=replicas or 1, dp_shard_size=shards
+        )
     if zero := options.pop("zero_stage", None):
         options["deepspeed"] = {"zero_optimization": {"stage": zero}, **ZERO}
     rows = token_rows(64).to_iterable_dataset() if options.pop("stream", False) else token_rows(64)
-    attention = options.pop("attention", None)
+    attention, loading = options.pop("attention", None), options.pop("loads_as", None)
     folder = options.pop("folder", None)
     if differing := options.pop("of_rank_1", None):
         options |= differing if os.environ["RANK"] == "1" else {}
@@ -128,14 +136,15 @@ def built(options):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)  # partitioned by ZeRO-3
     elif folder:
         model.save_pretrained(folder)
-    if layer or tp:  # accelerate would take DDP on a CPU
+    if layer or tp or loading:  # accelerate would take DDP on a CPU
         assert args.device.type == "cpu"
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    if tp:
+    if tp or loading:
         (folder,) = broadcast_object_list([tempfile.mkdtemp()])
         model.save_pretrained(folder)  # rank 0 does
         PartialState().wait_for_everyone()
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, tp_plan="auto", tp_size=tp)
+        how = {"distributed_config": DistributedConfig(**loading)} if loading else {"tp_plan": "auto", "tp_size": tp}
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **how)
     if attention:
         model.set_attn_implementation(attention)
     ours = Recording(
