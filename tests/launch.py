@@ -1,6 +1,7 @@
 """Runs a script in several gloo processes under `accelerate launch`."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,23 +13,35 @@ import torch
 import packsft
 
 
-def launch(script: Path, processes: int, *arguments: object, **environment: str) -> str:
-    """Run a Python file on the CPU; returns what it wrote to stderr. Does not look at the exit code: gloo may abort
-    while it is taken down."""
-    how = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1", f"--num_processes={processes}",
-           "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]  # fmt: skip
+def launch(script: Path, processes: int, *arguments: object, nodes: int = 1, **environment: str) -> str:
+    """Run a Python file on the CPU; returns what it wrote to stderr, on all nodes. Does not look at the exit code: gloo
+    may abort while it is taken down."""
     roots = [Path(__file__).parent, *(Path(package.__file__).parents[1] for package in (packsft, packsft_kernels))]
     path = os.pathsep.join([*map(str, roots), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, *(how if processes > 1 else []), str(script), *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment,
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    return done.stderr
+    port = 0 if nodes == 1 else _free_port()  # 0: the agent finds one
+    running = []
+    for node in range(nodes):
+        how = ["-m", "accelerate.commands.launch", "--multi_gpu", f"--num_machines={nodes}", f"--machine_rank={node}",
+               f"--num_processes={processes}", "--main_process_ip=127.0.0.1", f"--main_process_port={port}",
+               "--mixed_precision=no", "--dynamo_backend=no"]  # fmt: skip
+        command = [sys.executable, *(how if processes > 1 else []), str(script), *map(str, arguments)]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment
+        running.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+    try:
+        return "".join(agent.communicate(timeout=240)[1] for agent in running)
+    finally:
+        for agent in running:
+            agent.kill()
 
 
-def results_of(script: Path, processes: int, output: Path, *arguments: object, **environment: str) -> Any:
+def _free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return bound.getsockname()[1]
+
+
+def results_of(script: Path, processes: int, output: Path, *arguments: object, **how: Any) -> Any:
     """What the script saves with `torch.save` in its first argument, at its end."""
-    said = launch(script, processes, output, *arguments, **environment)
+    said = launch(script, processes, output, *arguments, **how)
     assert output.exists(), said[-3000:]
     return torch.load(output)

@@ -117,7 +117,10 @@ def test_processes_under_fsdp2_give_the_weights_of_one_with_the_fused_head(name,
     assert theirs["fused"] > 0
     assert ours["fused"] > 0
     largest = max(weight.abs().max() for weight in theirs["weights"].values())
-    if (name, model) in (("at load", "full"), ("tensor parallel", "full")):  # they list a tied weight twice, and keep it
+    if (name, model) in (
+        ("at load", "full"),
+        ("tensor parallel", "full"),
+    ):  # they list a tied weight twice, and keep it
         theirs["weights"]["lm_head.weight"] = theirs["weights"]["model.embed_tokens.weight"]
     assert ours["weights"].keys() == theirs["weights"].keys()
     for weight in theirs["weights"]:

@@ -25,8 +25,10 @@ def sizes(batch_size, accumulation, **more):
 THIRTY = {"max_steps": 30, "learning_rate": 1e-3}
 EXAMPLES = {"loss_normalization": "example"}
 STEP = {"packing": True, "tokens_per_pass": 24, "per_device_eval_batch_size": 2}
+BFD = sizes(8, 2, packing=True, packing_strategy="bfd", max_length=24)
 ONE = {
     "unpacked": sizes(4, 4),
+    "bfd": BFD,
     "thirty, float64": sizes(5, 2, **THIRTY),
     "thirty, float32": sizes(5, 2, dtype="float32", **THIRTY),
     "by example": sizes(4, 4, **EXAMPLES),
@@ -56,6 +58,13 @@ def two(tmp_path_factory):
     return results_of(SCRIPT, 2, tmp_path_factory.mktemp("two") / "runs.pt", json.dumps(TWO))
 
 
+@pytest.fixture(scope="module", params=[1, 2], ids=["one node", "two nodes"])
+def four(request, tmp_path_factory):
+    runs = {"step": sizes(2, 2, **STEP), "unpacked": sizes(2, 2), "bfd": BFD | {"per_device_train_batch_size": 2}}
+    folder = tmp_path_factory.mktemp("four")
+    return results_of(SCRIPT, 4, folder / "runs.pt", json.dumps(runs), nodes=request.param)
+
+
 def assert_same_weights(ours, theirs):
     for name, weight in ours["weights"].items():
         assert error(weight, theirs["weights"][name]) < 1e-9, name
@@ -73,6 +82,14 @@ def test_two_processes_give_the_weights_of_one(how, one, two):
     # logged in float32, averaged over ranks
     assert two[how]["losses"] == pytest.approx(one["unpacked"]["losses"], rel=1e-5)
     assert two[how]["history"] == pytest.approx(one["unpacked"]["history"], rel=1e-9)
+
+
+@pytest.mark.parametrize("how", ["unpacked", "step", "bfd"])
+def test_four_processes_give_the_weights_of_one(how, one, four):
+    theirs = one["bfd" if how == "bfd" else "unpacked"]
+    assert four[how]["steps"] == theirs["steps"]
+    assert_same_weights(four[how], theirs)
+    assert four[how]["history"] == pytest.approx(theirs["history"], rel=1e-9)
 
 
 def test_a_lora_on_the_head_is_trained_alike_on_two_processes(one, two):

@@ -8,16 +8,19 @@ usage: train_tiny.py OUTPUT_FILE RUNS, with RUNS as JSON: names, and options of 
 - `tp_size`: transformers' tensor parallelism alone;
 - `zero_stage`: DeepSpeed; the model comes from `folder`, where a run without it saves it.
 `stream` makes a stream of the rows. `added` is what the model gets beside: "previous token" or "convolution".
-`of_rank_1` holds options that rank 1 alone has; it fails at the step `rank_1_fails_at`, and takes the rows in another
-order with `rank_1_shuffles`. With `save_steps` below `max_steps` (and an `output_dir`), the model is saved, and a
-second run resumes. `resume_from` is a checkpoint. With `proves`, nothing is trained: the claims of `check_packing` are
-measured.
+`of_rank_1` holds options that rank 1 alone has; it fails at the step `rank_1_fails_at`, is killed at `rank_1_killed_at`,
+and takes the rows in another order with `rank_1_shuffles`. With `save_steps` below `max_steps` (and an `output_dir`),
+the model is saved, and a second run resumes. `resume_from` is a checkpoint. With `proves`, nothing is trained: the
+claims of `check_packing` are measured.
 """
 
 import json
 import os
+import signal
 import sys
 import tempfile
+import time
+from pathlib import Path
 
 import torch
 from accelerate import ParallelismConfig, PartialState
@@ -50,14 +53,17 @@ class Recording(PackedSFTTrainer):
 
 
 class Failing(TrainerCallback):
-    """Rank 1 alone fails at a step."""
+    """Rank 1 alone fails at a step, or is killed."""
 
-    def __init__(self, step):
-        self.step = step
+    def __init__(self, step, killed):
+        self.step, self.killed = step, killed
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.step and os.environ["RANK"] == "1":
-            raise ValueError("row 7 is broken")
+            if not self.killed:
+                raise ValueError("row 7 is broken")
+            Path(args.output_dir, "killed").write_text(str(time.time()))
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Shuffling(TrainerCallback):
@@ -192,10 +198,10 @@ def trained(options):
     if how := options.pop("proves", None):
         return proved(options, how)
     resume_from, fails_at = options.pop("resume_from", None), options.pop("rank_1_fails_at", None)
-    shuffles = options.pop("rank_1_shuffles", False)
+    shuffles, killed_at = options.pop("rank_1_shuffles", False), options.pop("rank_1_killed_at", None)
     ours = built(dict(options))
-    if fails_at:
-        ours.add_callback(Failing(fails_at))
+    if fails_at or killed_at:
+        ours.add_callback(Failing(fails_at or killed_at, killed=bool(killed_at)))
     if shuffles:
         ours.add_callback(Shuffling())
     ours.train(resume_from_checkpoint=resume_from)
@@ -208,7 +214,7 @@ def trained(options):
         "history": {key: logged[key] for key in ("num_tokens", "entropy", "mean_token_accuracy")},
         "evaluated": {key: evaluated[f"eval_{key}"] for key in ("loss", "entropy", "mean_token_accuracy")},
     }
-    if "save_steps" in options and options["save_steps"] < options["max_steps"]:
+    if "save_steps" in options and options["save_steps"] < options["max_steps"] and resume_from is None:
         ours.save_model(f"{options['output_dir']}/model")
         again = built(dict(options))
         again.train(resume_from_checkpoint=f"{options['output_dir']}/checkpoint-{options['save_steps']}")
