@@ -228,6 +228,19 @@ def one_batch_per_step(trainer: Any) -> Iterator[tuple[int, Any]]:
         trainer.args, trainer._train_batch_size = args, batch_size
 
 
+def reduce_gradients_in_every_pass(trainer: Any) -> None:
+    """Under FSDP2, unless the user has set `sync_each_batch`: between passes it would keep whole gradients on a rank.
+
+    8 ranks, 8B parameters in bfloat16, 4 passes: 3.3 GiB of gradients instead of 15. Replicas that a model was loaded
+    with (HSDP) keep shards, and wait with the sum over replicas.
+    """
+    at_load = getattr(trainer, "is_distributed_loading_by_transformers", False)  # not yet in 5.17
+    replicated = at_load and trainer.model.config.distributed_config.dp_replicate_size > 1
+    asked = "sync_each_batch" in (trainer.args.accelerator_config.gradient_accumulation_kwargs or {})
+    if (trainer.is_fsdp_enabled or at_load) and not replicated and not asked:
+        trainer.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+
+
 def gradient_sync(trainer: Any, model: nn.Module, *, last: bool) -> AbstractContextManager:
     """What transformers' loop (5.24) puts around a micro-batch, the `last` of a step or another.
 

@@ -115,6 +115,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             self.compute_loss_func = own_loss  # TRL puts a string there with transformers < 5.19
 
         check_accelerator(self.accelerator, self.args, self.model)
+        compat.reduce_gradients_in_every_pass(self)
         parts = getattr(self.args, "sequence_parallel_size", 1)
         self.accelerator.packsft_sequence_parts = parts  # for `Ranks`
         self._sequence = SequenceGroup(parts) if parts > 1 else None

@@ -35,7 +35,7 @@ WAYS = {
     "step, checkpointing": {"gradient_checkpointing": True},
     "bfd": {"packing_strategy": "bfd", "max_length": 24},
     "no reshard": {"fsdp_config": {"reshard_after_forward": False}},
-    "sync each batch": {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}},
+    "sums of the last pass": {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": False}}},
 }
 HALF = LLAMA | {"dtype": "float32", "bf16": True}
 

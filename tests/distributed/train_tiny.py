@@ -8,7 +8,7 @@ usage: train_tiny.py OUTPUT_FILE RUNS, with RUNS as JSON: names, and options of 
 - `tp_size`: transformers' tensor parallelism alone;
 - `zero_stage`: DeepSpeed; the model comes from `folder`, where a run without it saves it.
 `stream` makes a stream of the rows. `added` is what the model gets beside: "previous token" or "convolution".
-`of_rank_1` holds options that rank 1 alone has; it fails at the step `rank_1_fails_at`, is killed at `rank_1_killed_at`,
+`of_rank_1` holds options of rank 1 alone; it fails at the step `rank_1_fails_at`, is killed at `rank_1_killed_at`,
 and takes the rows in another order with `rank_1_shuffles`. With `save_steps` below `max_steps` (and an `output_dir`),
 the model is saved, and a second run resumes. `resume_from` is a checkpoint. With `proves`, nothing is trained: the
 claims of `check_packing` are measured.
@@ -162,6 +162,10 @@ def built(options):
         processing_class=tiny_tokenizer(),
     )
     assert bool(layer) == (ours.accelerator.distributed_type == DistributedType.FSDP)
+    accumulation = options.get("accelerator_config", {}).get("gradient_accumulation_kwargs", {})
+    sums_up = ours.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+    sharded = layer or (loading and loading.get("fsdp_size", 1) > 1 and "dp_replicate_size" not in loading)
+    assert sums_up == (bool(sharded) and accumulation.get("sync_each_batch", True))
     assert bool(zero) == (ours.accelerator.distributed_type == DistributedType.DEEPSPEED)
     exercised(ours.model)
     FUSED["calls"] = 0
