@@ -231,7 +231,7 @@ def one_batch_per_step(trainer: Any) -> Iterator[tuple[int, Any]]:
 def reduce_gradients_in_every_pass(trainer: Any) -> None:
     """Under FSDP2, unless the user has set `sync_each_batch`: between passes it would keep whole gradients on a rank.
 
-    8 ranks, 8B parameters in bfloat16, 4 passes: 3.3 GiB of gradients instead of 15. Replicas that a model was loaded
+    1.2B parameters in bfloat16 on 8 ranks: 0.4 GiB instead of 2.3 (`--suite memory`). Replicas that a model was loaded
     with (HSDP) keep shards, and wait with the sum over replicas.
     """
     at_load = getattr(trainer, "is_distributed_loading_by_transformers", False)  # not yet in 5.17

@@ -23,6 +23,9 @@ from harness.shapes import ModelShape, random_model
 from packsft_kernels import LossOptions, launch
 from torch import Tensor, distributed
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from packsft.data.batch import loss_inputs, model_inputs
 from packsft.data.collator import PackingCollator
@@ -49,6 +52,7 @@ def bench(settings: Settings) -> Iterator[Figure]:
     for model, length, scored in product(models, lengths, SHARES):
         yield from _heads(model, length, scored, absent)
     yield from (figure(name, note=f"cannot run: {reason}") for name, reason in absent.items())
+    yield from _gradients_of_passes("Llama-3.2-1B")
     yield from _shared_rows("Llama-3.1-8B", 131_072, (1, 2) if settings.quick else (1, 2, 4, 8))
 
 
@@ -108,6 +112,43 @@ def _peaks(run: Head, length: int, width: int, vocab: int) -> tuple[int, int]:
 
     used.run(forward_and_backward)
     return used.peak, max(forward, used.peak - 2 * (hidden_TM.numel() + weight_VM.numel()))
+
+
+def _gradients_of_passes(model: str) -> Iterator[Figure]:
+    """What a rank of 8 holds of gradients in a step of two passes under FSDP2: reduced in each, or in the last."""
+    store = importlib.import_module("torch.testing._internal.distributed.fake_pg").FakeStore()
+    distributed.init_process_group("fake", rank=0, world_size=8, store=store)
+    try:
+        each, last = (_gradients(MODELS_OF_ROWS[model], in_each) for in_each in (True, False))
+    finally:
+        distributed.destroy_process_group()
+    name = f"{model} under FSDP2, 8 ranks, 2 passes of 512 tokens"
+    yield figure(f"{name}: gradients, reduced in each pass", each / GIB, "GiB", note="at the peak; bfloat16, AdamW")
+    yield figure(
+        f"{name}: gradients, reduced in the last pass", last / GIB, "GiB", ratio=last / each,
+        ratio_of="memory / reduced in each pass",
+    )  # fmt: skip
+
+
+def _gradients(shape: ModelShape, in_each: bool) -> int:
+    mesh = init_device_mesh("cpu", (8,))
+    with FakeTensorMode():
+        model = random_model(shape, torch.bfloat16, torch.device("cpu"))
+        model.train()
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+        tracker = MemTracker()
+        tracker.track_external(model, optimizer)
+        ids = torch.zeros(1, 512, dtype=torch.long)
+        with tracker:
+            for last in (False, True):
+                tracker.reset_mod_stats()
+                model.set_requires_gradient_sync(in_each or last)
+                model(input_ids=ids, use_cache=False, logits_to_keep=1).logits.float().sum().backward()
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    return next(size for kind, size in peak.items() if str(kind).endswith("GRAD"))
 
 
 def _shared_rows(model: str, length: int, sizes: Sequence[int]) -> Iterator[Figure]:
