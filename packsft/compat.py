@@ -7,6 +7,7 @@ itself overrides or uses; a test checks the list, and names whatever a new relea
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -19,6 +20,8 @@ from unittest import mock
 import torch
 import transformers
 import trl
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from packaging.version import Version
@@ -234,8 +237,9 @@ def reduce_gradients_in_every_pass(trainer: Any) -> None:
     1.2B parameters in bfloat16 on 8 ranks: 0.4 GiB instead of 2.3 (`--suite memory`). Replicas that a model was loaded
     with (HSDP) keep shards, and wait with the sum over replicas.
     """
-    at_load = getattr(trainer, "is_distributed_loading_by_transformers", False)  # not yet in 5.17
-    replicated = at_load and trainer.model.config.distributed_config.dp_replicate_size > 1
+    of_load: Any = getattr(trainer.model.config, "distributed_config", None)
+    at_load = (getattr(of_load, "fsdp_size", None) or 1) > 1  # not yet in 5.17
+    replicated = at_load and (of_load.dp_replicate_size or 1) > 1
     asked = "sync_each_batch" in (trainer.args.accelerator_config.gradient_accumulation_kwargs or {})
     if (trainer.is_fsdp_enabled or at_load) and not replicated and not asked:
         trainer.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
@@ -325,6 +329,40 @@ def no_comparison_of_arguments() -> AbstractContextManager:
     It has no switch for this.
     """
     return mock.patch.object(transformers.trainer, "compare_trainer_and_checkpoint_args")
+
+
+def engine_fields(engine: str, layer: str) -> dict[str, Any]:
+    """Fields of a configuration: "fsdp2" with this class of layers, "zero2", "zero3", "sp" over two ranks, or ""."""
+    if engine == "fsdp2":
+        config = {"version": 2, "transformer_layer_cls_to_wrap": [layer], "reshard_after_forward": True}
+        return {"fsdp": True, "fsdp_config": config}
+    if engine.startswith("zero"):
+        automatic = ("gradient_clipping", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        options: dict[str, Any] = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+        options |= {"zero_optimization": {"stage": int(engine[-1])}} | dict.fromkeys(automatic, "auto")
+        return {"deepspeed": options}
+    return {"sequence_parallel_size": 2} if engine == "sp" else {}
+
+
+def engine_on_cpu(engine: str, args: Any) -> None:
+    """accelerate (1.15) shards a model over accelerators only: let it do so over processes on the CPU.
+
+    `args` have the `engine_fields`. For DeepSpeed the environment has DS_ACCELERATOR=cpu, ACCELERATE_TORCH_DEVICE=cpu.
+    """
+    assert args.device.type == "cpu"  # makes the process group
+    if engine == "fsdp2":
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    elif engine.startswith("zero"):
+        os.environ |= {"ACCELERATE_USE_CPU": "false", "ACCELERATE_USE_DEEPSPEED": "true"}
+
+
+def whole_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Copies, by name, of a model that may be sharded. All ranks call it."""
+    with whole_model(model):
+        return {
+            name: (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
+            for name, parameter in model.named_parameters()
+        }
 
 
 def store_of_ranks() -> Any:

@@ -45,7 +45,7 @@ from packsft.data.collator import PackingCollator, mark_sizes
 from packsft.data.loaders import PackedLoaders, Packs
 from packsft.data.messages import tokenizer_without_nulls, warn_of_unseen_roles
 from packsft.data.packs import USER_COLUMNS, PackedDataset, UserPacks, pack_dataset
-from packsft.data.ranks import Ranks, check_same_on_all_ranks, naming_failed_rank, on_a_disk_of_the_node
+from packsft.data.ranks import Ranks, check_same_on_all_ranks, on_a_disk_of_the_node
 from packsft.data.raw import (
     checked_rows,
     formatted_rows,
@@ -63,6 +63,7 @@ from packsft.packing import STRATEGIES, PackingReport, packing_report
 from packsft.proof.claims import PackingCheck, check_packing, first_documents
 from packsft.step.boundary import StepBoundary, StepCallback
 from packsft.step.exact import ExactSteps
+from packsft.step.failure import naming_failed_rank
 from packsft.step.metrics import DeviceMetrics, MetricSums
 from packsft.step.normalization import items_in_step
 

@@ -7,6 +7,7 @@ Loads and prepares the model. `proof/claims.py` measures the claims, `proof/inva
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from typing import Any
 
@@ -33,11 +34,13 @@ from packsft.trainer import PackedSFTTrainer
 WORKER = "packsft.app.check"
 
 
-def check_batch_invariance(model: str | None, num_steps: int) -> list[InvarianceResult]:
+def check_batch_invariance(model: str | None, num_steps: int, engine: str | None = None) -> list[InvarianceResult]:
     """`invariance.certify_by_name` with packsft's trainer."""
     if model is not None:
         check_model_name(model)
-    return certify_by_name(model, num_steps, WORKER)
+    if engine in ("zero2", "zero3") and importlib.util.find_spec("deepspeed") is None:
+        raise ValueError(f"--engine {engine} needs the package deepspeed, which is not installed")
+    return certify_by_name(model, num_steps, WORKER, engine)
 
 
 def check_model(

@@ -112,8 +112,9 @@ def _check(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         return _check_batch_invariance(options)
     if options.model is None:
         raise ValueError("set --model or --batch-invariance: there is nothing to check")
-    if options.steps is not None:
-        raise ValueError("--steps needs --batch-invariance")
+    for name in ("steps", "engine"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} needs --batch-invariance")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # see _demo
     from rich.console import Console
 
@@ -150,11 +151,12 @@ def _check_batch_invariance(options: argparse.Namespace) -> int:
     from packsft.app.check import check_batch_invariance
     from packsft.app.tables import print_table
 
-    results = check_batch_invariance(options.model, num_steps=options.steps or 10)
+    results = check_batch_invariance(options.model, options.steps or 10, options.engine)
     if options.json:
         print(json.dumps([result.as_dict() for result in results], indent=2))
     else:
-        print_table(Console(), "Weights after the same steps, compared with the first layout, in float64", [
+        precision = "float32" if (options.engine or "").startswith("zero") else "float64"
+        print_table(Console(), f"Weights after the same steps, compared with the first layout, in {precision}", [
             ("model", "tokens per pass", "accumulation", "processes", "passes", "difference", "allowed"),
             *(result.row() for result in results),
         ])  # fmt: skip
@@ -304,6 +306,10 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     check.add_argument(
         "--batch-invariance", "--geometry", action="store_true", help="prove that the split of a step changes no weight"
     )
+    check.add_argument(
+        "--engine", choices=("fsdp2", "zero2", "zero3", "sp"),
+        help="with --batch-invariance: two processes under FSDP2, DeepSpeed's ZeRO (float32), or that share each row",
+    )  # fmt: skip
     check.add_argument("--steps", type=_at_least(1, 10_000), help="optimizer steps of --batch-invariance (default: 10)")
     check.add_argument("--json", action="store_true", help="print JSON instead of a table")
 

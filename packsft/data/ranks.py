@@ -7,10 +7,7 @@ All ranks hold the same data set, and each takes its share of it.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +15,8 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, load_from_disk
-from torch import distributed
-
-from packsft import compat
 
 SAMPLED_ROWS = 64
-_runs = itertools.count()
 _kept: list[tempfile.TemporaryDirectory] = []  # until the process ends
 
 
@@ -60,27 +53,6 @@ def check_same_on_all_ranks(accelerator: Any, sample: str, name: str) -> None:
             f"the {name} holds other rows on rank {others[0]} than on rank 0, but packsft deals the rows to the ranks "
             "itself: give every rank the whole data set, without shard() or split_dataset_by_node()"
         )
-
-
-@contextmanager
-def naming_failed_rank(accelerator: Any) -> Iterator[None]:
-    """An error of one rank breaks off what the others wait for: their errors then name this rank and its error."""
-    if accelerator.num_processes == 1:
-        yield
-        return
-    key = f"packsft/failed/{next(_runs)}"
-    try:
-        yield
-    except Exception as error:
-        words = f"{type(error).__name__}: {error}"
-        own = f"rank {accelerator.process_index} failed: {words}"
-        try:
-            first = compat.store_of_ranks().compare_set(key, "", own).decode()  # the first one stays
-        except distributed.DistError:  # its host has ended
-            first = own
-        if not first.endswith(f" failed: {words}"):  # some errors are raised by all ranks
-            raise RuntimeError(first) from error
-        raise
 
 
 def on_a_disk_of_the_node(dataset: Any, name: str) -> Any:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-EXACT, ROUNDING = 1e-12, 1e-9  # allowed: in float64; for a model that itself rounds to float32
+from packsft import compat
+from packsft.model.isolation import decoder_layers
+
+# allowed: in float64; for a model that itself rounds to float32; in float32, which DeepSpeed trains in
+EXACT, ROUNDING, SINGLE = 1e-12, 1e-9, 1e-4
 LEARNING_RATE = 1e-4  # for a gradient near zero, AdamW turns rounding into a part of this
 _MOVED = 1e-6 * LEARNING_RATE
 
@@ -47,11 +51,12 @@ _MOVED = 1e-6 * LEARNING_RATE
 @dataclass(frozen=True)
 class Layout:
     """How a step is split: gradient accumulation, processes, and passes of at most `tokens_per_pass` tokens (None: not
-    packed, one pass per accumulation step)."""
+    packed, one pass per accumulation step); and by which of `ENGINES` several processes share the model, "" for DDP."""
 
     tokens_per_pass: int | None
     accumulation: int
     processes: int
+    engine: str = ""
 
 
 LAYOUTS = (
@@ -63,6 +68,16 @@ LAYOUTS = (
         for accumulation in (1, 8)
     ),
 )
+
+
+ENGINES = {"fsdp2": "FSDP2", "zero2": "DeepSpeed's ZeRO-2", "zero3": "ZeRO-3", "sp": "parts of each row"}
+
+
+def layouts_of(engine: str | None) -> tuple[Layout, ...]:
+    """The first layout, and those of two processes with this engine; all of them without one."""
+    if engine is None:
+        return LAYOUTS
+    return (LAYOUTS[0], *(replace(layout, engine=engine) for layout in LAYOUTS if layout.processes == 2))
 
 
 @dataclass(frozen=True)
@@ -88,7 +103,9 @@ class InvarianceResult:
 
     def row(self) -> tuple[str, ...]:
         """The texts of a table row."""
-        sizes = tuple("unpacked" if value is None else f"{value:,}" for value in asdict(self.layout).values())
+        *numbers, engine = asdict(self.layout).values()
+        sizes = ["unpacked" if value is None else f"{value:,}" for value in numbers]
+        sizes[-1] += engine and f" {engine}"
         return (self.model, *sizes, f"{self.passes:.1f}", f"{self.difference:.1e}", f"{self.allowed:.0e}")
 
     def as_dict(self) -> dict[str, Any]:
@@ -96,7 +113,9 @@ class InvarianceResult:
         return asdict(self) | {"agrees": self.agrees}
 
 
-def certify_by_name(model: str | None, num_steps: int, worker: str) -> list[InvarianceResult]:
+def certify_by_name(
+    model: str | None, num_steps: int, worker: str, engine: str | None = None
+) -> list[InvarianceResult]:
     """`certify` on random tokens, for a model by folder or name (dropout off); None for the two small models."""
     if model is None:
         models = small_models()
@@ -110,8 +129,9 @@ def certify_by_name(model: str | None, num_steps: int, worker: str) -> list[Inva
         max_length = min(512, getattr(config, "max_position_embeddings", None) or 512)
         rows = random_rows(16 * num_steps, max_length, config.vocab_size)
         results += certify(
-            network, tokenizer, rows, name=name, max_length=max_length, num_steps=num_steps, worker=worker
-        )
+            network, tokenizer, rows, name=name, max_length=max_length, num_steps=num_steps, worker=worker,
+            layouts=layouts_of(engine),
+        )  # fmt: skip
     return results
 
 
@@ -137,7 +157,7 @@ def certify(
     """Train the same steps in every layout, and compare each with the first.
 
     Args:
-        model: a causal language model, trained in float64. Dropout must be off.
+        model: a causal language model, trained in float64, or in float32 under DeepSpeed. Dropout must be off.
         rows: a data set for `PackedSFTTrainer`.
         name: the model's name in the results.
         worker: the module that trains a job: `python -m WORKER FOLDER` must call `train_layouts`.
@@ -153,16 +173,22 @@ def certify(
                 f"examples_per_step={examples_per_step}: must be a multiple of accumulation * processes, in {layout}"
             )
     allowed = ROUNDING if rounds_to_float32(model.to(torch.float64)) else EXACT
+    (engine,) = {layout.engine for layout in layouts} - {""} or {""}
+    if single := engine.startswith("zero"):
+        allowed = SINGLE
+    layer = type(decoder_layers(model)[0][1]).__name__
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(f"{folder}/model")
         tokenizer.save_pretrained(f"{folder}/model")
         rows.save_to_disk(f"{folder}/rows")
-        options = {"max_length": max_length, "max_steps": num_steps, "examples_per_step": examples_per_step}
+        options: dict[str, Any] = {"max_length": max_length, "max_steps": num_steps}
+        options |= {"examples_per_step": examples_per_step}
+        options |= {"dtype": "float32" if single else "float64", "layer": layer}
         runs: list[dict[str, Any]] = []
         for processes in sorted({layout.processes for layout in layouts}):
             job = options | {"layouts": [asdict(g) for g in layouts if g.processes == processes]}
             Path(folder, "job.json").write_text(json.dumps(job))
-            runs += _launch(worker, folder, processes)
+            runs += _launch(worker, folder, processes, engine if processes > 1 else "")
         start = {name: weight.detach() for name, weight in model.named_parameters()}
     found = {Layout(**run["layout"]): run for run in runs}
     first = found[layouts[0]]
@@ -244,7 +270,7 @@ def _difference(
     return off
 
 
-def _launch(worker: str, folder: str, processes: int) -> list[dict[str, Any]]:
+def _launch(worker: str, folder: str, processes: int, engine: str) -> list[dict[str, Any]]:
     """Even a single process is a child: a process that has trained without a process group cannot create one."""
     results = Path(folder, "runs.pt")
     results.unlink(missing_ok=True)
@@ -253,8 +279,9 @@ def _launch(worker: str, folder: str, processes: int) -> list[dict[str, Any]]:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "OMP_NUM_THREADS": str(threads),
-        "ACCELERATE_USE_CPU": "true",
         "CUDA_VISIBLE_DEVICES": "",
+        **({"ACCELERATE_USE_CPU": "true"} if engine in ("", "sp") else {}),
+        **({"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"} if engine.startswith("zero") else {}),
     }
     done = subprocess.run(
         [sys.executable, *ranks, "-m", worker, folder],
@@ -282,7 +309,7 @@ def train_layouts(folder: str, trainer_class: Any, config_class: Any) -> None:
     tokenizer = AutoTokenizer.from_pretrained(f"{folder}/model")
     runs = []
     for layout in job["layouts"]:
-        micro_batches = layout["accumulation"] * layout["processes"]
+        micro_batches = layout["accumulation"] * (1 if layout["engine"] == "sp" else layout["processes"])
         args = config_class(
             output_dir=f"{folder}/out", use_cpu=True, bf16=False, report_to="none", save_strategy="no",
             disable_tqdm=True, max_length=job["max_length"], max_steps=job["max_steps"],
@@ -290,14 +317,15 @@ def train_layouts(folder: str, trainer_class: Any, config_class: Any) -> None:
             gradient_accumulation_steps=layout["accumulation"], tokens_per_pass=layout["tokens_per_pass"],
             packing=layout["tokens_per_pass"] is not None,
             learning_rate=LEARNING_RATE, weight_decay=0.01, gradient_checkpointing=False, logging_strategy="no",
+            **compat.engine_fields(layout["engine"], job["layer"]),
         )  # fmt: skip
-        model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float64)
+        compat.engine_on_cpu(layout["engine"], args)
+        model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=getattr(torch, job["dtype"]))
         trainer = Recording(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
         trainer.losses, trainer.passes = {}, {}
         trainer.train()
         losses = trainer.accelerator.reduce(torch.stack(list(trainer.losses.values())), reduction="mean")
-        unwrapped = trainer.accelerator.unwrap_model(trainer.model)
-        weights = {name: weight.detach() for name, weight in unwrapped.named_parameters()}
+        weights = compat.whole_parameters(trainer.accelerator.unwrap_model(trainer.model))
         passes = float(np.mean(list(trainer.passes.values())))
         runs.append({"layout": layout, "weights": weights, "losses": losses, "passes": passes})
     if trainer.is_world_process_zero():

@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from launch import results_of
+from launch import launch, results_of
 from numerics import error
+
+from packsft.app.check import WORKER
+from packsft.proof.invariance import certify, layouts_of, random_rows, small_models
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytestmark = pytest.mark.slow
@@ -27,6 +30,7 @@ RUNS = {
     "a copy of the head": LLAMA | UNTIED | {"lora": {"target_modules": LAYERS, "modules_to_save": ["lm_head"]}},
 }
 STAGES = {name: (1, 2, 3) if name in ("step", "bfd") else (3,) for name in RUNS}
+SAVING = {"optim": "adamw_torch", "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2}
 CPU = {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
 
 
@@ -64,3 +68,25 @@ def test_two_processes_under_zero_give_the_weights_of_one_with_the_fused_head(na
         assert error(ours["weights"][weight], theirs["weights"][weight]) < 2e-6, weight
     assert error(ours["step_losses"], theirs["step_losses"]) < 1e-6
     assert ours["evaluated"] == pytest.approx(theirs["evaluated"], rel=1e-5)
+
+
+def test_a_killed_run_resumes(folder, one):
+    alone = runs(folder, 1)["step"] | SAVING | {"save_strategy": "no", "save_steps": 6}
+    whole = results_of(SCRIPT, 1, folder / "whole.pt", json.dumps({"run": alone}))["run"]
+    each = runs(folder, 2)["step"] | SAVING | {"zero_stage": 2, "output_dir": str(folder / "killed")}
+    launch(SCRIPT, 2, folder / "killed.pt", json.dumps({"run": each | {"rank_1_killed_at": 5}}), **CPU)
+    assert not (folder / "killed.pt").exists()
+    again = results_of(SCRIPT, 2, folder / "again.pt", json.dumps({"run": each | {"resume_from": True}}), **CPU)["run"]
+    assert again["steps"] == 6
+    assert error(again["step_losses"], whole["step_losses"][4:]) < 1e-6
+    for weight in whole["weights"]:
+        assert error(again["weights"][weight], whole["weights"][weight]) < 1e-4, weight
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_weights_after_ten_steps_agree(engine):
+    model, tokenizer = small_models()["GPT-2"]
+    layouts = layouts_of(engine)[::3]
+    results = certify(model, tokenizer, random_rows(200, 512, 256), max_length=512, worker=WORKER, layouts=layouts)
+    assert all(result.agrees for result in results), results
+    assert max(result.difference for result in results) > 0

@@ -30,12 +30,11 @@ from packsft_kernels import linear_cross_entropy
 from peft import AdaLoraConfig, LoraConfig
 from runs import config, losses
 from tiny import tiny_model, tiny_tokenizer, token_rows
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from packsft import PackedSFTTrainer
-from packsft.compat import whole_model
+from packsft.compat import engine_fields, engine_on_cpu, whole_parameters
 from packsft.model import head
 from packsft.model.sequence_parallel import SequenceGroup
 
@@ -75,10 +74,6 @@ class Shuffling(TrainerCallback):
 
 
 FUSED = {"calls": 0}
-ZERO = {
-    "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "gradient_clipping": "auto",
-    "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
-}  # fmt: skip
 
 
 def counted(*args, **kwargs):
@@ -120,8 +115,9 @@ def built(options):
     elif added == "convolution":
         model.model.layers[1].conv = torch.nn.Conv1d(4, 4, kernel_size=3)
     if layer := options.pop("layer", None):
-        fsdp = {"version": 2, "transformer_layer_cls_to_wrap": [layer], "reshard_after_forward": True}
-        options |= {"fsdp": True, "fsdp_config": fsdp | options.pop("fsdp_config", {})}
+        of_fsdp = options.pop("fsdp_config", {})
+        options |= engine_fields("fsdp2", layer)
+        options["fsdp_config"] |= of_fsdp
     tp, replicas = options.pop("tp_size", None), options.pop("replicas", None)
     if tp or replicas:
         shards = int(os.environ["WORLD_SIZE"]) // (tp or 1) // (replicas or 1) if layer else 1
@@ -129,22 +125,20 @@ def built(options):
             tp_size=tp or 1, dp_replicate_size=replicas or 1, dp_shard_size=shards
         )
     if zero := options.pop("zero_stage", None):
-        options["deepspeed"] = {"zero_optimization": {"stage": zero}, **ZERO}
+        options |= engine_fields(f"zero{zero}", "")
     rows = token_rows(64).to_iterable_dataset() if options.pop("stream", False) else token_rows(64)
     attention, loading = options.pop("attention", None), options.pop("loads_as", None)
     folder = options.pop("folder", None)
     if differing := options.pop("of_rank_1", None):
         options |= differing if os.environ["RANK"] == "1" else {}
     args = config(options.pop("output_dir", tempfile.mkdtemp()), **options)
-    if zero:  # accelerate would not take DeepSpeed on a CPU
-        assert args.device.type == "cpu"
-        os.environ |= {"ACCELERATE_USE_CPU": "false", "ACCELERATE_USE_DEEPSPEED": "true"}
+    if zero:
+        engine_on_cpu(f"zero{zero}", args)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)  # partitioned by ZeRO-3
     elif folder:
         model.save_pretrained(folder)
-    if layer or tp or loading:  # accelerate would take DDP on a CPU
-        assert args.device.type == "cpu"
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    if layer or tp or loading:
+        engine_on_cpu("fsdp2", args)
     if tp or loading:
         (folder,) = broadcast_object_list([tempfile.mkdtemp()])
         model.save_pretrained(folder)  # rank 0 does
@@ -175,7 +169,7 @@ def built(options):
 
 def results_of(ours):
     return {
-        "weights": weights_of(ours.accelerator.unwrap_model(ours.model)),
+        "weights": whole_parameters(ours.accelerator.unwrap_model(ours.model)),
         "fused": FUSED["calls"],
         "losses": losses(ours),
         "step_losses": ours.accelerator.reduce(torch.stack(list(ours.step_losses.values())), reduction="mean"),
@@ -224,15 +218,6 @@ def trained(options):
         again.train(resume_from_checkpoint=f"{options['output_dir']}/checkpoint-{options['save_steps']}")
         results |= {"resumed": results_of(again)}
     return results
-
-
-def weights_of(model):
-    with whole_model(model):
-        return {name: whole(parameter) for name, parameter in model.named_parameters()}
-
-
-def whole(parameter):
-    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
 
 
 head.linear_cross_entropy = counted

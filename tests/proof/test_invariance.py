@@ -15,6 +15,7 @@ from packsft.proof.invariance import (
     Layout,
     _difference,
     certify,
+    layouts_of,
     random_rows,
     rounds_to_float32,
     small_models,
@@ -30,6 +31,10 @@ FEW = (Layout(None, 8, 1), Layout(4096, 1, 1))
         pytest.param("GPT-2", EXACT, FEW, id="GPT-2, one process"),
         pytest.param("GPT-2", EXACT, LAYOUTS, id="GPT-2", marks=pytest.mark.slow),
         pytest.param("Llama", ROUNDING, SOME, id="Llama", marks=pytest.mark.slow),
+        *(
+            pytest.param("GPT-2", EXACT, layouts_of(engine)[::3], id=f"GPT-2, {engine}", marks=pytest.mark.slow)
+            for engine in ("fsdp2", "sp")
+        ),
     ],
 )
 def test_weights_after_ten_steps_agree(name, tolerance, layouts):
@@ -64,7 +69,7 @@ def test_weights_that_are_no_number_do_not_agree():
 
 def test_the_command_fails_where_weights_differ(monkeypatch, capsys):
     results = [InvarianceResult("GPT-2", Layout(None, 8, 1), 8.0, 2e-12, 0.0, EXACT)]
-    monkeypatch.setattr("packsft.app.check.check_batch_invariance", lambda model, num_steps: results)
+    monkeypatch.setattr("packsft.app.check.check_batch_invariance", lambda model, num_steps, engine: results)
     assert main(["check", "--batch-invariance", "--json"]) == 1
     (printed,) = json.loads(capsys.readouterr().out)
     assert (printed["agrees"], printed["layout"]["tokens_per_pass"]) == (False, None)
