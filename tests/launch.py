@@ -13,15 +13,18 @@ import torch
 import packsft
 
 
-def launch(script: Path, processes: int, *arguments: object, nodes: int = 1, **environment: str) -> str:
+def launch(
+    script: Path, processes: int, *arguments: object, nodes: int = 1, config: Path | None = None, **environment: str
+) -> str:
     """Run a Python file on the CPU; returns what it wrote to stderr, on all nodes. Does not look at the exit code: gloo
-    may abort while it is taken down."""
+    may abort while it is taken down. With `config`, a configuration file of accelerate decides what else it decides."""
     roots = [Path(__file__).parent, *(Path(package.__file__).parents[1] for package in (packsft, packsft_kernels))]
     path = os.pathsep.join([*map(str, roots), os.environ.get("PYTHONPATH", "")])
     port = 0 if nodes == 1 else _free_port()  # 0: the agent finds one
     running = []
     for node in range(nodes):
-        how = ["-m", "accelerate.commands.launch", "--multi_gpu", f"--num_machines={nodes}", f"--machine_rank={node}",
+        engine = ["--multi_gpu"] if config is None else [f"--config_file={config}"]
+        how = ["-m", "accelerate.commands.launch", *engine, f"--num_machines={nodes}", f"--machine_rank={node}",
                f"--num_processes={processes}", "--main_process_ip=127.0.0.1", f"--main_process_port={port}",
                "--mixed_precision=no", "--dynamo_backend=no"]  # fmt: skip
         command = [sys.executable, *(how if processes > 1 else []), str(script), *map(str, arguments)]

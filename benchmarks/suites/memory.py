@@ -85,13 +85,13 @@ def _heads(model: str, length: int, scored: str, absent: dict[str, str]) -> Iter
                 chart=f"Peak memory of the head of {model}, {scored} tokens scored", x=float(length), x_name="tokens T",
             )  # fmt: skip
             if peer.name == OURS:
-                # dX and dW as they are stored, in float32, until the upstream factor is known
-                limit = launch.CHUNK_BYTES + 4 * (count + vocab) * width
+                # dX and dW are summed in float32; at the end dW is rounded, when the chunk of logits is gone
+                limit = max(launch.CHUNK_BYTES, 2 * vocab * width) + 4 * (count + vocab) * width
                 yield figure(
                     f"{name}: {OURS}, temporary", temporary / GIB, "GiB", ratio=temporary / limit,
-                    ratio_of="memory / (chunk budget + dX + dW)", at_most=1.0,
-                    note=f"what is not handed back, against {launch.CHUNK_BYTES / GIB:g} GiB for a chunk of logits, dX "
-                    "of the scored rows and dW in float32",
+                    ratio_of="memory / (chunk or rounded dW, + dX + dW)", at_most=1.0,
+                    note=f"what is not handed back, against {launch.CHUNK_BYTES / GIB:g} GiB for a chunk of logits (or "
+                    "dW in bfloat16), dX of the scored rows and dW in float32",
                 )  # fmt: skip
 
 

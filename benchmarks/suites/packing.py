@@ -91,9 +91,12 @@ def many_ranks() -> Iterator[Figure]:
         seconds = time.perf_counter() - start
         tokens = np.array([step[share].sum() for share in shares])
         attention = np.array([(step[share] ** 2).sum() for share in shares])
-        what, bound = f"step of {len(step):,} examples, {ranks} ranks, {name}", (step**2).max() / attention.mean()
+        what, bound = (
+            f"step of {len(step):,} examples, {ranks} ranks, {name}",
+            float((step**2).max() / attention.mean()),
+        )
         yield figure(f"{what}: planning", seconds, "s", at_most=0.2, note=f"tokens: {tokens.max() / tokens.mean():.3f}")
-        even = attention.max() / attention.mean()
+        even = float(attention.max() / attention.mean())
         yield figure(
             f"{what}: attention, highest rank / mean", even, "", ratio=even / max(1.0, bound), at_most=1.15,
             ratio_of="this / the longest example alone" if bound > 1 else "this / even",

@@ -6,11 +6,13 @@ usage: train_tiny.py OUTPUT_FILE RUNS, with RUNS as JSON: names, and options of 
 - `layer`: the class of the decoder layers, which accelerate's FSDP2 then shards, in so many `replicas`;
 - `loads_as`: fields of transformers' `DistributedConfig`, which shards when the model is loaded;
 - `tp_size`: transformers' tensor parallelism alone;
-- `zero_stage`: DeepSpeed; the model comes from `folder`, where a run without it saves it.
+- `zero_stage`: DeepSpeed; the model comes from `folder`, where a run without it saves it;
+- `configured`: the engine that the configuration of `accelerate launch` has.
 `stream` makes a stream of the rows. `added` is what the model gets beside: "previous token" or "convolution".
 `of_rank_1` holds options of rank 1 alone; it fails at the step `rank_1_fails_at`, is killed at `rank_1_killed_at`,
 and takes the rows in another order with `rank_1_shuffles`. With `save_steps` below `max_steps` (and an `output_dir`),
-the model is saved, and a second run resumes. `resume_from` is a checkpoint. With `proves`, nothing is trained: the
+the model is saved, and a second run resumes. `resume_from` is a checkpoint. With `refused`, the result is the error of
+each rank. With `proves`, nothing is trained: the
 claims of `check_packing` are measured.
 """
 
@@ -114,7 +116,8 @@ def built(options):
         with_previous_token(model.model.layers[0])
     elif added == "convolution":
         model.model.layers[1].conv = torch.nn.Conv1d(4, 4, kernel_size=3)
-    if layer := options.pop("layer", None):
+    layer = options.pop("layer", None)
+    if layer:
         of_fsdp = options.pop("fsdp_config", {})
         options |= engine_fields("fsdp2", layer)
         options["fsdp_config"] |= of_fsdp
@@ -127,11 +130,14 @@ def built(options):
     if zero := options.pop("zero_stage", None):
         options |= engine_fields(f"zero{zero}", "")
     rows = token_rows(64).to_iterable_dataset() if options.pop("stream", False) else token_rows(64)
+    configured = options.pop("configured", None)
     attention, loading = options.pop("attention", None), options.pop("loads_as", None)
     folder = options.pop("folder", None)
     if differing := options.pop("of_rank_1", None):
         options |= differing if os.environ["RANK"] == "1" else {}
     args = config(options.pop("output_dir", tempfile.mkdtemp()), **options)
+    if configured:
+        engine_on_cpu(configured, args)
     if zero:
         engine_on_cpu(f"zero{zero}", args)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)  # partitioned by ZeRO-3
@@ -155,10 +161,15 @@ def built(options):
         eval_dataset=token_rows(9, seed=5),
         processing_class=tiny_tokenizer(),
     )
+    layer, zero = layer or configured == "fsdp2", zero or (configured or "").startswith("zero")
     assert bool(layer) == (ours.accelerator.distributed_type == DistributedType.FSDP)
     accumulation = options.get("accelerator_config", {}).get("gradient_accumulation_kwargs", {})
     sums_up = ours.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
-    sharded = layer or (loading and loading.get("fsdp_size", 1) > 1 and "dp_replicate_size" not in loading)
+    sharded = (
+        layer
+        or configured == "fsdp2"
+        or (loading and loading.get("fsdp_size", 1) > 1 and "dp_replicate_size" not in loading)
+    )
     assert sums_up == (bool(sharded) and accumulation.get("sync_each_batch", True))
     assert bool(zero) == (ours.accelerator.distributed_type == DistributedType.DEEPSPEED)
     exercised(ours.model)
@@ -193,6 +204,11 @@ def proved(options, how):
 
 
 def trained(options):
+    if options.pop("refused", False):
+        try:
+            built(dict(options))
+        except ValueError as error:
+            return gather_object([str(error)])
     if how := options.pop("proves", None):
         return proved(options, how)
     resume_from, fails_at = options.pop("resume_from", None), options.pop("rank_1_fails_at", None)
