@@ -155,6 +155,10 @@ def _check_sequence_parallel(parts: int, args: SFTConfig, arguments: dict[str, A
             f"{where} needs a number of processes that it divides, and there are {args.world_size}: start them with "
             f"accelerate launch --num_processes={parts} or torchrun"
         )
+    if args.deepspeed_plugin is not None:
+        raise ValueError(f"{where} has not been tried under DeepSpeed: use FSDP2 (`fsdp`), or set it to 1")
+    if getattr(args, "tokens_per_pass", None) == "auto":
+        raise ValueError(f"{where}: tokens_per_pass='auto' would measure on each rank for itself: set a number")
     for name in ("compute_metrics", "compute_loss_func"):
         if arguments.get(name) is not None:
             raise ValueError(f"{where}: {name} needs the logits of a whole row, and a rank has a part of it")

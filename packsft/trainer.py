@@ -396,7 +396,8 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         once = [] if own_loss or output.added_loss is None else [output.added_loss]
         # Llama 4 and Doge have the coefficient but return no such loss; an empty pass routes only a padding token
         if self.aux_loss_enabled and output.aux_loss is not None and not own_loss:
-            once.append(self.router_aux_loss_coef * output.aux_loss * bool(inputs["num_tokens"]))
+            has_documents = bool(inputs.get("row_tokens", inputs["num_tokens"]))
+            once.append(self.router_aux_loss_coef * output.aux_loss * has_documents)
         if once:
             micro_batches = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + sum(once) / micro_batches

@@ -24,7 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Most tests compare with numbers of the CPU. They run there on a machine with a GPU too, and so do the processes
     that they start; the GPU is for `pytest -m gpu`."""
-    if "gpu" not in config.getoption("markexpr") and "PACKSFT_TEST_DEVICE" not in os.environ:
+    asked = config.getoption("markexpr")
+    if ("gpu" not in asked.split() or "not gpu" in asked) and "PACKSFT_TEST_DEVICE" not in os.environ:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

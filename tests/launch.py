@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,17 @@ def launch(
                "--mixed_precision=no", "--dynamo_backend=no"]  # fmt: skip
         command = [sys.executable, *(how if processes > 1 else []), str(script), *map(str, arguments)]
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment
-        running.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+        said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (a pipe that nobody reads would stop a node)
+        running.append((subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=said), said))
     try:
-        return "".join(agent.communicate(timeout=240)[1] for agent in running)
+        for agent, said in running:
+            agent.wait(timeout=240)
+            said.seek(0)
+        return "".join(said.read() for _, said in running)
     finally:
-        for agent in running:
+        for agent, said in running:
             agent.kill()
+            said.close()
 
 
 def _free_port() -> int:

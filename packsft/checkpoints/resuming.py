@@ -132,6 +132,12 @@ class WholeCheckpoints(Trainer):
                 },
                 "give all ranks the same data and checkpoint",
             )
+            ranks = Ranks.of(self.accelerator)
+            rows = [batch["rows"].tolist() for batch in batches if "rows" in batch]
+            every = gather_object([hashlib.sha256(repr(rows).encode()).hexdigest()])
+            sharing = ranks.sharing * ranks.parts  # what they share, whatever the strategy
+            if differs := [rank for rank, found in enumerate(every) if found != every[rank - rank % sharing]]:
+                raise ValueError(f"rank {differs[0]} would take other rows than the ranks that it shares them with")
 
     def _compare_ranks(self, own: dict[str, Any], advice: str) -> None:
         every = gather_object([own])
@@ -337,7 +343,7 @@ class WholeCheckpoints(Trainer):
             **self._record(),
             "settings": self._settings_and_rows(),
             "num_tokens": self._total_train_tokens + pending,
-            "stream": self._place.state(self.state.global_step),
+            "stream": self._place.state(self.state.global_step, Ranks.of(self.accelerator)),
         }
         self.accelerator.wait_for_everyone()
         if self.args.local_process_index == 0:

@@ -8,6 +8,8 @@ from typing import Any
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
+from packsft.data.ranks import Ranks
+
 
 class StreamPlace:
     """Counts passes over a stream and the steps of each, and keeps the digests of what was read, by worker.
@@ -44,9 +46,10 @@ class StreamPlace:
                 self._digests[worker] = after
         return differs
 
-    def state(self, step: int) -> dict[str, Any]:
-        """For a checkpoint; all ranks call it."""
-        return {"epoch": self.epoch, "steps": step - self.began, "digests": gather_object([self._digests])}
+    def state(self, step: int, ranks: Ranks) -> dict[str, Any]:
+        """For a checkpoint, with the digests of each share of the stream; all ranks call it."""
+        digests = gather_object([self._digests])[:: ranks.sharing * ranks.parts]
+        return {"epoch": self.epoch, "steps": step - self.began, "digests": digests}
 
 
 class CountsEpochs(TrainerCallback):

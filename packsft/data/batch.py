@@ -77,6 +77,11 @@ class StepRows:
     stream_digests: tuple[int, str, str] | None = None
 
 
+def part_of(num_tokens: int, part: int, parts: int) -> slice:
+    """The positions of part `part` in a row of so many tokens, a multiple of `parts`."""
+    return slice(num_tokens * part // parts, num_tokens * (part + 1) // parts)
+
+
 def document_lengths(batch: Mapping[str, Any]) -> Any:
     """`[1, T]` or `[B, S]`: the length of each token's document, also on the padding of a padded batch."""
     if "row_lengths" in batch:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from packsft.data.batch import StepRows
+from packsft.data.batch import StepRows, part_of
 from packsft.data.document import IGNORE_INDEX, Document, Pack, documents_of
 from packsft.data.streams import stream_digests
 
@@ -83,7 +83,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
         batch = self._padded(filled) if self.padded else self._packed(filled)
         num_tokens = sum(map(len, documents))
         if self.part[1] > 1:
-            part = _part_of(len(batch["input_ids"][0]) * self.part[1], *self.part)
+            part = part_of(len(batch["input_ids"][0]) * self.part[1], *self.part)
             batch["row_tokens"], num_tokens = num_tokens, len(range(num_tokens)[part])
         return batch | {
             "num_items": float(batch["loss_weights"].sum()) if self.per_example else batch["num_scored"],
@@ -114,7 +114,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
             bound = self.max_length or 0
             longest = bound if longest <= bound else 1 << (longest - 1).bit_length()
         cu_seq_lens = torch.from_numpy(boundaries.astype(np.int32))
-        part = _part_of(len(ids), *self.part)
+        part = part_of(len(ids), *self.part)
         return {
             "input_ids": torch.from_numpy(ids[part])[None],
             "position_ids": torch.from_numpy(position_ids[part])[None],
@@ -169,11 +169,6 @@ class PackingCollator(DataCollatorForLanguageModeling):
             positions = {k: np.pad(v, pad, constant_values=unscored.get(k, 0)) for k, v in positions.items()}
         tensors = {key: torch.from_numpy(values) for key, values in positions.items()}
         return {**tensors, "num_scored": len(scored)}
-
-
-def _part_of(num_tokens: int, part: int, parts: int) -> slice:
-    """Of a row of so many tokens, a multiple of `parts`."""
-    return slice(num_tokens * part // parts, num_tokens * (part + 1) // parts)
 
 
 def _known(digests: tuple[int, str, str] | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ All ranks hold the same data set, and each takes its share of it.
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from dataclasses import dataclass
 from typing import Any
@@ -66,12 +67,20 @@ def on_a_disk_of_the_node(dataset: Any, name: str) -> Any:
     state = PartialState()
     if state.num_processes == 1 or not isinstance(dataset, Dataset) or dataset.cache_files or not len(dataset):
         return dataset
-    some = dataset[np.unique(np.linspace(0, len(dataset) - 1, SAMPLED_ROWS, dtype=np.int64))]
-    check_same_on_all_ranks(state, hashlib.sha256(repr((len(dataset), some)).encode()).hexdigest(), name)
-    folder = ""
+    if dataset.format["type"] == "custom":  # a function of each row, which no disk keeps
+        return dataset
+    some = np.unique(np.linspace(0, len(dataset) - 1, SAMPLED_ROWS, dtype=np.int64))
+    as_text = repr((len(dataset), dataset.with_format("arrow")[some].to_pydict()))
+    check_same_on_all_ranks(state, hashlib.sha256(as_text.encode()).hexdigest(), name)
+    folder, failed = "", ""
     if state.is_local_main_process:
         _kept.append(tempfile.TemporaryDirectory(prefix="packsft-"))
         folder = _kept[-1].name
-        dataset.save_to_disk(folder)
-    of_all = gather_object([folder])  # and waits
-    return load_from_disk(of_all[state.process_index - state.local_process_index])
+        try:
+            dataset.save_to_disk(folder)
+        except Exception as error:
+            failed = f"rank {state.process_index} could not write the {name} to {folder}: {error}"
+    of_all = gather_object([(folder, failed)])  # and waits
+    if errors := [failed for _, failed in of_all if failed]:
+        raise RuntimeError(errors[0])
+    return load_from_disk(next(folder for folder, _ in of_all if folder and os.path.isdir(folder)))

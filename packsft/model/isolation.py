@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from packsft.compat import is_out_of_memory
-from packsft.data.batch import model_inputs
+from packsft.data.batch import document_lengths, model_inputs
 from packsft.data.collator import PackingCollator
 from packsft.model.attention import packed_forward, watch_masks
 from packsft.model.head import count_embeddings, device_of, eval_mode
 from packsft.model.positions import longest_document
-from packsft.model.rotary import Call, watch_positions, why_by_row
+from packsft.model.rotary import Call, by_document, watch_positions, why_by_row
 from packsft.model.sequence_parallel import group_of, shared_by
 
 NOT_CHECKED = "not checked"
@@ -78,13 +78,14 @@ def check_isolation(
     return replace(verdict, reason=f"{verdict.reason}; {apart.reason}")
 
 
-def check_cut_rows(model: PreTrainedModel, autocast: Callable[[], AbstractContextManager]) -> IsolationVerdict:
-    """Whether a row that is cut over the ranks of the model's sequence group gives what it gives whole.
+def check_cut_rows(model: PreTrainedModel) -> IsolationVerdict:
+    """Whether a row that is cut over the ranks of the model's sequence group gives what it gives whole, without
+    autocast: other numbers of rows round otherwise.
 
     A layer that hands a state or neighbouring tokens on, other than by our attention, loses them where a row is cut.
     """
     devices = [device_of(model)] if device_of(model).type == "cuda" else []
-    with torch.random.fork_rng(devices), eval_mode(model), autocast():
+    with torch.random.fork_rng(devices), eval_mode(model):
         return _verdict(lambda: _cut_as_whole(model))
 
 
@@ -98,8 +99,9 @@ def _cut_as_whole(model: PreTrainedModel) -> IsolationVerdict:
     ids = _random_ids(model, sum(lengths))
 
     def outputs(**options: Any) -> list[tuple[str, Tensor]]:
-        with packed_forward(), watch_layers(model) as layers:
-            logits = model(**_packed_inputs(model, ids, lengths, **options), use_cache=False).logits
+        inputs = _packed_inputs(model, ids, lengths, **options)
+        with packed_forward(), by_document(document_lengths(inputs)), watch_layers(model) as layers:
+            logits = model(**inputs, use_cache=False).logits
         return [(name, hidden[0]) for name, hidden in [*layers, ("the head", logits)]]
 
     cut = [(name, group.gather(part)) for name, part in outputs(part=(group.rank, group.size))]

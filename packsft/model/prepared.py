@@ -111,14 +111,18 @@ class PreparedModel:
                 attention.backend_of(model)  # raises, with the reason
         if own_attention in (None, "eager", "sdpa"):  # flash and flex attention isolate documents themselves
             model.set_attn_implementation(attention.ATTENTION_NAME)
-        elif self.sequence is not None:
+        elif self.sequence is not None and own_attention != attention.ATTENTION_NAME:
             raise ValueError(
                 f"sequence_parallel_size={self.sequence.size}: the attention of this model, {own_attention!r}, sees "
                 "only the tokens of one rank: leave attn_implementation unset"
             )
+        if self.sequence is not None and getattr(model.config.get_text_config(), "layerdrop", None):
+            raise ValueError(
+                f"sequence_parallel_size={self.sequence.size}: each rank would drop other layers, set layerdrop=0"
+            )
         set_group(model, self.sequence)
         self.padded = False
-        if not check and self.prompt is None:
+        if not check and self.prompt is None and self.sequence is None:
             self.isolation = IsolationVerdict(True, NOT_CHECKED)
             return
         self.check_isolation()
@@ -156,7 +160,7 @@ class PreparedModel:
             return self.isolation
         self.isolation = check_isolation(self.base_model, self.autocast, self._max_length)
         if self.isolation.isolated and self.sequence is not None:
-            self.isolation = check_cut_rows(self.base_model, self.autocast)
+            self.isolation = check_cut_rows(self.base_model)
         return self.isolation
 
     @contextlib.contextmanager
@@ -166,8 +170,12 @@ class PreparedModel:
             self.sequence.num_tokens = batch.get("row_tokens")
         turns = longest_document(batch) >= self._rotary_limit
         apart = contextlib.nullcontext() if self.padded else attention.packed_forward()
-        with by_document(document_lengths(batch) if turns else None), apart:
-            yield
+        try:
+            with by_document(document_lengths(batch) if turns else None), apart:
+                yield
+        finally:
+            if self.sequence is not None:
+                self.sequence.num_tokens = None
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any], num_items: float | Tensor) -> HeadOutput:
         """Forward of a batch through the head; `model` is this model, possibly wrapped (PEFT, DDP, FSDP).

@@ -138,8 +138,10 @@ def _each_group(rope: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output
         groups += [lengths > limit]
     for group in groups:
         own = position_ids.where(group & (position_ids < lengths), 0)
-        own_args, own_kwargs = _with_positions(args, kwargs, own)
-        found = rope.forward(*own_args, **own_kwargs)
+        # The end of its longest document, from which the module takes the frequencies, may lie on another rank.
+        last = (lengths.where(group, 1).amax() - 1).expand(*own.shape[:-1], 1)
+        own_args, own_kwargs = _with_positions(args, kwargs, torch.cat([own, last.to(own.dtype)], dim=-1))
+        found = tree_map(lambda x: x[..., :-1, :], rope.forward(*own_args, **own_kwargs))
         output = tree_map(lambda new, old, group=group: torch.where(group[..., None], new, old), found, output)
     if grows:
         _forget(rope, args, kwargs, position_ids.device)

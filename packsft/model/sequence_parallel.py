@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from packsft.data.batch import part_of
+
 
 class SequenceGroup:
     """The ranks that share each row; neighbours make a group.
@@ -84,10 +86,6 @@ class SequenceGroup:
         """Of `[H]`, one value per query head, this rank's `[H / P]`."""
         return None if per_head is None else per_head.chunk(self.size)[self.rank]
 
-    def part_of(self, num_tokens: int) -> slice:
-        """This rank's positions in a row of so many tokens, a multiple of P."""
-        return slice(num_tokens * self.rank // self.size, num_tokens * (self.rank + 1) // self.size)
-
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
@@ -112,7 +110,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.group.size * grad[ctx.group.part_of(grad.shape[0])], None
+        return ctx.group.size * grad[part_of(grad.shape[0], ctx.group.rank, ctx.group.size)], None
 
 
 @functools.cache
@@ -151,7 +149,8 @@ def gather_router_logits(backbone: nn.Module) -> None:
         group, logits = group_of(module), getattr(output, "router_logits", None)
         if group is not None and group.num_tokens is not None and logits is not None:
             whole = (_Gather.apply(of_layer, group) for of_layer in logits)  # of each layer [T / P, experts]
-            output.router_logits = tuple(of_layer[: group.num_tokens] for of_layer in whole)
+            # a row of padding alone has a loss too, which does not count
+            output.router_logits = tuple(of_layer[: group.num_tokens or None] for of_layer in whole)
 
     gather.packsft = True  # type: ignore[attr-defined]
     if not any(getattr(hook, "packsft", False) for hook in backbone._forward_hooks.values()):

@@ -97,7 +97,7 @@ def _balanced(lengths: NDArray[np.int64], sizes: NDArray[np.int64], tokens_per_p
         offsets, places = best_fit_decreasing(distinct[::-1], counts[::-1], tokens_per_pass, room, held)
         if len(offsets) - 1 == num_passes:
             documents = np.concatenate((spread[np.argsort(to, kind="stable")], rest))[places]
-            return [np.sort(pass_) for pass_ in np.split(documents, offsets[1:-1])]
+            return np.split(documents, offsets[1:-1])
     return []
 
 

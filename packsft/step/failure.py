@@ -16,7 +16,10 @@ _runs = itertools.count()  # the same number on every rank
 
 @contextmanager
 def naming_failed_rank(accelerator: Any) -> Iterator[None]:
-    """An error of one rank breaks off what the others wait for: their errors then name this rank and its error."""
+    """An error of one rank breaks off what the others wait for: their errors then name this rank and its error.
+
+    With gloo. With NCCL the others raise nothing: the launcher ends them.
+    """
     if accelerator.num_processes == 1:
         yield
         return
@@ -28,8 +31,9 @@ def naming_failed_rank(accelerator: Any) -> Iterator[None]:
         own = f"rank {accelerator.process_index} failed: {words}"
         try:
             first = compat.store_of_ranks().compare_set(key, "", own).decode()  # the first one stays
-        except distributed.DistError:  # its host has ended
+        except (distributed.DistError, ValueError):  # its host has ended, or there is no process group
             first = own
-        if not first.endswith(f" failed: {words}"):  # some errors are raised by all ranks
+        waited = isinstance(error, distributed.DistError) or type(error) is RuntimeError  # for another rank, perhaps
+        if waited and not first.endswith(f" failed: {words}"):
             raise RuntimeError(first) from error
         raise

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from packsft.compat import is_out_of_memory
 from packsft.data.batch import StepRows
+from packsft.data.ranks import Ranks
 from packsft.step.memory import fit_tokens
 
 logger = logging.getLogger("packsft")
@@ -136,11 +137,12 @@ class PassWalker:
 
     def _smaller(self, passes: list[dict[str, Any]], tokens_per_pass: int, error: RuntimeError) -> int:
         """Half the tokens of the fullest pass that holds more than one document."""
-        divisible = [batch["input_ids"].numel() for batch in passes if batch["num_documents"] > 1]
+        parts = Ranks.of(self._accelerator).parts
+        divisible = [parts * batch["input_ids"].numel() for batch in passes if batch["num_documents"] > 1]
         most = max(divisible, default=0)
         smaller = max(1, most // 2)
         if not divisible or smaller >= tokens_per_pass:  # one document and its padding
-            most = max(batch["input_ids"].numel() for batch in passes)
+            most = parts * max(batch["input_ids"].numel() for batch in passes)
             raise torch.OutOfMemoryError(
                 f"a document of {most:,} tokens is too much for the device's memory, even alone: set "
                 f"gradient_checkpointing=True or a smaller max_length ({error})"

@@ -65,7 +65,8 @@ def test_an_axis_of_memory_has_two_lines_of_each_candidate() -> None:
 def test_the_memory_suite_needs_no_gpu_and_meets_its_targets() -> None:
     figures = list(memory.bench(Settings(quick=True)))
     judged = {figure["name"]: figure["passed"] for figure in figures if figure["passed"] is not None}
-    assert len(judged) == 4  # the head's budget and TRL's memory, for all tokens scored and for some
+    # the head's budget and TRL's memory, for all tokens scored and for some; a row shared by two ranks
+    assert len(judged) == 5
     assert all(judged.values())
     assert not [figure["name"] for figure in figures if figure["value"] is None and "packsft" in figure["name"]]
     assert next(figure["note"] for figure in figures if "Liger" in figure["name"]).startswith("cannot run: ")

@@ -1,6 +1,7 @@
 """Ranks that share each row train as one process does, to the last bits; and what cannot be cut is refused by name."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ STEP = {"family": "llama", "packing": True, "tokens_per_pass": 24} | SGD
 BFD = STEP | {"packing_strategy": "bfd", "max_length": 24}
 LORA = {"target_modules": ["q_proj", "v_proj"]}
 UNTIED = {"model": {"tie_word_embeddings": False}}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}  # above 6 tokens, by a document's length
 ROUTED = "a router's loss"
 RUNS = {
     "step": STEP,
@@ -30,6 +32,7 @@ RUNS = {
     ROUTED: STEP | {"family": "qwen2_moe", "router_aux_loss_coef": 0.5},
     "sinks": STEP | {"family": "gpt_oss", "router_aux_loss_coef": 0.0},
     "a stream": STEP | {"stream": True},
+    "rotary embeddings by length": STEP | {"model": {"max_position_embeddings": 6, "rope_parameters": DYNAMIC}},
 }
 SHARDED = {"FSDP2": STEP, "FSDP2, LoRA on the head": RUNS["LoRA on the head"], "FSDP2, bfd": BFD}
 
@@ -102,6 +105,7 @@ REFUSED = {
     "a state, bfloat16": ({"added": "previous token", "dtype": "bfloat16"}, "in model.layers.0 a token depends on"),
     "another attention": ({"attention": "flex_attention"}, "sees only the tokens of one rank"),
     "half a group": ({"sequence_parallel_size": 4}, "needs a number of processes that it divides, and there are 2"),
+    "a measurement": ({"tokens_per_pass": "auto"}, "would measure on each rank for itself"),
     "logits": ({"compile_layers": True}, "compile_layers=True does not compile the exchange"),
 }  # fmt: skip
 
@@ -123,3 +127,14 @@ def test_the_check_of_the_model_also_proves_that_a_row_can_be_cut(tmp_path):
     claim = "a row cut over the ranks gives the loss and gradients of the whole row"
     assert found["as it is"][claim] == (True, True)
     assert found["heads in another order"] == "refused"
+
+
+def test_a_group_without_documents_has_a_loss_that_is_a_number_and_a_second_trainer_takes_the_model(tmp_path):
+    """9 evaluated rows in batches of 8 leave the second group of ranks without any; with a router's loss."""
+    routed = RUNS[ROUTED] | {"sequence_parallel_size": 2, "per_device_train_batch_size": 2, "max_steps": 2}
+    half = STEP | {"sequence_parallel_size": 2, "max_steps": 1, "per_device_train_batch_size": 2}
+    runs = {ROUTED: routed | {"per_device_eval_batch_size": 4}}
+    runs |= {family: half | {"family": family, "dtype": "bfloat16"} for family in ("llama", "qwen2_moe")}
+    runs["again"] = half | {"attention": "packsft"}
+    found = results_of(SCRIPT, 4, tmp_path / "runs.pt", json.dumps(runs))
+    assert all(math.isfinite(value) for run in found.values() for value in run["evaluated"].values())
