@@ -1,6 +1,8 @@
 """Runs a script in several gloo processes under `accelerate launch`."""
 
+import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -39,14 +41,19 @@ def launch(
         return "".join(said.read() for _, said in running)
     finally:
         for agent, said in running:
-            agent.kill()
+            agent.terminate()  # it ends its processes
+            agent.wait()
             said.close()
 
 
 def _free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return bound.getsockname()[1]
+    """Below those that the system gives to connections: a node that connects to one of them before the other listens
+    may be connected to itself."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with socket.socket() as bound, contextlib.suppress(OSError):
+            bound.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port between 20,000 and 30,000 is free")
 
 
 def results_of(script: Path, processes: int, output: Path, *arguments: object, **how: Any) -> Any:
