@@ -163,7 +163,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             masked=self.aux_loss_enabled,
             virtual_tokens=self._prepared.virtual_tokens,
             table_of_positions=longest_document(base_model_of(self.model), None),
-            part=(0, 1) if self._sequence is None else (self._sequence.rank, self._sequence.size),
+            part=(0, 1) if self._sequence is None else self._sequence.part,
         )
         self._check_data(self._vocab_size)
         max_length = self.args.max_length or sys.maxsize

@@ -116,18 +116,25 @@ def _peaks(run: Head, length: int, width: int, vocab: int) -> tuple[int, int]:
 
 def _gradients_of_passes(model: str) -> Iterator[Figure]:
     """What a rank of 8 holds of gradients in a step of two passes under FSDP2: reduced in each, or in the last."""
-    store = importlib.import_module("torch.testing._internal.distributed.fake_pg").FakeStore()
-    distributed.init_process_group("fake", rank=0, world_size=8, store=store)
-    try:
+    with _rank_of(8):
         each, last = (_gradients(MODELS_OF_ROWS[model], in_each) for in_each in (True, False))
-    finally:
-        distributed.destroy_process_group()
     name = f"{model} under FSDP2, 8 ranks, 2 passes of 512 tokens"
     yield figure(f"{name}: gradients, reduced in each pass", each / GIB, "GiB", note="at the peak; bfloat16, AdamW")
     yield figure(
         f"{name}: gradients, reduced in the last pass", last / GIB, "GiB", ratio=last / each,
         ratio_of="memory / reduced in each pass",
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _rank_of(processes: int) -> Iterator[None]:
+    """Rank 0 of so many processes that do not exist: nothing is sent."""
+    store = importlib.import_module("torch.testing._internal.distributed.fake_pg").FakeStore()
+    distributed.init_process_group("fake", rank=0, world_size=processes, store=store)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 def _gradients(shape: ModelShape, in_each: bool) -> int:
@@ -153,29 +160,17 @@ def _gradients(shape: ModelShape, in_each: bool) -> int:
 
 def _shared_rows(model: str, length: int, sizes: Sequence[int]) -> Iterator[Figure]:
     """A training step on one document: what a rank allocates beside the weights, if P ranks share the row."""
-    store = importlib.import_module("torch.testing._internal.distributed.fake_pg").FakeStore()
-    distributed.init_process_group("fake", rank=0, world_size=max(sizes), store=store)
-    try:
+    with _rank_of(max(sizes)):
         steps = {P: _step(MODELS_OF_ROWS[model], length, P) for P in sizes}
-    finally:
-        distributed.destroy_process_group()
     whole, *_ = steps.values()
     for P, (kept, peak, sent) in steps.items():
         name = f"{model}, a document of {length:,} tokens, P = {P}"
-        shared = {"ratio_of": f"memory / (memory of one rank / {P})", "at_most": 1.1} if P > 1 else {}
+        shared: dict[str, Any] = {"ratio_of": f"memory / (memory of one rank / {P})", "at_most": 1.1} if P > 1 else {}
         note = f"{kept / GIB:.1f} GiB from forward to backward; gradient checkpointing, weight gradients freed at once"
-        yield figure(
-            f"{name}: peak of a rank",
-            peak / GIB,
-            "GiB",
-            ratio=P * peak / whole[1] if P > 1 else None,
-            note=note,
-            **shared,
-        )
+        shared |= {"ratio": P * peak / whole[1]} if P > 1 else {}
+        yield figure(f"{name}: peak of a rank", peak / GIB, "GiB", note=note, **shared)
         if P > 1:
-            note = (
-                "sent by all ranks: forward, backward and the forward again; query, key, value and output in bfloat16"
-            )
+            note = "sent by all ranks in forward, backward and the forward again: query, key, value, output in bfloat16"
             yield figure(f"{name}: on the wire", sent / length, "bytes per token and layer", note=note)
 
 

@@ -91,10 +91,8 @@ def many_ranks() -> Iterator[Figure]:
         seconds = time.perf_counter() - start
         tokens = np.array([step[share].sum() for share in shares])
         attention = np.array([(step[share] ** 2).sum() for share in shares])
-        what, bound = (
-            f"step of {len(step):,} examples, {ranks} ranks, {name}",
-            float((step**2).max() / attention.mean()),
-        )
+        what = f"step of {len(step):,} examples, {ranks} ranks, {name}"
+        bound = float((step**2).max() / attention.mean())
         yield figure(f"{what}: planning", seconds, "s", at_most=0.2, note=f"tokens: {tokens.max() / tokens.mean():.3f}")
         even = float(attention.max() / attention.mean())
         yield figure(

@@ -25,6 +25,7 @@ from packsft.data.document import (
     outside_vocabulary,
     unpadded,
 )
+from packsft.data.ranks import sampled_rows
 from packsft.packing import (
     STRATEGIES,
     Segments,
@@ -34,8 +35,6 @@ from packsft.packing import (
     cut_examples,
     pack_segments,
 )
-
-SAMPLED_ROWS = 64
 
 
 class TokenRows:
@@ -136,7 +135,7 @@ class TokenRows:
 
 def sample_of(num_rows: int, read: Callable[[int], Sequence[np.ndarray]]) -> str:
     """SHA-256 in hex over the number of rows and what `read` gives for some of them."""
-    rows = np.unique(np.linspace(0, num_rows - 1, SAMPLED_ROWS).astype(int))
+    rows = sampled_rows(num_rows)
     return hashlib.sha256(repr([num_rows, *([x.tolist() for x in read(row)] for row in rows)]).encode()).hexdigest()
 
 

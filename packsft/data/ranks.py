@@ -56,6 +56,11 @@ def check_same_on_all_ranks(accelerator: Any, sample: str, name: str) -> None:
         )
 
 
+def sampled_rows(num_rows: int) -> np.ndarray:
+    """At most `SAMPLED_ROWS` row numbers, from the first to the last, evenly spread."""
+    return np.unique(np.linspace(0, num_rows - 1, SAMPLED_ROWS, dtype=np.int64))
+
+
 def on_a_disk_of_the_node(dataset: Any, name: str) -> Any:
     """Rows in memory, written once on each node: `datasets` then finds there what another process made of them.
 
@@ -69,7 +74,7 @@ def on_a_disk_of_the_node(dataset: Any, name: str) -> Any:
         return dataset
     if dataset.format["type"] == "custom":  # a function of each row, which no disk keeps
         return dataset
-    some = np.unique(np.linspace(0, len(dataset) - 1, SAMPLED_ROWS, dtype=np.int64))
+    some = sampled_rows(len(dataset))
     as_text = repr((len(dataset), dataset.with_format("arrow")[some].to_pydict()))
     check_same_on_all_ranks(state, hashlib.sha256(as_text.encode()).hexdigest(), name)
     folder, failed = "", ""

@@ -337,17 +337,10 @@ def _why_not_fused(model: PreTrainedModel, options: LossOptions) -> str | None:
             hidden = _backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
             # through its modules, as in training: FSDP2 may shard it in one group with a layer that has just run
             module: Any = model.get_output_embeddings()
-            given: dict[str, Any] = {
-                "rows": rows,
-                "targets": targets,
-                "weights": None,
-                "options": plain,
-                "num_items": None,
-            }
 
             def log_prob(hidden: Tensor) -> tuple[Tensor]:
                 unsharded: Any = split_head(module)
-                return (_fused_loss(unsharded, hidden, **given).log_prob,)
+                return (_fused_loss(unsharded, hidden, rows, targets, None, plain, None).log_prob,)
 
             (ours,) = _called_through(_sharded(module), log_prob, hidden)
         with gathered_parameters(linear.weight) as (weight,):

@@ -36,12 +36,8 @@ from packsft.model.sequence_parallel import group_of, shared_by
 NOT_CHECKED = "not checked"
 DOCUMENT_LENGTHS = (9, 14, 11)  # unequal, and no length equals a boundary offset
 UNBOUNDED_LENGTH = 1 << 20  # checked in place of a max_length
-CUT_ROUNDING = {
-    torch.float64: 1e-5,
-    torch.float32: 1e-3,
-    torch.bfloat16: 0.05,
-    torch.float16: 0.02,
-}  # of a token's norm
+# of a token's norm
+CUT_ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
 @dataclass(frozen=True)
@@ -104,7 +100,7 @@ def _cut_as_whole(model: PreTrainedModel) -> IsolationVerdict:
             logits = model(**inputs, use_cache=False).logits
         return [(name, hidden[0]) for name, hidden in [*layers, ("the head", logits)]]
 
-    cut = [(name, group.gather(part)) for name, part in outputs(part=(group.rank, group.size))]
+    cut = [(name, group.gather(part)) for name, part in outputs(part=group.part)]
     with shared_by(model, None):
         whole = outputs(pad_to_multiple_of=group.size)
     for (name, ours), (_, theirs) in zip(cut, whole, strict=True):
@@ -169,7 +165,7 @@ def _random_ids(model: PreTrainedModel, count: int) -> Tensor:
 def _leak(model: PreTrainedModel, ids: Tensor, lengths: list[int]) -> IsolationVerdict:
     """Whether another document reaches the last one, or a later position reaches one of its middle positions."""
     group = group_of(model)
-    part = (0, 1) if group is None else (group.rank, group.size)
+    part = (0, 1) if group is None else group.part
     inputs = _packed_inputs(model, ids, lengths, part=part)
     low = part[0] * inputs["input_ids"].shape[1]  # of this rank's positions
     begin, end = sum(lengths[:-1]), sum(lengths)

@@ -27,13 +27,14 @@ class SequenceGroup:
 
     Attributes:
         size: how many ranks share a row, P.
-        rank: which part of the row this rank holds.
+        rank: which part of the row this rank holds; `part` is (rank, size), as the collator takes it.
         num_tokens: tokens of the documents in the whole row that runs, without padding; for a router's loss.
     """
 
     def __init__(self, size: int) -> None:
         self.size, self._process_group = size, _process_group(size, distributed.group.WORLD)
         self.rank = distributed.get_rank(self._process_group)
+        self.part = (self.rank, size)
         self.num_tokens: int | None = None
 
     def __deepcopy__(self, memo: Any) -> SequenceGroup:
@@ -110,7 +111,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.group.size * grad[part_of(grad.shape[0], ctx.group.rank, ctx.group.size)], None
+        return ctx.group.size * grad[part_of(grad.shape[0], *ctx.group.part)], None
 
 
 @functools.cache

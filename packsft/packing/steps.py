@@ -40,22 +40,23 @@ def plan_step(
     for name, value in (("tokens_per_pass", tokens_per_pass), ("num_ranks", num_ranks)):
         if value < 1:
             raise ValueError(f"{name}={value!r}: must be at least 1")
+    tokens = np.asarray(lengths, np.int64)
     if padded:
-        order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
-        passes = _rows_of_similar_length(np.asarray(lengths, np.int64), order, tokens_per_pass)
+        order = np.argsort(-tokens, kind="stable")
+        passes = _rows_of_similar_length(tokens, order, tokens_per_pass)
         num_passes = max(1, -(-len(passes) // num_ranks))
     else:
-        sizes = np.minimum(lengths, tokens_per_pass)
+        sizes = np.minimum(tokens, tokens_per_pass)
         fewest = -(-int(sizes.sum()) // tokens_per_pass)  # where every pass is full
         num_passes = max(1, -(-fewest // num_ranks))
-        passes = _balanced(np.asarray(lengths, np.int64), sizes, tokens_per_pass, num_passes * num_ranks)
+        passes = _balanced(tokens, sizes, tokens_per_pass, num_passes * num_ranks)
         if not passes:
             packs = plan_packs(sizes, tokens_per_pass)
             num_passes = max(1, -(-len(packs) // num_ranks))
-            passes = _balanced(np.asarray(lengths, np.int64), sizes, tokens_per_pass, num_passes * num_ranks)
+            passes = _balanced(tokens, sizes, tokens_per_pass, num_passes * num_ranks)
             passes = passes or [packs[i] for i in range(len(packs))]
     passes += [np.zeros(0, np.int64)] * (num_passes * num_ranks - len(passes))
-    return _dealt(passes, np.asarray(lengths, np.int64), num_ranks)
+    return _dealt(passes, tokens, num_ranks)
 
 
 def simulate_steps(

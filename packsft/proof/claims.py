@@ -333,7 +333,7 @@ class Comparison:
         group = self._prepared.sequence
         assert group is not None
         with shared_by(self._prepared.base_model, group):
-            numbers = self._add([self._trained_loss(self.documents, part=(group.rank, group.size))])
+            numbers = self._add([self._trained_loss(self.documents, part=group.part)])
         return {name: group.sum(value) for name, value in numbers.items()}
 
     def _trained_loss(self, documents: Pack, **cut: Any) -> Tensor:

@@ -51,7 +51,7 @@ _MOVED = 1e-6 * LEARNING_RATE
 @dataclass(frozen=True)
 class Layout:
     """How a step is split: gradient accumulation, processes, and passes of at most `tokens_per_pass` tokens (None: not
-    packed, one pass per accumulation step); and by which of `ENGINES` several processes share the model, "" for DDP."""
+    packed, one pass per accumulation step); and the engine of several processes: see `compat.engine_fields`."""
 
     tokens_per_pass: int | None
     accumulation: int
@@ -68,9 +68,6 @@ LAYOUTS = (
         for accumulation in (1, 8)
     ),
 )
-
-
-ENGINES = {"fsdp2": "FSDP2", "zero2": "DeepSpeed's ZeRO-2", "zero3": "ZeRO-3", "sp": "parts of each row"}
 
 
 def layouts_of(engine: str | None) -> tuple[Layout, ...]:

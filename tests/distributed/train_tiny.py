@@ -12,8 +12,7 @@ usage: train_tiny.py OUTPUT_FILE RUNS, with RUNS as JSON: names, and options of 
 `of_rank_1` holds options of rank 1 alone; it fails at the step `rank_1_fails_at`, is killed at `rank_1_killed_at`,
 and takes the rows in another order with `rank_1_shuffles`. With `save_steps` below `max_steps` (and an `output_dir`),
 the model is saved, and a second run resumes. `resume_from` is a checkpoint. With `refused`, the result is the error of
-each rank. With `proves`, nothing is trained: the
-claims of `check_packing` are measured.
+each rank. With `proves`, nothing is trained: the claims of `check_packing` are measured.
 """
 
 import json
