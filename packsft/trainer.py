@@ -20,6 +20,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import DynamoBackend
 from datasets import Dataset, IterableDataset
 from packsft_kernels import LossOptions
@@ -42,6 +43,8 @@ from packsft.checkpoints.stream_place import CountsEpochs
 from packsft.config import has_bf16
 from packsft.data.batch import document_lengths
 from packsft.data.collator import PackingCollator, mark_sizes
+from packsft.data.divided import divisible
+from packsft.data.exchange import Exchange
 from packsft.data.loaders import PackedLoaders, Packs
 from packsft.data.messages import tokenizer_without_nulls, warn_of_unseen_roles
 from packsft.data.packs import USER_COLUMNS, PackedDataset, UserPacks, pack_dataset
@@ -202,6 +205,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         # The parent only tokenises and labels. The plan cuts, drops and shuffles, and counts what is lost.
         tokenise = copy.copy(args)
         tokenise.max_length, tokenise.shuffle_dataset = None, False
+        seed = args.seed if args.data_seed is None else args.data_seed
         sample: dict[str, Any] = next(iter(dataset.with_format(None)), {})
         tokenised, scores_completions = "input_ids" in sample, {"prompt", "completion"} <= sample.keys()
         decided_elsewhere = args.completion_only_loss is None and scores_completions != self.completion_only_loss
@@ -224,12 +228,15 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             name=dataset_name,
         )
         once = once_of(rows, self._tokenizer)
+        strategy = args.packing_strategy if packing else "none"
+        several = PartialState().num_processes > 1 and STRATEGIES[strategy].exact_steps
+        if divides := several and isinstance(rows, IterableDataset) and not tokenised:
+            rows = divisible(rows, seed if args.shuffle_dataset else None)
         if not (tokenised and isinstance(rows, Dataset)):
             tokenise.dataset_text_field = "text"
             warn_of_unseen_roles(rows, processing_class, dataset_name, self.chat_template)
             without_nulls = tokenizer_without_nulls(processing_class, rows, dataset_name)
             rows = super()._prepare_dataset(rows, without_nulls, tokenise, False, None, dataset_name)
-        strategy = args.packing_strategy if packing else "none"
         packs: PackedDataset | PackedStream
         options: dict[str, Any] = {
             "strategy": strategy,
@@ -241,9 +248,9 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             "per_example": self._per_example,
             "once": once,
         }
-        seed = args.seed if args.data_seed is None else args.data_seed
         if isinstance(rows, IterableDataset):
-            packs = PackedStream(rows.shuffle(seed=seed) if args.shuffle_dataset else rows, args.max_length, **options)
+            rows = rows.shuffle(seed=seed) if args.shuffle_dataset and not divides else rows
+            packs = PackedStream(rows, args.max_length, divisible=divides, **options)
         else:  # a seeded plan mixes examples: not if the user asks for an order
             sampled = dataset_name == "train" and args.train_sampling_strategy == "random"
             seeded = args.shuffle_dataset or (sampled and STRATEGIES[strategy].repacks)
@@ -275,6 +282,8 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         model = base_model_of(self.model)
         if isinstance(packs, PackedStream):
             packs.check_positions(max_positions(model), has_position_table(model))
+            if packs.divisible:
+                Exchange.of_run()  # all ranks are here
         else:
             check_document_lengths(model, packs.document_lengths, f"{name} data set")
         check_same_on_all_ranks(self.accelerator, packs.sample(), f"{name} data set")

@@ -43,7 +43,7 @@ all ranks share.
 | `passes`          | list          | batches as above, the same number on every rank                           |
 | `input_ids`       | int64         | the input ids of all passes, joined, for metrics that need them           |
 | `examples`        | `[B]` int64   | the step's examples on all ranks: indices into the data set, or for a     |
-|                   | or list       | stream, which has no indices, the examples themselves                     |
+|                   | or others     | stream, which has no indices, what `StepStream.step` takes                |
 | `num_items`       | int or float  | the denominator of the step's loss, over all ranks                        |
 | `tokens_per_pass` | int           | the limit that the passes were planned for                                |
 """
@@ -53,8 +53,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from packsft.data.document import Pack
 
@@ -71,7 +69,7 @@ class StepRows:
     """An optimizer step before collation: the documents of each pass on this rank, and what all ranks share."""
 
     passes: list[Pack]
-    examples: np.ndarray | list[Pack]
+    examples: Any  # what the `step` of its planner takes, to plan it again
     num_items: int | float
     tokens_per_pass: int
     stream_digests: tuple[int, str, str] | None = None

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
 from datasets import Dataset
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 from transformers.trainer_utils import seed_worker
 
+from packsft.data.divided import DividedSteps
+from packsft.data.exchange import Exchange
 from packsft.data.packs import PackedDataset, PackSampler, UserPacks
 from packsft.data.ranks import Ranks
 from packsft.data.steps import StepDataset, StepStream
@@ -147,7 +149,22 @@ def packed_loader(
             batch_size, ranks_of_batches = step_size, Ranks()  # every rank asks for the whole step
         else:
             source, batch_size = StepStream(dataset, step_size, tokens_per_pass, padded=collator.padded), 1
-    if isinstance(source, (PackedStream, StepStream)) and ranks.size > 1:
+    seeds_workers = training and isinstance(dataset, (PackedDataset, UserPacks))
+    workers: dict[str, Any] = {
+        "num_workers": args.dataloader_num_workers,
+        "persistent_workers": args.dataloader_persistent_workers,
+        "multiprocessing_context": args.dataloader_multiprocessing_context,
+        "prefetch_factor": args.dataloader_prefetch_factor,
+        "in_order": args.dataloader_in_order,
+        "worker_init_fn": functools.partial(
+            _start_worker, seed=(args.dataloader_num_workers, args.process_index) if seeds_workers else None
+        ),
+    }
+    if isinstance(dataset, PackedStream) and dataset.divisible and not accelerator.use_stateful_dataloader:
+        chunks = functools.partial(DataLoader, batch_size=None, generator=torch.Generator(), **workers)
+        source = DividedSteps(source, ranks, chunks, Exchange.of_run())
+        workers = {}
+    elif isinstance(source, (PackedStream, StepStream)) and ranks.size > 1:
         source = source.share(ranks, endless=training)
 
     options: dict[str, Any] = {"batch_size": batch_size}
@@ -159,21 +176,13 @@ def packed_loader(
     # The loader draws a number each epoch. From a generator of its own for evaluation, and for workers that stay: these
     # draw once, at the first epoch or where a run resumes.
     draws = training and not args.dataloader_persistent_workers
-    seeds_workers = training and not isinstance(source, IterableDataset)
-    options["worker_init_fn"] = functools.partial(
-        _start_worker, seed=(args.dataloader_num_workers, args.process_index) if seeds_workers else None
-    )
     loader = DataLoader(
         source,
         collate_fn=collator,
-        num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
-        persistent_workers=args.dataloader_persistent_workers,
-        multiprocessing_context=args.dataloader_multiprocessing_context,
-        prefetch_factor=args.dataloader_prefetch_factor,
-        in_order=args.dataloader_in_order,
         generator=None if draws else torch.Generator(),
         **options,
+        **workers,
     )
     return prepare_data_loader(  # as `accelerator.prepare`, without sharding: each rank already has its share
         loader,

@@ -37,11 +37,11 @@ class _Steps:
     ) -> None:
         self.examples = examples
         self.tokens_per_pass = tokens_per_pass
-        self._batch_size, self._ranks, self._padded = batch_size, ranks or Ranks(), padded
+        self.batch_size, self._ranks, self.padded = batch_size, ranks or Ranks(), padded
 
     def _plan(self, lengths: Any) -> list[np.ndarray]:
         """The passes of this rank, as indices into the lengths of the step's examples."""
-        return plan_step(lengths, self.tokens_per_pass, self._ranks.size, padded=self._padded)[self._ranks.rank]
+        return plan_step(lengths, self.tokens_per_pass, self._ranks.size, padded=self.padded)[self._ranks.rank]
 
 
 class StepDataset(_Steps, torch.utils.data.Dataset):
@@ -64,7 +64,7 @@ class StepDataset(_Steps, torch.utils.data.Dataset):
 
     def most_tokens_per_rank(self) -> int:
         """An upper bound on the tokens that a step brings to a rank, if they are dealt evenly."""
-        return -(-self.examples.most_tokens(self._batch_size) // self._ranks.size)
+        return -(-self.examples.most_tokens(self.batch_size) // self._ranks.size)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -99,7 +99,7 @@ class StepStream(_Steps, torch.utils.data.IterableDataset):
 
     def most_tokens_per_rank(self) -> int:
         """An upper bound on the tokens that a step brings to a rank, if they are dealt evenly."""
-        return -(-self._batch_size * self.longest() // self._ranks.size)
+        return -(-self.batch_size * self.longest() // self._ranks.size)
 
     def set_epoch(self, epoch: int) -> None:
         self.examples.set_epoch(epoch)
@@ -112,5 +112,5 @@ class StepStream(_Steps, torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[StepRows]:
         examples = iter(self.examples)
-        while rows := list(itertools.islice(examples, self._batch_size)):
+        while rows := list(itertools.islice(examples, self.batch_size)):
             yield self.step(rows)

@@ -68,13 +68,21 @@ class StreamPack(list[Document]):
         return [token for document in self for token in getattr(document, key).tolist()]
 
     def chained(self, before: str) -> StreamPack:
-        digest = hashlib.sha256(before.encode())
-        for document in self:
-            for values in (document.input_ids, document.labels):
-                digest.update(len(values).to_bytes(8, "little"))
-                digest.update(values.astype("<i8", copy=False).data)
-        self.before, self.after = before, digest.hexdigest()
+        self.before, self.after = before, chained_digest(before, map(digest_of, self))
         return self
+
+
+def digest_of(document: Document) -> bytes:
+    """SHA-256 of the tokens and labels."""
+    digest = hashlib.sha256(len(document).to_bytes(8, "little"))
+    for values in (document.input_ids, document.labels):
+        digest.update(values.astype("<i8", copy=False).data)
+    return digest.digest()
+
+
+def chained_digest(before: str, digests: Iterable[bytes]) -> str:
+    """The digest of all documents up to these, in hex."""
+    return hashlib.sha256(before.encode() + b"".join(digests)).hexdigest()
 
 
 def stream_digests(packs: list[Pack]) -> tuple[int, str, str] | None:
@@ -110,6 +118,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         keep_end: a truncated example keeps its last tokens instead of its first.
         per_example: examples weigh the same in the loss, instead of scored tokens.
         once: the tokens with which a row begins and ends at most once, or None: as in `TokenRows`.
+        divisible: `stream` has gone through `divided.divisible`.
 
     Attributes:
         account: for the current epoch; in a worker, for its rows. Under "wrapped", whole examples without a scored
@@ -135,6 +144,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         keep_end: bool = False,
         per_example: bool = False,
         once: tuple[int | None, int | None] = (None, None),
+        divisible: bool = False,
     ) -> None:
         check_max_lost_fraction(max_lost_fraction)
         self._overlong, self._max_lost_fraction = resolve_overlong(strategy, overlong), max_lost_fraction
@@ -147,6 +157,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         self.strategy: Strategy = STRATEGIES[strategy]
         self._vocab_size = vocab_size
         self._keep_end, self._once = keep_end, once
+        self.divisible = divisible
         self._ranks = self._reading_ranks = Ranks()  # the second: the ranks that read the same rows
         self._endless = False
         self._positions, self._has_table = sys.maxsize, False
@@ -239,20 +250,23 @@ class PackedStream(torch.utils.data.IterableDataset):
             )
         while True:
             yield from self._one_epoch(state)
-            self._check_losses()
-            if self.num_packs == 0:
-                if rows := self.account.examples_in:
-                    raise ValueError(
-                        f"none of the {rows} examples of the {self.name} stream has a token to score within "
-                        f"max_length={self.max_length}: all its labels are -100 there (or it holds a token or none)"
-                    )
-                return
-            for loss in self.account.describe_losses(self.max_length):
-                logger.warning("%s stream: %s", self.name, loss)
-            if not self._endless:
+            self.check_end(self.account, self.num_packs)
+            if self.num_packs == 0 or not self._endless:
                 return
             self._start_epoch(self._epochs_done + 1)
             state = None
+
+    def check_end(self, account: Account, num_packs: int) -> None:
+        """At the end of an epoch, says what was lost. Raises ValueError if that is too much, or everything."""
+        self._check_losses(account)
+        if num_packs:
+            for loss in account.describe_losses(self.max_length):
+                logger.warning("%s stream: %s", self.name, loss)
+        elif rows := account.examples_in:
+            raise ValueError(
+                f"none of the {rows} examples of the {self.name} stream has a token to score within "
+                f"max_length={self.max_length}: all its labels are -100 there (or it holds a token or none)"
+            )
 
     def _start_epoch(self, epochs_done: int) -> None:
         self._epochs_done = epochs_done  # since `set_epoch`: several only with `endless`
@@ -262,15 +276,17 @@ class PackedStream(torch.utils.data.IterableDataset):
         self._next_key = 0
         self._reading: Any = None
 
-    def _one_epoch(self, state: dict[str, Any] | None) -> Iterator[Pack]:
+    def of_epoch(self) -> Any:
+        """The stream in the order of the epoch."""
         stream: Any = self.stream
-        epoch = self.epoch + self._epochs_done
         if isinstance(stream, IterableDataset):
-            # A copy: workers share the epoch of the original.
-            stream = stream.shard(1, 0)
-            stream.set_epoch(epoch)
-        elif hasattr(stream, "set_epoch"):
-            stream.set_epoch(epoch)
+            stream = stream.shard(1, 0)  # a copy: workers share the epoch of the original
+        if hasattr(stream, "set_epoch"):
+            stream.set_epoch(self.epoch + self._epochs_done)
+        return stream
+
+    def _one_epoch(self, state: dict[str, Any] | None) -> Iterator[Pack]:
+        stream = self.of_epoch()
         exact = hasattr(stream, "state_dict") and not _has_shuffle_buffer(stream)
         if exact and state is not None and state["stream"] is not None:
             stream.load_state_dict(state["stream"])
@@ -314,32 +330,30 @@ class PackedStream(torch.utils.data.IterableDataset):
                 self._take(row)
 
     def _take(self, row: Mapping[str, Any]) -> None:
-        """Check a row, cut it into documents, count it, and push the documents into the buffer."""
-        account, where = self.account, f"row {self.account.examples_in} of the {self.name} stream"
+        """Cut a row into documents, and push them into the buffer."""
+        num_segments = 0
+        for document in self.documents(row, self.account.examples_in, self.account):
+            self._held[self._next_key] = document
+            num_segments += self._buffer.push(self._next_key, len(document))
+            self._next_key += 1
+        self.account.examples_packed += num_segments > 0
+        self.account.examples_split += num_segments > 1
+        self.check_losses_so_far(self.account)
+
+    def documents(self, row: Mapping[str, Any], number: int, account: Account) -> list[Document]:
+        """Check a row, cut it into documents, and count it, except for what becomes of its documents."""
+        where = f"row {number} of the {self.name} stream"
         check_row(row, where)
         ids, labels = checked_tokens(row.get("input_ids"), row.get("labels"), where, self._vocab_size)
-        start, stop = self._span(row, ids, where)
+        start, stop = self._span(row, ids, where, account)
         ids, labels = ids[start:stop], labels[start:stop]
         account.examples_in += 1
         account.tokens_in += len(ids)
         documents = [
-            make_document(ids[start:stop], labels[start:stop], row=account.examples_in - 1)
-            for start, stop in self._cut(len(ids), where)
+            make_document(ids[start:stop], labels[start:stop], row=number) for start, stop in self._cut(len(ids), where)
         ]
         self._check_length(max(map(len, documents), default=0), where)
         num_scored = sum(document.num_scored for document in documents)
-        num_segments = 0
-        for document in documents if num_scored else []:
-            if document.num_scored:
-                document = replace(document, weight=1.0 / num_scored)
-                self._held[self._next_key] = document
-                num_segments += self._buffer.push(self._next_key, len(document))
-                self._next_key += 1
-            else:
-                account.segments_unscored += 1
-                account.tokens_unscored += len(document)
-        account.examples_packed += num_segments > 0
-        account.examples_split += num_segments > 1
         cut = len(ids) - sum(map(len, documents))
         if len(ids) == 0:
             account.examples_empty += 1
@@ -352,8 +366,12 @@ class PackedStream(torch.utils.data.IterableDataset):
         elif cut:
             account.examples_truncated += 1
             account.tokens_truncated += cut
-        if account.examples_in >= ROWS_BEFORE_JUDGEMENT:
-            self._check_losses()
+        if not num_scored:
+            return []
+        kept = [document for document in documents if document.num_scored]
+        account.segments_unscored += len(documents) - len(kept)
+        account.tokens_unscored += sum(map(len, documents)) - sum(map(len, kept))
+        return [replace(document, weight=1.0 / num_scored) for document in kept]
 
     def _check_length(self, length: int, where: str) -> None:
         if length <= self._positions:
@@ -364,18 +382,18 @@ class PackedStream(torch.utils.data.IterableDataset):
         logger.warning("%s; this is said once", said)
         self._positions = sys.maxsize
 
-    def _span(self, row: Mapping[str, Any], ids: np.ndarray, where: str) -> tuple[int, int]:
+    def _span(self, row: Mapping[str, Any], ids: np.ndarray, where: str, account: Account) -> tuple[int, int]:
         """Start and stop of the tokens of a row, without padding and doubled tokens."""
         span = unpadded(row["attention_mask"], len(ids), where) if "attention_mask" in row else (0, len(ids))
         if "position_ids" in row:
             check_single(lengths_of(row["position_ids"], len(ids), span, where), where)
         (start, stop), (first, last) = span, self._once
-        self.account.tokens_padding += len(ids) - (stop - start)
+        account.tokens_padding += len(ids) - (stop - start)
         if stop - start > 1 and ids[start] == ids[start + 1] == first:
             start += 1
         if stop - start > 1 and ids[stop - 1] == ids[stop - 2] == last:
             stop -= 1
-        self.account.texts_with_doubles += stop - start < span[1] - span[0]
+        account.texts_with_doubles += stop - start < span[1] - span[0]
         return start, stop
 
     def _cut(self, length: int, where: str) -> list[tuple[int, int]]:
@@ -392,8 +410,12 @@ class PackedStream(torch.utils.data.IterableDataset):
         )
         return list(zip(segments.starts.tolist(), segments.stops.tolist(), strict=True))
 
-    def _check_losses(self) -> None:
-        self.account.check_lost_fraction(self._max_lost_fraction, self.max_length, f"{self.name} stream so far")
+    def check_losses_so_far(self, account: Account) -> None:
+        if account.examples_in >= ROWS_BEFORE_JUDGEMENT:
+            self._check_losses(account)
+
+    def _check_losses(self, account: Account) -> None:
+        account.check_lost_fraction(self._max_lost_fraction, self.max_length, f"{self.name} stream so far")
 
     def _share(self) -> list[int]:
         worker = torch.utils.data.get_worker_info()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass
@@ -34,6 +34,10 @@ class Account:
     tokens_dropped: int = 0
     tokens_padding: int = 0
     texts_with_doubles: int = 0
+
+    def add(self, other: Account) -> None:
+        for one in fields(self):
+            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
 
     @property
     def tokens_lost(self) -> int:
