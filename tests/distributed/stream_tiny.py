@@ -19,7 +19,6 @@ from tiny import WORDS, tiny_model, tiny_tokenizer
 
 from packsft.data.ranks import Ranks
 
-STATE = PartialState(cpu=True)
 TOKENIZER = tiny_tokenizer()
 encode, calls = type(TOKENIZER)._encode_plus, torch.zeros((), dtype=torch.int64).share_memory_()  # of all workers
 
@@ -44,7 +43,7 @@ def run(
     rows=61, shards=4, bad_row=None, rank_1_differs=False, rank_1_lacks=0, evaluates=False, output_dir=None,
     resume_from=None, refused=False, **options,
 ):  # fmt: skip
-    is_rank_1 = STATE.process_index == 1
+    is_rank_1 = PartialState().process_index == 1
     given = {
         "starts": [list(range(4))[shard::shards] for shard in range(shards)],
         "rows": rows - rank_1_lacks * is_rank_1, "bad_row": bad_row,
@@ -79,11 +78,12 @@ def of_shards(starts, **given):
         yield from texts(of_shard, **given)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # not in workers that are not forked
+    state = PartialState(cpu=True)
     type(TOKENIZER)._encode_plus = counted
     found = {name: run(**options) for name, options in json.loads(sys.argv[2]).items()}
-    if STATE.is_main_process:
+    if state.is_main_process:
         torch.save(found, sys.argv[1])
-    STATE.wait_for_everyone()
-    if STATE.num_processes > 1:
-        STATE.destroy_process_group()
+    state.wait_for_everyone()
+    if state.num_processes > 1:
+        state.destroy_process_group()
