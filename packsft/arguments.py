@@ -16,8 +16,10 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+import transformers
 from accelerate.utils import DistributedType, DynamoBackend, is_peft_model
 from datasets import Dataset, IterableDataset
+from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import is_kernels_available
@@ -26,6 +28,7 @@ from trl import SFTConfig
 from packsft.config import PackedSFTConfig
 from packsft.data.document import check_row
 from packsft.data.loaders import Packs
+from packsft.data.pictures import has_pictures
 from packsft.packing import PACKING_STRATEGIES, STRATEGIES
 from packsft.step.memory import can_measure
 
@@ -289,12 +292,9 @@ def check_dataset(name: str, dataset: Any, args: SFTConfig) -> None:
     check_row(first, f"row 0 of {name}")
     if not first:
         raise ValueError(f"row 0 of {name} has no columns")
-    if pictures := {"image", "images"} & first.keys():
-        raise ValueError(
-            f"{name} has the column {min(pictures)!r}: a vision-related data set needs a vision-language model and "
-            "trl.SFTTrainer, packsft trains on text only"
-        )
     own = skips_preparation(args)
+    if (pictures := has_pictures(first)) is not None:
+        _check_pictures(f"{name} has the column {pictures!r}", dataset, args)
     if "seq_lengths" in first and not own:
         raise ValueError(
             f"{name} has the column seq_lengths, so its rows are packs of your own: set "
@@ -317,6 +317,26 @@ def check_dataset(name: str, dataset: Any, args: SFTConfig) -> None:
     lists = {column for column, value in first.items() if not isinstance(value, str) and hasattr(value, "__len__")}
     if unread := sorted(lists - read):
         logger.warning("%s: %s beside input_ids: not read", name, " and ".join(unread))
+
+
+def _check_pictures(said: str, dataset: Any, args: SFTConfig) -> None:
+    """Raises ValueError for what cannot be done with pictures."""
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(f"{said}, but is a stream: pictures are packed from a datasets.Dataset")
+    if skips_preparation(args):
+        raise ValueError(f"{said}, which packs of your own cannot hold: leave skip_prepare_dataset unset")
+    strategy = STRATEGIES[args.packing_strategy if args.packing else "none"]
+    if strategy.splits or getattr(args, "overlong", None) == "split":
+        raise ValueError(
+            f"{said}, and no picture may be cut, but {strategy.name!r} or overlong='split' cuts rows anywhere: choose "
+            "packing_strategy='step' or 'bfd', and overlong='truncate', 'drop' or 'error'"
+        )
+    if args.truncation_mode == "keep_end":
+        raise ValueError(f"{said}, which truncation_mode='keep_end' would cut off: choose 'keep_start'")
+    if args.assistant_only_loss and Version(transformers.__version__) < Version("5.18"):
+        raise ValueError(f"{said}, and assistant_only_loss=True needs transformers 5.18 or newer for them")
+    if (parts := getattr(args, "sequence_parallel_size", 1)) > 1:
+        raise ValueError(f"{said}, which sequence_parallel_size={parts} cannot cut: leave it at 1")
 
 
 _NO_ROW: Any = object()  # a row may be anything, None as well

@@ -21,13 +21,15 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DistributedType, DynamoBackend
 from datasets import Dataset, IterableDataset
 from packsft_kernels import LossOptions
 from packsft_kernels.version import __version__
 from torch import Tensor, nn
+from transformers import ProcessorMixin
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from packsft import compat
 from packsft.arguments import (
@@ -45,9 +47,11 @@ from packsft.data.batch import document_lengths
 from packsft.data.collator import PackingCollator, mark_sizes
 from packsft.data.divided import divisible
 from packsft.data.exchange import Exchange
+from packsft.data.joined_pictures import JoinedPictures, RotaryPositions
 from packsft.data.loaders import PackedLoaders, Packs
 from packsft.data.messages import tokenizer_without_nulls, warn_of_unseen_roles
 from packsft.data.packs import USER_COLUMNS, PackedDataset, UserPacks, pack_dataset
+from packsft.data.pictures import PICTURES, PictureRows, with_hidden_pictures
 from packsft.data.ranks import Ranks, check_same_on_all_ranks, on_a_disk_of_the_node
 from packsft.data.raw import (
     checked_rows,
@@ -58,6 +62,7 @@ from packsft.data.raw import (
 from packsft.data.streams import PackedStream
 from packsft.model.head import count_embeddings
 from packsft.model.isolation import IsolationVerdict
+from packsft.model.pictures import check_pictures
 from packsft.model.positions import check_document_lengths, has_position_table, longest_document, max_positions
 from packsft.model.prepared import PreparedModel, any_rank_of, base_model_of
 from packsft.model.sequence_parallel import SequenceGroup
@@ -111,6 +116,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         if not skips_preparation(args) and call.arguments.get("formatting_func") is None:
             for name in ("train", "eval"):  # the parent looks at the first row
                 if (rows := call.arguments.get(f"{name}_dataset")) is not None:
+                    rows = with_hidden_pictures(rows)
                     call.arguments[f"{name}_dataset"] = in_one_form(rows, args.dataset_text_field, name)
         with compat.own_head_during_init():
             super().__init__(*call.args[1:], **call.kwargs)
@@ -202,10 +208,12 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         if self._vocab_size is not None:  # after the constructor, which has checked its own
             check_dataset(f"{dataset_name} data set", dataset, args)
         check_tokenizer(processing_class, args)
+        if isinstance(dataset := with_hidden_pictures(dataset), Dataset) and PICTURES in dataset.column_names:
+            with_pictures = self._rows_with_pictures(dataset, processing_class, args, dataset_name)
+            return self._plan(with_pictures, packing, args, dataset_name)
         # The parent only tokenises and labels. The plan cuts, drops and shuffles, and counts what is lost.
         tokenise = copy.copy(args)
         tokenise.max_length, tokenise.shuffle_dataset = None, False
-        seed = args.seed if args.data_seed is None else args.data_seed
         sample: dict[str, Any] = next(iter(dataset.with_format(None)), {})
         tokenised, scores_completions = "input_ids" in sample, {"prompt", "completion"} <= sample.keys()
         decided_elsewhere = args.completion_only_loss is None and scores_completions != self.completion_only_loss
@@ -231,16 +239,39 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         strategy = args.packing_strategy if packing else "none"
         several = PartialState().num_processes > 1 and STRATEGIES[strategy].exact_steps
         if divides := several and isinstance(rows, IterableDataset) and not tokenised:
+            seed = args.seed if args.data_seed is None else args.data_seed
             rows = divisible(rows, seed if args.shuffle_dataset else None)
         if not (tokenised and isinstance(rows, Dataset)):
             tokenise.dataset_text_field = "text"
             warn_of_unseen_roles(rows, processing_class, dataset_name, self.chat_template)
             without_nulls = tokenizer_without_nulls(processing_class, rows, dataset_name)
             rows = super()._prepare_dataset(rows, without_nulls, tokenise, False, None, dataset_name)
+        return self._plan(rows, packing, args, dataset_name, once=once, divides=divides)
+
+    def _rows_with_pictures(self, rows: Dataset, processor: Any, args: SFTConfig, name: str) -> PictureRows:
+        if not isinstance(processor, ProcessorMixin):
+            raise ValueError(
+                f"the {name} data set has pictures, but processing_class is a {type(processor).__name__}: pass the "
+                "processor of a vision-language model"
+            )
+        collator = DataCollatorForVisionLanguageModeling(
+            processor=processor,
+            completion_only_loss=self.completion_only_loss,
+            dataset_text_field=args.dataset_text_field,
+            assistant_only_loss=args.assistant_only_loss,
+            chat_template=self.chat_template,
+        )
+        return PictureRows(rows, collator, args.max_length, args.dataset_num_proc, name)
+
+    def _plan(
+        self, rows: Any, packing: bool, args: SFTConfig, name: str, *, once: Any = (None, None), divides: bool = False
+    ) -> PackedDataset | PackedStream:
+        """The packs of tokenised rows, or of rows with pictures."""
+        strategy = args.packing_strategy if packing else "none"
         packs: PackedDataset | PackedStream
         options: dict[str, Any] = {
             "strategy": strategy,
-            "name": dataset_name,
+            "name": name,
             "overlong": getattr(args, "overlong", None),
             "max_lost_fraction": getattr(args, "max_lost_fraction", 1.0),
             "vocab_size": self._vocab_size,
@@ -248,23 +279,50 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             "per_example": self._per_example,
             "once": once,
         }
+        seed = args.seed if args.data_seed is None else args.data_seed
         if isinstance(rows, IterableDataset):
             rows = rows.shuffle(seed=seed) if args.shuffle_dataset and not divides else rows
             packs = PackedStream(rows, args.max_length, divisible=divides, **options)
         else:  # a seeded plan mixes examples: not if the user asks for an order
-            sampled = dataset_name == "train" and args.train_sampling_strategy == "random"
+            sampled = name == "train" and args.train_sampling_strategy == "random"
             seeded = args.shuffle_dataset or (sampled and STRATEGIES[strategy].repacks)
             packs = pack_dataset(rows, args.max_length, seed=seed if seeded else None, **options)
             for loss in packs.plan.account.describe_losses(args.max_length):
-                logger.warning("%s data set: %s", dataset_name, loss)
+                logger.warning("%s data set: %s", name, loss)
         if self._vocab_size is not None:  # after the constructor, which checks its own
-            self._check_packs(packs, args.eval_batch_size, dataset_name)
+            self._check_packs(packs, args.eval_batch_size, name)
         return packs
 
     def _set_signature_columns_if_needed(self) -> None:
         """Adds to the parent: the columns of packs that the user made."""
         super()._set_signature_columns_if_needed()
         self._signature_columns += [name for name in USER_COLUMNS if name not in self._signature_columns]
+
+    def _prepare_pictures(self, packs: Any) -> None:
+        """Raises ValueError if pictures cannot be trained on here. Without effect on rows of text, or a second time."""
+        rows = getattr(packs, "rows", None)
+        if self.data_collator.pictures is not None or not isinstance(rows, PictureRows):
+            return
+        engine = self.accelerator.distributed_type
+        if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"pictures are not packed under {engine.value}: a rank whose pass has none would leave out the tower, "
+                "and the others wait for it"
+            )
+        model, collator = base_model_of(self.model), self.data_collator
+        collator.pictures = pictures = JoinedPictures(self.processing_class, RotaryPositions.of(model))
+        if not self._prepared.padded:
+            documents, verdict = rows.shortest_documents(), self.isolation
+            try:
+                if documents:
+                    with self.accelerator.autocast():
+                        verdict = check_pictures(model, documents, collator, self._prepare_inputs)
+            except ValueError as error:
+                verdict = IsolationVerdict(False, str(error))
+            if not verdict.isolated:
+                self._prepared.pad(verdict)
+        if self._prepared.padded:
+            collator.padded = collator.masked = bool(pictures.axes_of_rows)
 
     def _check_data(self, vocab_size: int) -> None:
         """Raises ValueError for rows that this model or these ranks cannot train on."""
@@ -279,6 +337,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
                 self._check_packs(packs, batch_size, name)
 
     def _check_packs(self, packs: Packs, batch_size: int, name: str) -> None:
+        self._prepare_pictures(packs)
         model = base_model_of(self.model)
         if isinstance(packs, PackedStream):
             packs.check_positions(max_positions(model), has_position_table(model))
@@ -316,7 +375,10 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         state do not change. Call it before FSDP or ZeRO shards the parameters.
         """
         packs = self.train_dataset.packs() if isinstance(self.train_dataset, PackedDataset) else self.train_dataset
-        documents = first_documents(packs, longest_document(base_model_of(self.model), self.args.max_length))
+        if isinstance(rows := getattr(self.train_dataset, "rows", None), PictureRows):
+            documents = rows.shortest_documents()
+        else:
+            documents = first_documents(packs, longest_document(base_model_of(self.model), self.args.max_length))
         self._check = check_packing(self.model, self._prepared, documents, self.data_collator, self._prepare_inputs)
         return self._check
 

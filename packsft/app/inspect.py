@@ -172,7 +172,9 @@ def tokenised_rows(
     """
     rows = load_rows(data, split)
     if pictures := {"image", "images"} & set(rows.column_names):
-        raise ValueError(f"{data} has the column {min(pictures)!r}: packsft trains on text only")
+        raise ValueError(
+            f"{data} has the column {min(pictures)!r}: the trainer packs pictures, this command text alone"
+        )
     if "seq_lengths" in rows.column_names:
         raise ValueError(f"{data} has the column seq_lengths: its rows are packed already")
     if "input_ids" not in rows.column_names:

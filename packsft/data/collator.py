@@ -13,6 +13,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from packsft.data.batch import StepRows, part_of
 from packsft.data.document import IGNORE_INDEX, Document, Pack, documents_of
+from packsft.data.joined_pictures import JoinedPictures
 from packsft.data.streams import stream_digests
 
 
@@ -37,6 +38,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
         masked: adds an attention mask to a padded batch. Attention does not need it, but a router's loss does.
         table_of_positions: the most tokens of a document of user rows, or None.
         virtual_tokens: how many the model puts before each row of a padded batch; `loss_rows` count them.
+        pictures: puts the pictures of a pass together; None for rows of text.
         part: (p, P) for part p of P parts of each packed row, see `model/sequence_parallel.py`.
 
     Raises:
@@ -51,6 +53,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
     masked: bool = False
     virtual_tokens: int = 0
     table_of_positions: int | None = None
+    pictures: JoinedPictures | None = None
     part: tuple[int, int] = (0, 1)
 
     def torch_call(self, examples: Sequence[Any]) -> dict[str, Any]:
@@ -125,6 +128,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
             "seq_idx": torch.from_numpy(seq_idx[part])[None],
             "labels": torch.from_numpy(labels[part])[None],
             **self._loss_positions(labels, documents, seq_idx, part),
+            **({} if self.pictures is None else self.pictures.of_row(documents)),
         }
 
     def _padded(self, documents: Pack) -> dict[str, Any]:
@@ -140,6 +144,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
             "labels": torch.from_numpy(labels),
             "row_lengths": torch.tensor([len(document) for document in documents]),
             **({"attention_mask": torch.from_numpy(mask.astype(np.int64))} if self.masked else {}),
+            **({} if self.pictures is None else self.pictures.of_rows(documents, longest)),
             **self._loss_positions(labels.reshape(-1), documents, np.arange(labels.size) // longest),
         }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ class Document:
     - `num_scored`: labels that are not -100
     - `weight`: weight of each scored token if all examples count the same: 1 / scored tokens of the example
     - `row`: its row in the data set, or its number in reading order in a stream; -1 if unknown
+    - `of_tokens`: what the processor of a row with pictures gives beside the ids, `[L]` each
+    - `of_pictures`: its pictures, as the processor gives those of one row, without padding
     """
 
     input_ids: np.ndarray
@@ -32,15 +34,23 @@ class Document:
     num_scored: int
     weight: float
     row: int = -1
+    of_tokens: Mapping[str, Any] = field(default_factory=dict)
+    of_pictures: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def with_pictures(self, of_tokens: Mapping[str, Any], of_pictures: Mapping[str, Any]) -> Document:
+        return replace(self, of_tokens=of_tokens, of_pictures=of_pictures)
+
     def part(self, start: int, stop: int) -> Document:
-        """Tokens `start:stop` as a document of its own, with the same weight."""
+        """Tokens `start:stop` as a document of its own, with the same weight. Not of one with pictures."""
         if (start, stop) == (0, len(self)):
             return self
-        return make_document(self.input_ids[start:stop], self.labels[start:stop], self.weight, self.row)
+        assert not self.of_pictures
+        of_tokens = {key: values[start:stop] for key, values in self.of_tokens.items()}
+        part = make_document(self.input_ids[start:stop], self.labels[start:stop], self.weight, self.row)
+        return part.with_pictures(of_tokens, {})
 
 
 Pack = list[Document]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from datasets import Dataset, Features, List, Value
 from packsft.data.columns import INTEGERS, MASK, WEIGHTS, ListColumn, check_no_transform
 from packsft.data.document import (
     IGNORE_INDEX,
+    Document,
     Pack,
     check_single,
     documents_of,
@@ -35,6 +36,9 @@ from packsft.packing import (
     cut_examples,
     pack_segments,
 )
+
+if TYPE_CHECKING:  # pictures.py reads this file
+    from packsft.data.pictures import PictureRows
 
 
 class TokenRows:
@@ -100,6 +104,10 @@ class TokenRows:
         """Input ids and labels `start:stop` of a row."""
         span = slice(self._starts[row] + start, self._starts[row] + stop)
         return self._ids.row(row)[span], self._labels.row(row)[span]
+
+    def document(self, row: int, start: int, stop: int, weight: float | None = None) -> Document:
+        """Tokens `start:stop` of a row."""
+        return make_document(*self.tokens(row, start, stop), weight, int(row))
 
     def count_scored(self, examples: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
         """`[S]` integers: scored labels in `start + 1 : stop` of each segment (nothing predicts its first token)."""
@@ -260,7 +268,7 @@ class PackedDataset(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        rows: TokenRows,
+        rows: TokenRows | PictureRows,
         segments: Segments,
         scored: np.ndarray,
         *,
@@ -374,13 +382,13 @@ class PackedDataset(torch.utils.data.Dataset):
         first = int(self.plan.offsets[index])
         weights = [None] * len(segments) if self._weights is None else self._weights[first : first + len(segments)]
         return [
-            make_document(*self.rows.tokens(*segment), weight, int(segment[0]))
-            for segment, weight in zip(segments, weights, strict=True)
+            self.rows.document(row, start, stop, weight)
+            for (row, start, stop), weight in zip(segments.tolist(), weights, strict=True)
         ]
 
 
 def pack_dataset(
-    dataset: Dataset,
+    dataset: Dataset | PictureRows,
     max_length: int | None,
     *,
     strategy: str,
@@ -393,7 +401,7 @@ def pack_dataset(
     per_example: bool = False,
     once: tuple[int | None, int | None] = (None, None),
 ) -> PackedDataset:
-    """Plan the packs of a tokenised data set. Segments without a scored token are left out.
+    """Plan the packs of a tokenised data set, or of rows with pictures. Segments without a scored token are left out.
 
     Args:
         dataset: see `TokenRows`.
@@ -413,13 +421,14 @@ def pack_dataset(
             well formed, or `cut_examples` refuses it.
     """
     check_max_lost_fraction(max_lost_fraction)
-    if len(dataset) == 0:
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"the {name} data set is empty")
-    rows = TokenRows(dataset, once)
+    rows = TokenRows(dataset, once) if isinstance(dataset, Dataset) else dataset
     if vocab_size is not None:
         rows.check_ids(vocab_size)
     longest = max(int(rows.lengths.max()), 1) if max_length is None else max_length
-    segments = cut_examples(rows.lengths, longest, strategy=strategy, overlong=overlong, keep_end=keep_end)
+    uncut = None if isinstance(rows, TokenRows) else rows.pictures_end
+    segments = cut_examples(rows.lengths, longest, strategy=strategy, overlong=overlong, keep_end=keep_end, uncut=uncut)
     scored = rows.count_scored(segments.examples, segments.starts, segments.stops)
     segments = segments.keep_scored(scored)
     segments.account.tokens_padding = rows.tokens_padding

@@ -104,6 +104,18 @@ def _unpacked(
     return out.transpose(1, 2).contiguous()
 
 
+def attention_of(model: PreTrainedModel) -> str | None:
+    """The attention of the layers that see the text."""
+    return model.config.get_text_config()._attn_implementation
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Sets it. A tower of a vision-language model keeps its own: it sees pictures, not documents."""
+    text = model.config.get_text_config()
+    parts = [key for key in model.config.sub_configs if getattr(model.config, key, None) is text]
+    model.set_attn_implementation(dict.fromkeys(parts, name) if parts else name)
+
+
 def set_backend(model: nn.Module, backend: str) -> None:
     """Choose the back end of packed attention for this model: "auto" or a name in `varlen_attention.BACKENDS`.
 

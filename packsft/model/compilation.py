@@ -41,7 +41,7 @@ def compile_layers(model: PreTrainedModel) -> None:
             f"compile_layers=True: the forward of {type(layers[0]).__name__} has been replaced (as device_map does): "
             "load the model without, or set compile_layers=False"
         )
-    if model.config._attn_implementation == attention.ATTENTION_NAME:
+    if attention.attention_of(model) == attention.ATTENTION_NAME:
         backend, spec = attention.backend_of(model)
         if backend == "sdpa" and spec.dropout:
             raise ValueError(

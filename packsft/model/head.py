@@ -112,7 +112,7 @@ def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss
         else _why_not_fused(model, fused_options)
     )
     if needs_aux_loss:
-        gather_router_logits(_backbone(model))
+        gather_router_logits(backbone_of(model))
     # a function of `self`: a deep copy of the model then runs on its own weights
     own_forward = _own_forward(model)
 
@@ -125,7 +125,7 @@ def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss
         # looked up on each call: wrappers replace the head, and another adapter may be active now
         head = split_head(self.get_output_embeddings())
         if why_compact is None and not isinstance(head, str):
-            hidden = _backbone(self)(*args, use_cache=False, **kwargs).last_hidden_state
+            hidden = backbone_of(self)(*args, use_cache=False, **kwargs).last_hidden_state
             given: dict[str, Any] = {"rows": rows, "targets": targets, "weights": weights, "num_items": num_items}
             losses = functools.partial(_fused_losses, self, options=fused_options, **given)
             return _head_output(_called_through(_sharded(self.get_output_embeddings()), losses, hidden), device, apart)
@@ -162,7 +162,7 @@ def _own_forward(model: PreTrainedModel) -> Callable[..., Any]:
     return getattr(bound, "__func__", None) or (lambda self, *args, **kwargs: bound(*args, **kwargs))
 
 
-def _backbone(model: PreTrainedModel) -> nn.Module:
+def backbone_of(model: PreTrainedModel) -> nn.Module:
     """The model without its head."""
     if model.base_model is not model:
         return model.base_model
@@ -208,7 +208,7 @@ def _compact_logits(model: Any, own_forward: Any, rows: Tensor, *args: Any, **kw
     forward = functools.partial(own_forward, model)
     if packed and "logits_to_keep" in inspect.signature(forward).parameters:
         if getattr(model, "hf_device_map", None):  # the last hidden states are where the last weights are
-            *_, last = _backbone(model).parameters()
+            *_, last = backbone_of(model).parameters()
             rows = rows.to("cpu" if last.is_meta else last.device)
         outputs = forward(*args, logits_to_keep=rows.long(), **kwargs)
         return outputs, outputs.logits[0]
@@ -334,7 +334,7 @@ def _why_not_fused(model: PreTrainedModel, options: LossOptions) -> str | None:
         plain = replace(options, label_smoothing=0.0, z_loss=0.0, dft=False)
         with eval_mode(model), exercised(additions):
             logits = _own_logits(model, ids)
-            hidden = _backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
             # through its modules, as in training: FSDP2 may shard it in one group with a layer that has just run
             module: Any = model.get_output_embeddings()
 

@@ -86,7 +86,8 @@ class PreparedModel:
         as_before_accelerate(model)
         restore_layers(self.base_model)
         self._rotary_limit = install_rotary(self.base_model)
-        self._prepare_attention(attention_backend, check, on_unpackable, any_rank)
+        self._on_unpackable = on_unpackable
+        self._prepare_attention(attention_backend, check, any_rank)
         self.why_compact = install_head(self.base_model, options, needs_aux_loss=needs_aux_loss)
         tuner: Any = getattr(model, "base_model", None)
         if is_peft_model(model) and "forward" in vars(tuner):  # of LLaMA-Adapter: the forward as it was
@@ -101,16 +102,15 @@ class PreparedModel:
             with autocast():
                 compile_layers(self.base_model)
 
-    def _prepare_attention(
-        self, backend: str, check: bool, on_unpackable: str, any_rank: Callable[[bool], bool]
-    ) -> None:
-        model, own_attention = self.base_model, self.base_model.config._attn_implementation
+    def _prepare_attention(self, backend: str, check: bool, any_rank: Callable[[bool], bool]) -> None:
+        model = self.base_model
+        self._own_attention = own_attention = attention.attention_of(model)
         attention.set_backend(model, backend)
         if backend != "auto":
             with self.autocast():
                 attention.backend_of(model)  # raises, with the reason
         if own_attention in (None, "eager", "sdpa"):  # flash and flex attention isolate documents themselves
-            model.set_attn_implementation(attention.ATTENTION_NAME)
+            attention.set_attention(model, attention.ATTENTION_NAME)
         elif self.sequence is not None and own_attention != attention.ATTENTION_NAME:
             raise ValueError(
                 f"sequence_parallel_size={self.sequence.size}: the attention of this model, {own_attention!r}, sees "
@@ -129,16 +129,20 @@ class PreparedModel:
         failed_anywhere = any_rank(not self.isolation.isolated)
         if self.isolation.isolated and failed_anywhere:
             self.isolation = IsolationVerdict(False, "it failed on another rank")
-        self.padded = not self.isolation.isolated
-        if not self.padded:
-            return
+        if not self.isolation.isolated:
+            self.pad(self.isolation)
+
+    def pad(self, verdict: IsolationVerdict) -> None:
+        """From now on, train on padded rows, because documents see each other. Raises as the constructor does."""
+        self.padded, self.isolation = True, verdict
+        model, own_attention = self.base_model, self._own_attention
         _refuse_nonfinite(model)
         if self.sequence is not None:
             raise ValueError(
                 f"sequence_parallel_size={self.sequence.size}: the rows of {type(model).__name__} cannot be cut: "
                 f"{self.isolation.reason}"
             )
-        if on_unpackable == "error":
+        if self._on_unpackable == "error":
             raise ValueError(f"{type(model).__name__} cannot be trained on packed documents: {self.isolation.reason}")
         logger.warning(
             "%s is trained on padded rows instead of packed ones, with the same examples in each step: %s",
@@ -149,8 +153,8 @@ class PreparedModel:
                 "the first token of an example is not scored, although the last virtual token predicts it: TRL adds "
                 "its loss without counting it"
             )
-        if own_attention is not None and own_attention != model.config._attn_implementation:
-            model.set_attn_implementation(own_attention)
+        if own_attention is not None and own_attention != attention.attention_of(model):
+            attention.set_attention(model, own_attention)
 
     def check_isolation(self) -> IsolationVerdict:
         """Run the isolation check and store its verdict. `padded` does not change."""
@@ -215,7 +219,7 @@ class PreparedModel:
         return {"documents": rows, "attention": self._describe_attention(), "head": head}
 
     def _describe_attention(self) -> str:
-        name = self.base_model.config._attn_implementation
+        name = attention.attention_of(self.base_model)
         if name != attention.ATTENTION_NAME:
             return f"transformers' {name}" + (" on padded rows" if self.padded else "")
         with self.autocast():

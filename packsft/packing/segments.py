@@ -31,6 +31,7 @@ class Segments:
     - `max_length`, `strategy`, `overlong`: as in `cut_examples`; `overlong` is never None
     - `packs` `[S]`: the pack of each segment under "wrapped", which cuts where its packs end; otherwise None
     - `unscored`: the example of each segment that `keep_scored` removed
+    - `dropped`: overlong examples that were left out
     """
 
     examples: IntArray
@@ -42,6 +43,7 @@ class Segments:
     overlong: str
     packs: IntArray | None = None
     unscored: IntArray = field(default_factory=lambda: np.zeros(0, np.uint8))
+    dropped: IntArray = field(default_factory=lambda: np.zeros(0, np.uint8))
 
     def __len__(self) -> int:
         """The number of segments."""
@@ -68,7 +70,8 @@ class Segments:
         packed[self.examples] = True
         overlong = self.lengths > self.max_length
         empty = len(packed) - int(np.count_nonzero(self.lengths))
-        dropped = overlong if self.overlong == "drop" else np.zeros_like(overlong)
+        dropped = np.zeros_like(overlong)
+        dropped[self.dropped] = True
         truncated = overlong & packed if self.overlong == "truncate" else np.zeros_like(overlong)
         again = self.examples[1:] == self.examples[:-1]
         tokens_in, tokens_dropped = int(self.lengths.sum()), int(self.lengths[dropped].sum())
@@ -113,6 +116,7 @@ def cut_examples(
     strategy: str = "bfd",
     overlong: str | None = None,
     keep_end: bool = False,
+    uncut: IntArray | None = None,
 ) -> Segments:
     """Cut examples of the given lengths (`[examples]` integers, in tokens) into segments of at most `max_length`.
 
@@ -122,6 +126,8 @@ def cut_examples(
     - `"drop"`: leave it out
     - `"error"`: raise
     - None: the strategies "bfd_split" and "wrapped" split, the others truncate
+
+    Where "truncate" would cut within the first `uncut[example]` tokens, the example is left out.
 
     "wrapped" lays all examples end to end and cuts every `max_length` tokens. Examples of length 0 give no segment.
 
@@ -134,10 +140,12 @@ def cut_examples(
     overlong = resolve_overlong(strategy, overlong)
     lengths = _checked_lengths(lengths)
 
-    used = lengths > 0
-    if overlong == "drop":
-        used &= lengths <= max_length
-    elif overlong == "error" and len(rows := np.flatnonzero(lengths > max_length)):
+    too_long = lengths > max_length
+    dropped = too_long & (overlong == "drop")
+    if uncut is not None:
+        dropped |= too_long & (uncut > max_length)
+    used = (lengths > 0) & ~dropped
+    if overlong == "error" and len(rows := np.flatnonzero(lengths > max_length)):
         raise ValueError(
             f"row {rows[0]} has {lengths[rows[0]]} tokens, more than max_length={max_length}, as have {len(rows)} of "
             f"{len(lengths)} rows: raise max_length, or choose an overlong other than 'error'"
@@ -153,7 +161,8 @@ def cut_examples(
     else:
         starts = smallest(np.maximum(kept - max_length, 0)) if keep_end else np.zeros(len(kept), np.uint8)
         stops = smallest(kept if keep_end else np.minimum(kept, max_length))
-    return Segments(examples, starts, stops, lengths, max_length, strategy, overlong, packs)
+    left_out = smallest(np.flatnonzero(dropped))
+    return Segments(examples, starts, stops, lengths, max_length, strategy, overlong, packs, dropped=left_out)
 
 
 def _cut(

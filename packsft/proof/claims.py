@@ -31,6 +31,7 @@ from packsft.data.collator import PackingCollator
 from packsft.data.document import IGNORE_INDEX, Document, Pack, documents_of, make_document
 from packsft.model.head import device_of, eval_mode
 from packsft.model.isolation import decoder_layers, watch_layers
+from packsft.model.pictures import check_pictures
 from packsft.model.prepared import PreparedModel
 from packsft.model.rotary import by_document, forget
 from packsft.model.sequence_parallel import shared_by
@@ -116,8 +117,9 @@ def check_packing(
     """
     if prepared.prompt is not None:
         raise ValueError(f"{type(prepared.prompt).__name__} trains padded rows: there is nothing to prove")
-    if not prepared.padded:
-        prepared.check_isolation()
+    if not prepared.padded and prepared.check_isolation().isolated and collator.pictures is not None:
+        with prepared.autocast():
+            prepared.isolation = check_pictures(prepared.base_model, documents, collator, to_device)
     step = Comparison(model, prepared, documents, replace(collator, part=(0, 1)), to_device)
     with shared_by(prepared.base_model, None):
         claims = _measure(step, prepared)
@@ -228,7 +230,7 @@ class Comparison:
     @torch.no_grad()
     def logits(self) -> tuple[Numbers, Numbers, dict[str, float]]:
         """Hidden states of each layer and logits by name, documents end to end: (packed, alone, noise)."""
-        each = [self._hidden([document], input_ids=self._alone(document)) for document in self.documents]
+        each = [self._hidden([document], **self._alone(document)) for document in self.documents]
         alone = {name: torch.cat([hidden[name] for hidden in each]) for name in each[0]}
         with self._rounded_otherwise(), self._by_row():
             rounded = self._hidden(self.documents, **self._padded())
@@ -258,7 +260,9 @@ class Comparison:
         lengths = torch.tensor([len(document) for document in self.documents])
         ids = [_ids(document)[0] for document in self.documents]
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        return {"input_ids": nn.utils.rnn.pad_sequence(ids, batch_first=True), "attention_mask": mask.long()}
+        rows = {"input_ids": nn.utils.rnn.pad_sequence(ids, batch_first=True), "attention_mask": mask.long()}
+        pictures = self._collator.pictures
+        return rows if pictures is None else rows | pictures.of_rows(self.documents, int(lengths.max()))
 
     @contextmanager
     def _rounded_otherwise(self) -> Iterator[None]:
@@ -309,12 +313,13 @@ class Comparison:
 
     # ---- loss and gradients ----
 
-    def _alone(self, document: Document) -> Tensor:
+    def _alone(self, document: Document) -> dict[str, Any]:
         forget(self.model)  # the documents before
-        return _ids(document)
+        of_tokens = {key: values[None] for key, values in document.of_tokens.items()}
+        return {"input_ids": _ids(document)} | of_tokens | dict(document.of_pictures)
 
     def alone(self) -> Numbers:
-        return self._add(self._own_loss([document], input_ids=self._alone(document)) for document in self.documents)
+        return self._add(self._own_loss([document], **self._alone(document)) for document in self.documents)
 
     def rounded(self) -> Numbers:
         with self._rounded_otherwise(), self._by_row():
@@ -347,7 +352,7 @@ class Comparison:
         """The loss by its definition, from the model's own logits."""
         with self._prepared.autocast():
             logits_TV = _end_to_end(self._own_logits(**inputs), documents)
-        scored = loss_inputs(self._to_device(replace(self._collator, padded=False)([documents])))
+        scored = loss_inputs(self._to_device(replace(self._collator, padded=False, pictures=None)([documents])))
         return reference.cross_entropy(
             logits_TV.double(),  # otherwise the rounding of this loss would count as the head's
             rows=scored["loss_rows"], targets=scored["loss_targets"], weights=scored.get("loss_weights"),

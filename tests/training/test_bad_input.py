@@ -56,10 +56,9 @@ def rows(*extra):
             "no example of the train",
         ),
         ({"train_dataset": IterableDataset.from_generator(lambda: iter(()))}, "train_dataset is empty"),
-        ({"train_dataset": Dataset.from_list([{"image": "x", "text": "why"}])}, "has the column 'image'"),
         (
             {"train_dataset": Dataset.from_list([{"images": ["x"], "text": "why"}])},
-            "vision-related.*vision-language model",
+            "has pictures, but processing_class is a .*: pass the processor of a vision-language model",
         ),
         ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size=0: expected an integer of at least 1"),
         ({"truncation_mode": "keep_middle"}, "truncation_mode='keep_middle' is unknown"),

@@ -1,0 +1,301 @@
+"""Rows with pictures: planned from the headers of the files, processed when a pass needs them.
+
+A row is processed as TRL (1.16) does it, by its collator for vision-language models, alone. For its length, the same
+collator runs on a processor that knows only the sizes of the pictures, and decodes none.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import io
+import logging
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import Dataset, Image, List
+from torch import Tensor
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from packsft.data.document import Document, is_outside, make_document, outside_vocabulary, short
+from packsft.data.packs import sample_of
+
+if TYPE_CHECKING:  # needed for pictures alone
+    import PIL.Image
+
+logger = logging.getLogger("packsft")
+
+PICTURES = "packsft_pictures"  # the column, under a name that TRL does not look for
+TEXTS = ("messages", "prompt", "completion")
+LOOKED_AT = 1000  # rows, for some with pictures of several sizes
+TRIED_ROWS = 4  # whose length is compared with that of the processed row, when a data set is planned
+ORIENTATION = 0x0112  # of Exif; from 5 on, height and width change places
+
+
+def has_pictures(columns: Any) -> str | None:
+    """The name of the column of pictures, if there is one."""
+    return next((name for name in ("images", "image", PICTURES) if name in columns), None)
+
+
+def with_hidden_pictures(rows: Any) -> Any:
+    """Rows whose pictures are not decoded, under a name that TRL does not look for; others as they are."""
+    if isinstance(rows, dict):
+        return {key: with_hidden_pictures(one) for key, one in rows.items()}
+    if not isinstance(rows, Dataset) or (name := has_pictures(rows.column_names)) in (None, PICTURES):
+        return rows
+    feature = rows.features[name]
+    if isinstance(feature, Image):
+        rows = rows.cast_column(name, Image(decode=False))
+    elif isinstance(getattr(feature, "feature", None), Image):
+        rows = rows.cast_column(name, List(Image(decode=False)))
+    return rows.rename_column(name, PICTURES)
+
+
+def _opened(picture: Any) -> PIL.Image.Image:
+    """Reads the header alone."""
+    import PIL.Image
+
+    if isinstance(picture, PIL.Image.Image):
+        return picture
+    if isinstance(picture, Mapping):
+        picture = picture["path"] if picture.get("bytes") is None else picture["bytes"]
+    if isinstance(picture, str):
+        return PIL.Image.open(picture)
+    if isinstance(picture, bytes):
+        return PIL.Image.open(io.BytesIO(picture))
+    raise TypeError(f"expected a picture, its path or its bytes, got {short(picture)}")
+
+
+def pictures_of(row: Mapping[str, Any], where: str) -> list[PIL.Image.Image]:
+    """The pictures of a row, opened, not decoded. Raises ValueError, naming the row."""
+    given = row[PICTURES]
+    pictures = [] if given is None else given if isinstance(given, list) else [given]
+    opened = []
+    for number, picture in enumerate(pictures):
+        try:
+            opened.append(_opened(picture))
+        except Exception as error:
+            raise ValueError(f"{where}: picture {number} cannot be read: {error}") from None
+    return opened
+
+
+def _size(picture: PIL.Image.Image) -> tuple[int, int]:
+    """(height, width), as a viewer shows it."""
+    # where a PNG has no such text before its pixels, PIL would decode it to look behind them
+    looks = picture.format != "PNG" or "exif" in picture.info or "Raw profile type exif" in picture.info
+    turned = looks and picture.getexif().get(ORIENTATION, 1) >= 5
+    width, height = reversed(picture.size) if turned else picture.size
+    return height, width
+
+
+class RowProcessor:
+    """Processes one row.
+
+    Args:
+        collator: TRL's collator for vision-language models, without a length.
+        planned: from the sizes of the pictures alone. Only lengths, labels and masks are then right.
+        more: tokens of a picture beyond those that the processor tells from its size.
+    """
+
+    def __init__(self, collator: DataCollatorForVisionLanguageModeling, planned: bool, more: int = 0) -> None:
+        self._collator, self._planned, self._more = collator, planned, more
+        self._ready: DataCollatorForVisionLanguageModeling | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_ready": None}
+
+    def __call__(self, row: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+        """The collator's batch of one row. Raises ValueError, naming the row."""
+        if self._ready is None:
+            processor = self._collator.processor
+            self._ready = copy.copy(self._collator)
+            self._ready.processor = knowing_sizes_alone(processor, self._more) if self._planned else processor
+        from PIL.ImageOps import exif_transpose
+
+        pictures = pictures_of(row, where)
+        example = {name: copy.deepcopy(row[name]) for name in (*TEXTS, self._collator.dataset_text_field)
+                   if row.get(name) is not None}  # fmt: skip
+        self._check_placeholders(example, len(pictures), where)
+        try:
+            if not self._planned:
+                pictures = [exif_transpose(picture) for picture in pictures]
+            return dict(self._ready.torch_call([example | {"images": pictures}]))
+        except Exception as error:
+            raise ValueError(f"{where} cannot be processed: {type(error).__name__}: {error}") from error
+
+    def _check_placeholders(self, example: Mapping[str, Any], num_pictures: int, where: str) -> None:
+        """In texts; TRL puts the pictures into messages, and counts."""
+        texts = [text for text in example.values() if isinstance(text, str)]
+        asks = placeholder_of(self._collator.processor)
+        if texts and (asked := sum(text.count(asks) for text in texts)) != num_pictures:
+            raise ValueError(f"{where} has {num_pictures} pictures, but its text asks for {asked} ({asks})")
+
+
+def placeholder_of(processor: Any) -> str:
+    """What a text holds in the place of a picture."""
+    return getattr(processor, "boi_token", None) or processor.image_token
+
+
+def knowing_sizes_alone(processor: Any, more: int) -> Any:
+    """A copy of a processor that gives the text of a row as many picture tokens as its pictures have, and no pixels.
+
+    Raises AttributeError if the processor cannot tell from a size.
+    """
+    count = functools.lru_cache(1 << 16)(
+        lambda size: processor._get_num_multimodal_tokens(image_sizes=[size])["num_image_tokens"][0]
+    )
+    count((64, 64))
+    planned, token = copy.copy(processor), processor.tokenizer.convert_ids_to_tokens(processor.image_token_id)
+
+    def process_images(images: Any, **options: Any) -> tuple[dict, list[str]]:
+        from transformers.image_utils import make_flat_list_of_images
+
+        sizes = map(_size, make_flat_list_of_images(images))
+        return {}, [token * (count(size) + more) for size in sizes]
+
+    planned._process_images = process_images
+    return planned
+
+
+def _measured(batch: Mapping[str, Tensor], max_length: int | None, picture_tokens: list[int]) -> dict[str, int]:
+    """What a plan needs to know of a row."""
+    ids, labels = batch["input_ids"][0], batch["labels"][0]
+    (of_pictures,) = torch.isin(ids, torch.tensor(picture_tokens)).nonzero(as_tuple=True)
+    return {
+        "length": len(ids),
+        "scored": int((labels[1 : max_length or len(ids)] != -100).sum()),
+        "pictures_end": int(of_pictures[-1]) + 1 if len(of_pictures) else 0,
+        "picture_tokens": len(of_pictures),
+    }
+
+
+class PictureRows:
+    """Rows with texts and pictures, in the place of `TokenRows`: a row is processed when it is read.
+
+    Args:
+        dataset: rows of `with_hidden_pictures`.
+        collator: as in `RowProcessor`.
+        max_length: where rows may be cut, behind their last picture.
+        num_proc: processes that plan.
+        name: names the data set in messages.
+
+    Attributes:
+        lengths: `[rows]` int64, tokens in each row.
+        pictures_end: `[rows]` int64: no cut may fall before this token.
+        picture_tokens: `[rows]` int64.
+
+    Raises:
+        ValueError: a row cannot be processed, or a picture has no header.
+    """
+
+    tokens_padding = texts_with_doubles = 0
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        collator: DataCollatorForVisionLanguageModeling,
+        max_length: int | None,
+        num_proc: int | None,
+        name: str,
+    ) -> None:
+        self._dataset, self._name = dataset, name
+        self._vocab_size: int | None = None
+        self._process = RowProcessor(collator, planned=False)
+        measure = functools.partial(_measured, max_length=max_length, picture_tokens=_picture_token_ids(collator))
+        process = self._from_headers(collator, measure)
+        plan_row = functools.partial(_plan_row, process=process, measure=measure, name=name)
+        with PartialState().main_process_first():  # the others find the result in the cache
+            columns = dataset.column_names
+            planned = dataset.map(plan_row, with_indices=True, remove_columns=columns, num_proc=num_proc)
+        table = planned.with_format("numpy")
+        self.lengths, self._scored, self.pictures_end, self.picture_tokens = (
+            np.asarray(table[column][:]) for column in ("length", "scored", "pictures_end", "picture_tokens")
+        )
+
+    def _from_headers(self, collator: Any, measure: Callable[..., dict[str, int]]) -> RowProcessor:
+        """What plans a row, as tried on some rows: from headers if that gives what the processor makes."""
+        tried: dict[tuple, tuple[dict, str, dict[str, int]]] = {}
+        for number, row in enumerate(self._dataset):
+            if number == LOOKED_AT or len(tried) == TRIED_ROWS:
+                break
+            where = f"row {number} of the {self._name} data set"
+            sizes = tuple(map(_size, pictures_of(row, where)))
+            if sizes not in tried:
+                tried[sizes] = row, where, measure(self._process(row, where))
+        why_not = f"{type(collator.processor).__name__} makes other numbers of tokens than it tells from sizes"
+        try:
+            told = RowProcessor(collator, planned=True)
+            more = {
+                (made["length"] - measure(told(row, where))["length"]) // len(sizes)
+                for sizes, (row, where, made) in tried.items()
+                if sizes
+            }
+            planned = RowProcessor(collator, planned=True, more=more.pop() if len(more) == 1 else 0)
+            found = [(measure(planned(row, where)), made) for row, where, made in tried.values()]
+            if all(one[name] == made[name] for one, made in found for name in ("length", "scored")):
+                return planned
+        except (AttributeError, ValueError) as error:
+            why_not = f"{type(collator.processor).__name__} cannot tell its tokens from a picture's size ({error})"
+        logger.warning("%s data set: every picture is processed once, to plan it: %s", self._name, why_not)
+        return self._process
+
+    def document(self, row: int, start: int, stop: int, weight: float | None = None) -> Document:
+        """Tokens `start:stop` of a row, with all its pictures."""
+        where = f"row {row} of the {self._name} data set"
+        batch = self._process(self._dataset[int(row)], where)
+        ids, labels = batch.pop("input_ids")[0], batch.pop("labels")[0]
+        batch.pop("attention_mask")
+        if len(ids) != self.lengths[row]:
+            raise ValueError(f"{where}: planned with {self.lengths[row]} tokens, but it has {len(ids)}")
+        if self._vocab_size is not None:
+            for column, values in (("input_ids", ids.numpy()), ("labels", labels.numpy())):
+                if (bad := is_outside(values, column, self._vocab_size)).any():
+                    raise ValueError(outside_vocabulary(where, column, values[bad][0], self._vocab_size))
+        of_tokens = {key: value[0, start:stop] for key, value in batch.items() if value.shape == (1, len(ids))}
+        of_pictures = {key: value for key, value in batch.items() if key not in of_tokens}
+        document = make_document(ids[start:stop].numpy(), labels[start:stop].numpy(), weight, int(row))
+        return document.with_pictures(of_tokens, of_pictures)
+
+    def shortest_documents(self, count: int = 3, of: int = 256) -> list[Document]:
+        """The shortest of the first rows with pictures."""
+        rows = np.flatnonzero(self.picture_tokens)[:of]
+        return [self.document(row, 0, self.lengths[row]) for row in rows[np.argsort(self.lengths[rows])][:count]]
+
+    def tokens(self, row: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Input ids and labels `start:stop` of a row."""
+        batch = self._process(self._dataset[int(row)], f"row {row} of the {self._name} data set")
+        return batch["input_ids"][0, start:stop].numpy(), batch["labels"][0, start:stop].numpy()
+
+    def count_scored(self, examples: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        """`[S]` integers, of segments that begin with their row."""
+        return self._scored[examples]
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Check every row from now on, when it is read."""
+        self._vocab_size = vocab_size
+
+    def sample(self) -> str:
+        """SHA-256 in hex over the number of rows and the tokens and labels of some of them."""
+        return sample_of(len(self.lengths), lambda row: [self.lengths[row : row + 1], self._scored[row : row + 1]])
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 in hex over texts and pictures of all rows, in order; of a picture in a file, its path."""
+        digest = hashlib.sha256()
+        for batch in self._dataset.with_format("arrow").iter(100):
+            digest.update(repr(batch.to_pylist()).encode())
+        return digest.hexdigest()
+
+
+def _plan_row(row: dict[str, Any], index: int, process: RowProcessor, measure: Any, name: str) -> dict[str, int]:
+    return measure(process(row, f"row {index} of the {name} data set"))
+
+
+def _picture_token_ids(collator: DataCollatorForVisionLanguageModeling) -> list[int]:
+    token = getattr(collator.processor, "image_token_id", None)
+    return [] if token is None else [int(token)]

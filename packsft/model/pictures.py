@@ -1,0 +1,69 @@
+"""Checks on the user's own model and rows, before the first step, that a document's pictures stay its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from packsft.data.batch import model_inputs
+from packsft.data.collator import PackingCollator
+from packsft.data.document import Document
+from packsft.model.attention import packed_forward
+from packsft.model.head import backbone_of, eval_mode
+from packsft.model.isolation import CUT_ROUNDING, IsolationVerdict
+
+OF_PACKED_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "position_ids")
+
+
+def check_pictures(
+    model: PreTrainedModel,
+    documents: list[Document],
+    collator: PackingCollator,
+    to_device: Callable[[dict[str, Any]], dict[str, Any]],
+) -> IsolationVerdict:
+    """Whether documents with pictures, packed, give what each gives alone, as the model itself runs it.
+
+    And whether the last document's hidden states have a gradient of exactly 0.0 at the pictures of the others.
+    """
+    documents = [_with_leaves(document) for document in documents]
+    with torch.random.fork_rng(), eval_mode(model), torch.enable_grad():
+        with packed_forward():
+            hidden = _hidden(model, to_device(collator.torch_call([documents])))
+        parts = hidden[0].split([len(document) for document in documents])[: len(documents)]
+        for document, packed in zip(documents, parts, strict=True):
+            with torch.no_grad():
+                batch = to_device(collator.torch_call([[document]]))
+                unpacked = {key: value for key, value in batch.items() if key not in OF_PACKED_ROWS}
+                alone = _hidden(model, unpacked | {"attention_mask": torch.ones_like(batch["input_ids"])})[0]
+            allowed = CUT_ROUNDING.get(alone.dtype, max(CUT_ROUNDING.values()))
+            off = ((packed - alone[: len(document)]).norm(dim=-1) / packed.norm(dim=-1).clamp(min=1e-30)).mean()
+            if not off <= allowed:
+                said = f"row {document.row} gives other hidden states in a pack than alone, by {off:.1e}"
+                return IsolationVerdict(False, said)
+        *others, own = [[x for x in document.of_pictures.values() if x.requires_grad] for document in documents]
+        leaves = [*own, *(x for xs in others for x in xs)]
+        gradients = torch.autograd.grad(parts[-1].float().square().sum(), leaves, allow_unused=True)
+    if not any(gradient is not None and gradient.any() for gradient in gradients[: len(own)]):
+        return IsolationVerdict(False, "inconclusive: a document's gradient does not reach its own pictures")
+    leak = max((float(g.abs().max()) for g in gradients[len(own) :] if g is not None), default=0.0)
+    if leak:
+        return IsolationVerdict(False, "a document sees the pictures of another", leak)
+    return IsolationVerdict(True)
+
+
+def _with_leaves(document: Document) -> Document:
+    pictures = {
+        key: value.detach().clone().requires_grad_() if value.is_floating_point() else value
+        for key, value in document.of_pictures.items()
+    }
+    return replace(document, of_pictures=pictures)
+
+
+def _hidden(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
+    inputs = {key: value for key, value in model_inputs(batch).items() if not key.startswith("loss_")}
+    return backbone_of(model)(**inputs, use_cache=False).last_hidden_state

@@ -1,0 +1,161 @@
+"""Vision-language models on packed rows with pictures take the steps of TRL's unpacked run."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from numerics import error
+from packaging.version import Version
+from peft import LoraConfig
+from runs import DEFAULTS, config, losses
+from trl import SFTConfig, SFTTrainer
+from vision import FAMILIES, rows_with_pictures, vision_model
+
+from packsft import PackedSFTTrainer
+
+PADDED = {"Gemma3": "gives other hidden states in a pack than alone"}
+RUN = {"max_steps": 4, "learning_rate": 1e-2, "optim": "sgd", "max_length": 256, "use_cpu": True}
+STEP = {"per_device_train_batch_size": 6, "tokens_per_pass": 256}
+
+
+def of_trl(folder, model, rows, processor, **options):
+    # with models that take no number of items, TRL gives rows of micro-batches the same weight, not their tokens
+    accepts = getattr(model, "accepts_loss_kwargs", True)
+    one_by_one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 6}
+    ours = DEFAULTS | RUN | (one_by_one if accepts else {"per_device_train_batch_size": 6}) | options
+    trained = SFTTrainer(model, SFTConfig(str(folder), **ours), train_dataset=rows, processing_class=processor)
+    trained.train()
+    return trained
+
+
+def packed(folder, model, rows, processor, **options):
+    args = config(folder, **RUN | STEP | options)
+    return PackedSFTTrainer(model, args, train_dataset=rows, processing_class=processor)
+
+
+def weights(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_are_those_of_trl_unpacked(family, tmp_path):
+    model, processor, asks = vision_model(family)
+    rows = rows_with_pictures(20, asks)
+    alone, before = copy.deepcopy(model), weights(model)
+    theirs = of_trl(tmp_path / "theirs", alone, rows, processor)
+    ours = packed(tmp_path / "ours", model, rows, processor)
+    ours.train()
+    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-6)  # logged as float32
+    assert error(weights(model) - before, weights(alone) - before) < 1e-6
+    assert ours.isolation.isolated == (family not in PADDED)
+    assert PADDED.get(family, "") in (ours.isolation.reason or "")
+
+
+def chats(rows, asks):
+    """The same rows as messages; the template puts pictures before the first question."""
+    return rows.map(
+        lambda row: {
+            "messages": [
+                {"role": "user", "content": row["prompt"].replace(asks, "")},
+                {"role": "assistant", "content": row["completion"].removesuffix(" <eos>")},
+            ]
+        },
+        remove_columns=["prompt", "completion"],
+    )
+
+
+def texts(rows, asks):
+    return rows.map(lambda row: {"text": row["prompt"] + row["completion"]}, remove_columns=["prompt", "completion"])
+
+
+def one_picture(rows, asks):
+    rows = rows.filter(lambda row: len(row["images"]) == 1)
+    return rows.map(lambda row: {"image": row["images"][0]}, remove_columns=["images"])
+
+
+@pytest.mark.parametrize("family", ["Qwen2VL", "Idefics3", "Gemma3"])
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [(chats, {}), (chats, {"assistant_only_loss": True}), (texts, {}), (one_picture, {}),
+     (None, {"completion_only_loss": False})],
+    ids=["messages", "assistant only", "text", "one picture a row", "prompts too"],
+)  # fmt: skip
+def test_so_are_those_of_every_form_of_rows(family, form, options, tmp_path):
+    if "assistant_only_loss" in options and Version(transformers.__version__) < Version("5.18"):
+        pytest.skip("TRL needs transformers 5.18 for it")
+    model, processor, asks = vision_model(family)
+    rows = rows_with_pictures(20, asks)
+    rows = rows if form is None else form(rows, asks)
+    alone, before = copy.deepcopy(model), weights(model)
+    theirs = of_trl(tmp_path / "theirs", alone, rows, processor, remove_unused_columns=form is not texts, **options)
+    ours = packed(tmp_path / "ours", model, rows, processor, **options)
+    ours.train()
+    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-6)
+    assert error(weights(model) - before, weights(alone) - before) < 1e-6
+
+
+def trained(folder, family="Qwen2VL", evaluates=False, resume=None, **options):
+    model, processor, asks = vision_model(family)
+    peft = {"peft_config": options.pop("peft_config")} if "peft_config" in options else {}
+    args = config(folder, **RUN | STEP | options)
+    rows = rows_with_pictures(20, asks)
+    held_out = rows_with_pictures(7, asks, seed=1) if evaluates else None
+    ours = PackedSFTTrainer(model, args, train_dataset=rows, eval_dataset=held_out, processing_class=processor, **peft)
+    ours.train(resume_from_checkpoint=resume)
+    return ours
+
+
+@pytest.mark.parametrize("options", [
+    {"packing": False}, {"packing_strategy": "bfd", "max_length": 128, "max_steps": 3},
+    {"dataloader_num_workers": 2}, {"tokens_per_pass": 90}, {"max_length": 100, "overlong": "drop"},
+], ids=str)  # fmt: skip
+def test_other_ways_to_pack_train(options, tmp_path):
+    ours = trained(tmp_path, **options)
+    assert len(losses(ours)) == ours.args.max_steps
+    if not {"packing", "packing_strategy", "max_length"} & options.keys():
+        assert losses(ours) == pytest.approx(losses(trained(tmp_path / "whole")), rel=1e-6)
+
+
+@pytest.mark.parametrize("where", ["language_model", "visual", "both"])
+def test_adapters_of_the_tower_and_of_the_language_model(where, tmp_path):
+    layers = {"language_model": r".*language_model.*(q_proj|v_proj)", "visual": r".*visual.*qkv"}
+    layers["both"] = "|".join(f"({pattern})" for pattern in layers.values())
+    ours = trained(tmp_path, peft_config=LoraConfig(target_modules=layers[where], init_lora_weights=False))
+    assert len(losses(ours)) == 4
+    for name, parameter in ours.model.named_parameters():
+        if "lora_A" in name:
+            assert ("visual" in name) <= (where != "language_model"), name
+            assert not torch.equal(parameter, torch.zeros_like(parameter)), name
+
+
+def test_evaluation_and_resume(tmp_path):
+    options = {"evaluates": True, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 3}
+    whole = trained(tmp_path / "whole", **options, save_strategy="steps", save_steps=2)
+    resumed = trained(
+        tmp_path / "whole", **options, save_strategy="no", resume=str(tmp_path / "whole" / "checkpoint-2")
+    )
+    assert error(weights(resumed.model), weights(whole.model)) == 0
+    assert [e["eval_loss"] for e in resumed.state.log_history if "eval_loss" in e] == [
+        e["eval_loss"] for e in whole.state.log_history if "eval_loss" in e
+    ]
+
+
+@pytest.mark.parametrize("family", ["Qwen2VL", "Qwen3VL", "LlavaNext", "InternVL", "Gemma3"])
+def test_the_claims_hold_with_pictures(family, tmp_path):
+    model, processor, asks = vision_model(family)
+    ours = packed(tmp_path, model, rows_with_pictures(20, asks), processor)
+    check = ours.check_packing()
+    assert check.holds == (family not in PADDED), check.rows()
+    assert all(claim.holds for claim in check.claims[1:]), check.rows()
+
+
+def test_pictures_that_come_with_a_later_evaluation_set_are_checked(tmp_path):
+    model, processor, asks = vision_model("Qwen2VL")
+    rows = rows_with_pictures(20, asks)
+    text = rows.filter(lambda row: not row["images"]).remove_columns("images")
+    ours = packed(tmp_path, model, text, processor)
+    assert ours.data_collator.pictures is None
+    found = ours.evaluate(rows)["eval_loss"]
+    assert ours.data_collator.pictures is not None
+    assert found == pytest.approx(packed(tmp_path, model, rows, processor).evaluate(rows)["eval_loss"], rel=1e-9)
