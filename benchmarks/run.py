@@ -34,14 +34,15 @@ SUITES = {  # each a file of `suites/`, whose `bench` makes figures, one by one 
     "scaling": "cost against T, documents, N, V, H: linear where it should be",
     "memory": "peak memory of the head on a GPU, and of shared rows, on fake tensors of any size",
     "packing": "planning packs and making batches, against TRL and others",
+    "vision": "rows with pictures: planning, loading and train() against TRL",
     "reads": "reads of the device by the host in every micro-step",
     "parity": "packed training equals the documents alone",
     "static": "the kernel compiled for six GPU generations, without one",
 }
 GROUPS = {"kernels": ("head", "cross_entropy", "attention", "scaling")}
 # On a GPU, and where time is short, the most telling first: what only this machine can tell, then what any can.
-TELLING = ("cross_entropy", "head", "attention", "step", "train", "reads", "parity", "scaling", "packing", "memory",
-           "static")  # fmt: skip
+TELLING = ("cross_entropy", "head", "attention", "step", "train", "reads", "parity", "scaling", "packing", "vision",
+           "memory", "static")  # fmt: skip
 
 
 class OutOfTime(BaseException):

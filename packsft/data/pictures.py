@@ -11,12 +11,11 @@ import functools
 import hashlib
 import io
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from datasets import Dataset, Image, List
 from torch import Tensor
@@ -98,7 +97,7 @@ class RowProcessor:
 
     Args:
         collator: TRL's collator for vision-language models, without a length.
-        planned: from the sizes of the pictures alone. Only lengths, labels and masks are then right.
+        planned: only for `measure`, from the sizes of the pictures alone: the text has one token for each.
         more: tokens of a picture beyond those that the processor tells from its size.
     """
 
@@ -128,6 +127,30 @@ class RowProcessor:
         except Exception as error:
             raise ValueError(f"{where} cannot be processed: {type(error).__name__}: {error}") from error
 
+    def measure(self, row: Mapping[str, Any], where: str, max_length: int | None) -> dict[str, int]:
+        """What a plan needs to know of a row: its tokens, how many of the first `max_length` are scored, and how many
+        are of pictures, with the place behind the last."""
+        batch = self(row, where)
+        ids, labels = batch["input_ids"][0].numpy(), batch["labels"][0].numpy()
+        of_pictures = ids == self._picture_token
+        tokens = np.ones_like(ids)
+        if self._planned and of_pictures.any():
+            assert self._ready is not None
+            tokens[of_pictures] = self._ready.processor.tokens_of_pictures
+        stops = np.cumsum(tokens)
+        starts = np.maximum(stops - tokens, 1)  # nothing predicts the first token
+        kept = np.minimum(stops, max_length or stops[-1]) - starts
+        return {
+            "length": int(stops[-1]),
+            "scored": int(kept[labels != -100].clip(min=0).sum()),
+            "pictures_end": int(stops[of_pictures].max(initial=0)),
+            "picture_tokens": int(tokens[of_pictures].sum()),
+        }
+
+    @property
+    def _picture_token(self) -> int:
+        return self._collator.processor.image_token_id
+
     def _check_placeholders(self, example: Mapping[str, Any], num_pictures: int, where: str) -> None:
         """In texts; TRL puts the pictures into messages, and counts."""
         texts = [text for text in example.values() if isinstance(text, str)]
@@ -142,9 +165,10 @@ def placeholder_of(processor: Any) -> str:
 
 
 def knowing_sizes_alone(processor: Any, more: int) -> Any:
-    """A copy of a processor that gives the text of a row as many picture tokens as its pictures have, and no pixels.
+    """A copy of a processor that gives a row one token for each picture, and no pixels.
 
-    Raises AttributeError if the processor cannot tell from a size.
+    Its `tokens_of_pictures` says how many tokens each picture of the last row has. Raises AttributeError if the
+    processor cannot tell from a size.
     """
     count = functools.lru_cache(1 << 16)(
         lambda size: processor._get_num_multimodal_tokens(image_sizes=[size])["num_image_tokens"][0]
@@ -155,23 +179,21 @@ def knowing_sizes_alone(processor: Any, more: int) -> Any:
     def process_images(images: Any, **options: Any) -> tuple[dict, list[str]]:
         from transformers.image_utils import make_flat_list_of_images
 
-        sizes = map(_size, make_flat_list_of_images(images))
-        return {}, [token * (count(size) + more) for size in sizes]
+        sizes = list(map(_size, make_flat_list_of_images(images)))
+        planned.tokens_of_pictures = [count(size) + more for size in sizes]
+        return {}, [token] * len(sizes)
 
-    planned._process_images = process_images
+    merged: dict[str, dict[str, Any]] = {}
+
+    def merge_kwargs(*positional: Any, tokenizer_init_kwargs: Any = None, **named: Any) -> dict[str, Any]:
+        """The same for all rows, and a third of the time."""
+        if (key := repr((positional, named))) not in merged:
+            own = {} if tokenizer_init_kwargs is None else {"tokenizer_init_kwargs": tokenizer_init_kwargs}
+            merged[key] = processor._merge_kwargs(*positional, **own, **named)
+        return copy.deepcopy(merged[key])
+
+    planned._process_images, planned._merge_kwargs = process_images, merge_kwargs
     return planned
-
-
-def _measured(batch: Mapping[str, Tensor], max_length: int | None, picture_tokens: list[int]) -> dict[str, int]:
-    """What a plan needs to know of a row."""
-    ids, labels = batch["input_ids"][0], batch["labels"][0]
-    (of_pictures,) = torch.isin(ids, torch.tensor(picture_tokens)).nonzero(as_tuple=True)
-    return {
-        "length": len(ids),
-        "scored": int((labels[1 : max_length or len(ids)] != -100).sum()),
-        "pictures_end": int(of_pictures[-1]) + 1 if len(of_pictures) else 0,
-        "picture_tokens": len(of_pictures),
-    }
 
 
 class PictureRows:
@@ -206,9 +228,8 @@ class PictureRows:
         self._dataset, self._name = dataset, name
         self._vocab_size: int | None = None
         self._process = RowProcessor(collator, planned=False)
-        measure = functools.partial(_measured, max_length=max_length, picture_tokens=_picture_token_ids(collator))
-        process = self._from_headers(collator, measure)
-        plan_row = functools.partial(_plan_row, process=process, measure=measure, name=name)
+        planner = self._from_headers(collator, max_length)
+        plan_row = functools.partial(_plan_row, planner=planner, max_length=max_length, name=name)
         with PartialState().main_process_first():  # the others find the result in the cache
             columns = dataset.column_names
             planned = dataset.map(plan_row, with_indices=True, remove_columns=columns, num_proc=num_proc)
@@ -217,7 +238,7 @@ class PictureRows:
             np.asarray(table[column][:]) for column in ("length", "scored", "pictures_end", "picture_tokens")
         )
 
-    def _from_headers(self, collator: Any, measure: Callable[..., dict[str, int]]) -> RowProcessor:
+    def _from_headers(self, collator: DataCollatorForVisionLanguageModeling, max_length: int | None) -> RowProcessor:
         """What plans a row, as tried on some rows: from headers if that gives what the processor makes."""
         tried: dict[tuple, tuple[dict, str, dict[str, int]]] = {}
         for number, row in enumerate(self._dataset):
@@ -226,17 +247,17 @@ class PictureRows:
             where = f"row {number} of the {self._name} data set"
             sizes = tuple(map(_size, pictures_of(row, where)))
             if sizes not in tried:
-                tried[sizes] = row, where, measure(self._process(row, where))
+                tried[sizes] = row, where, self._process.measure(row, where, max_length)
         why_not = f"{type(collator.processor).__name__} makes other numbers of tokens than it tells from sizes"
         try:
             told = RowProcessor(collator, planned=True)
             more = {
-                (made["length"] - measure(told(row, where))["length"]) // len(sizes)
+                (made["length"] - told.measure(row, where, max_length)["length"]) // len(sizes)
                 for sizes, (row, where, made) in tried.items()
                 if sizes
             }
             planned = RowProcessor(collator, planned=True, more=more.pop() if len(more) == 1 else 0)
-            found = [(measure(planned(row, where)), made) for row, where, made in tried.values()]
+            found = [(planned.measure(row, where, max_length), made) for row, where, made in tried.values()]
             if all(one[name] == made[name] for one, made in found for name in ("length", "scored")):
                 return planned
         except (AttributeError, ValueError) as error:
@@ -292,10 +313,7 @@ class PictureRows:
         return digest.hexdigest()
 
 
-def _plan_row(row: dict[str, Any], index: int, process: RowProcessor, measure: Any, name: str) -> dict[str, int]:
-    return measure(process(row, f"row {index} of the {name} data set"))
-
-
-def _picture_token_ids(collator: DataCollatorForVisionLanguageModeling) -> list[int]:
-    token = getattr(collator.processor, "image_token_id", None)
-    return [] if token is None else [int(token)]
+def _plan_row(
+    row: dict[str, Any], index: int, planner: RowProcessor, max_length: int | None, name: str
+) -> dict[str, int]:
+    return planner.measure(row, f"row {index} of the {name} data set", max_length)

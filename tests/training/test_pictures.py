@@ -8,11 +8,15 @@ import transformers
 from numerics import error
 from packaging.version import Version
 from peft import LoraConfig
+from read_counter import CPU_ATTENTION, ReadCounter
 from runs import DEFAULTS, config, losses
 from trl import SFTConfig, SFTTrainer
 from vision import FAMILIES, rows_with_pictures, vision_model
 
 from packsft import PackedSFTTrainer
+from packsft.data.batch import model_inputs
+from packsft.model.attention import packed_forward
+from packsft.model.head import backbone_of
 
 PADDED = {"Gemma3": "gives other hidden states in a pack than alone"}
 RUN = {"max_steps": 4, "learning_rate": 1e-2, "optim": "sgd", "max_length": 256, "use_cpu": True}
@@ -159,3 +163,30 @@ def test_pictures_that_come_with_a_later_evaluation_set_are_checked(tmp_path):
     found = ours.evaluate(rows)["eval_loss"]
     assert ours.data_collator.pictures is not None
     assert found == pytest.approx(packed(tmp_path, model, rows, processor).evaluate(rows)["eval_loss"], rel=1e-9)
+
+
+def reads(run):
+    """Reads of the device by the host, by operator, and by method."""
+    counter = ReadCounter()
+    counter.on_step_begin(None, None, None)
+    run()
+    counter.on_pre_optimizer_step(None, None, None)
+    return counter.operators, {where: count for where, count in counter.methods.items() if where != CPU_ATTENTION}
+
+
+@pytest.mark.parametrize("family", ["Qwen2VL", "LlavaNext", "Idefics3"])
+def test_a_pass_reads_back_what_the_model_alone_does(family, tmp_path):
+    model, processor, asks = vision_model(family)
+    ours = packed(tmp_path, model, rows_with_pictures(20, asks), processor, tokens_per_pass=600)
+    (batch,) = next(iter(ours.get_train_dataloader()))["passes"]
+    inputs = model_inputs(batch)
+
+    def alone():
+        with packed_forward():
+            backbone_of(model)(**inputs, use_cache=False).last_hidden_state.sum().backward()
+
+    def trained():
+        ours._prepared.loss(model, batch, 1.0).loss.backward()
+
+    alone(), trained()  # what is made once
+    assert reads(trained) == reads(alone)

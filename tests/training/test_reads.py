@@ -7,14 +7,9 @@ from `on_step_begin` to `on_pre_optimizer_step`: the loader, the optimizer and t
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,53 +17,9 @@ from datasets import Dataset
 from harness.measure import training_dtype
 from harness.shapes import tiny_llama, tiny_tokenizer
 from harness.trainers import EXACT, OURS, TRL_PACKED, TRL_PADDED, build_trainer
-from transformers import TrainerCallback
+from read_counter import CPU_ATTENTION, ReadCounter
 
-READING_OPERATORS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::_unique2")
-READING_METHODS = ("tolist", "numpy", "cpu")
-# The CPU attention reads the boundaries to cut the pack; the GPU back ends take them as they are.
-CPU_ATTENTION = ("varlen_sdpa.py", "tolist")
 STEPS, ACCUMULATION = 3, 2
-
-
-class ReadCounter(TrainerCallback):
-    """Counts reads by operator, or by (file of the caller, method), between the two events of every step."""
-
-    def __init__(self) -> None:
-        self.operators: Counter[str] = Counter()
-        self.methods: Counter[tuple[str, str]] = Counter()
-        self.steps = 0
-        self._open = contextlib.ExitStack()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._open.enter_context(self._count_methods())
-        self._profiler = self._open.enter_context(torch.profiler.profile())
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._open.close()
-        self.steps += 1
-        for event in self._profiler.key_averages():
-            if event.key in READING_OPERATORS:
-                self.operators[event.key] += event.count
-
-    @contextlib.contextmanager
-    def _count_methods(self) -> Iterator[None]:
-        originals = {name: getattr(torch.Tensor, name) for name in READING_METHODS}
-
-        def counted(name: str) -> Any:
-            def method(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-                self.methods[Path(sys._getframe(1).f_code.co_filename).name, name] += 1
-                return originals[name](tensor, *args, **kwargs)
-
-            return method
-
-        for name in READING_METHODS:
-            setattr(torch.Tensor, name, counted(name))
-        try:
-            yield
-        finally:
-            for name, original in originals.items():
-                setattr(torch.Tensor, name, original)
 
 
 def count_reads(name: str) -> ReadCounter:
