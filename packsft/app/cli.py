@@ -99,7 +99,9 @@ def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         completion_only_loss=options.completion_only_loss,
     )
     if options.plot is not None:
-        options.plot.write_bytes(drawing.draw_plan(inspection.lengths, options.max_length, inspection.plan))
+        options.plot.write_bytes(
+            drawing.draw_plan(inspection.lengths, options.max_length, inspection.plan, inspection.picture_tokens)
+        )
     if options.json:
         print(json.dumps(inspection.as_dict(), indent=2))
     else:

@@ -25,8 +25,13 @@ def check_matplotlib(what: str) -> None:
         raise ValueError(f'{what} needs the package matplotlib: pip install "packsft[demo]"')
 
 
-def draw_packs(axes: Any, packs: Sequence[Sequence[int]], max_length: int) -> None:
-    """Draw one row per pack and one block per document (`packs`: lengths in tokens). Unused space is hatched."""
+def draw_packs(
+    axes: Any, packs: Sequence[Sequence[int]], max_length: int, pictures: Sequence[Sequence[int]] | None = None
+) -> None:
+    """Draw one row per pack and one block per document (`packs`: lengths in tokens). Unused space is hatched.
+
+    `pictures`: of the tokens of each document those of pictures: a black bar in its block.
+    """
     from matplotlib import colormaps
 
     colours = [colormaps["tab20"](number) for number in range(COLOURS)]
@@ -40,14 +45,16 @@ def draw_packs(axes: Any, packs: Sequence[Sequence[int]], max_length: int) -> No
             edgecolor="black",
             linewidth=0.4,
         )
+        if pictures is not None:
+            axes.broken_barh(list(zip(starts, pictures[row], strict=False)), (row, 0.3), facecolor="black")
     axes.set(xlabel="tokens", ylabel="pack", xlim=(0, max_length))
     axes.invert_yaxis()
     axes.yaxis.get_major_locator().set_params(integer=True)
 
 
-def draw_plan(lengths: np.ndarray, max_length: int, plan: PackPlan) -> bytes:
+def draw_plan(lengths: np.ndarray, max_length: int, plan: PackPlan, picture_tokens: np.ndarray | None = None) -> bytes:
     """A PNG with three panels: the lengths of the examples (`[examples]`, in tokens) and the cut at `max_length`, the
-    fill of the packs, and some packs."""
+    fill of the packs, and some packs, with the tokens of pictures (`[examples]`)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -74,9 +81,15 @@ def draw_plan(lengths: np.ndarray, max_length: int, plan: PackPlan) -> bytes:
     full.set_title(f"{len(plan):,} packs, {plan.fill:.2%} full\nwhite space is unused")
 
     shown = np.unique(np.linspace(0, len(plan) - 1, SHOWN_PACKS).astype(int))
-    draw_packs(rows, [plan.seq_lengths(pack).tolist() for pack in shown], plan.max_length)
+    pictures = None
+    if picture_tokens is not None:
+        pictures = [picture_tokens[plan.segments(pack)[:, 0]].tolist() for pack in shown]
+    draw_packs(rows, [plan.seq_lengths(pack).tolist() for pack in shown], plan.max_length, pictures)
     rows.set_yticks(range(len(shown)), [f"{pack:,}" for pack in shown], fontsize=7)
-    rows.set_title(f"{len(shown)} of the packs, one block per document\nhatched space is unused")
+    rows.set_title(
+        f"{len(shown)} of the packs, one block per document\nhatched space is unused"
+        + ("; black: pictures" if pictures else "")
+    )
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     plt.close(figure)

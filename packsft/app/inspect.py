@@ -22,6 +22,7 @@ from packsft.app.json_lines import check_json, parse_json
 from packsft.app.tables import print_table
 from packsft.data.messages import tokenizer_without_nulls, warn_of_unseen_roles
 from packsft.data.packs import pack_dataset
+from packsft.data.pictures import PictureRows, has_pictures, with_hidden_pictures
 from packsft.data.raw import checked_rows, label_rows, once_of, one_form
 from packsft.packing import (
     MaxLength,
@@ -46,7 +47,11 @@ ROWS_PER_PROCESS = 2_000  # starting a process takes as long as tokenising about
 
 @dataclass(frozen=True)
 class Inspection:
-    """The plan and the report of a data set; `lengths` `[examples]` in tokens, before cutting."""
+    """The plan and the report of a data set.
+
+    - `lengths` `[examples]`: in tokens, before cutting
+    - `picture_tokens` `[examples]`: those of pictures; None for rows of text
+    """
 
     data: str
     report: PackingReport
@@ -54,19 +59,33 @@ class Inspection:
     recommended_max_length: int | None
     lengths: np.ndarray
     plan: PackPlan
+    picture_tokens: np.ndarray | None = None
+
+    @property
+    def of_pictures(self) -> dict[str, int | float]:
+        """Tokens of pictures, and their share; empty for rows of text."""
+        if self.picture_tokens is None:
+            return {}
+        count = int(self.picture_tokens.sum())
+        return {"tokens": count, "share": count / max(1, int(self.lengths.sum()))}
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: `data`, `report`, `max_lengths` and `recommended_max_length`."""
+        """Plain values for JSON: `data`, `report`, `max_lengths` and `recommended_max_length`; `pictures`, if any."""
+        pictures = {} if self.picture_tokens is None else {"pictures": self.of_pictures}
         return {
             "data": self.data,
             "report": self.report.as_dict(),
             "max_lengths": [asdict(each) for each in self.max_lengths],
             "recommended_max_length": self.recommended_max_length,
+            **pictures,
         }
 
     def show(self, console: Console) -> None:
         """Two tables and a recommendation."""
-        print_table(console, f"Packing of {self.data}", [("what", "value"), *self.report.rows()])
+        pictures = []
+        if self.picture_tokens is not None:
+            pictures = [("tokens of pictures", "{tokens:,} ({share:.2%})".format(**self.of_pictures))]
+        print_table(console, f"Packing of {self.data}", [("what", "value"), *self.report.rows(), *pictures])
         lines = [("max_length", "examples cut", "tokens lost", "packs", "fill")]
         lines += [
             (f"{c.max_length:,}", f"{c.examples_truncated:,}", f"{c.share_lost:.2%}", f"{c.packs:,}", f"{c.fill:.2%}")
@@ -102,13 +121,20 @@ def inspect_data(
 
     Args:
         data: see `load_rows`.
-        model: local folder or hub name of the model whose tokenizer is used, or "smollm2"; only for text.
+        model: local folder or hub name of the model whose tokenizer (for pictures: processor) is used, or "smollm2";
+            only for text and pictures.
         seed: the seed of the training; in the best-fit strategies it decides which examples meet in a pack.
 
     Raises:
         ValueError, OSError: anything that the user can fix; the message names it.
     """
-    rows, once = tokenised_rows(data, model, split, assistant_only_loss, completion_only_loss)
+    loaded = load_rows(data, split)
+    rows: Dataset | PictureRows
+    once: tuple[int | None, int | None] = (None, None)
+    if has_pictures(loaded.column_names):
+        rows = _with_pictures(loaded, data, model, max_length, assistant_only_loss, completion_only_loss)
+    else:
+        rows, once = _tokens_of(loaded, data, model, assistant_only_loss, completion_only_loss)
     packed = pack_dataset(
         rows,
         max_length,
@@ -132,7 +158,9 @@ def inspect_data(
         size = per_device_train_batch_size * gradient_accumulation_steps * devices
         tokens_per_pass = tokens_per_pass or max_length
         plan = _as_packs(plan, tokens_per_pass, simulate_steps(packed.lengths, size, tokens_per_pass, devices, 64))
-    return Inspection(data, report, compared, recommended_max_length(compared), packed.rows.lengths, plan)
+    of_pictures = rows.picture_tokens if isinstance(rows, PictureRows) else None
+    best = recommended_max_length(compared)
+    return Inspection(data, report, compared, best, packed.rows.lengths, plan, of_pictures)
 
 
 def _as_packs(plan: PackPlan, tokens_per_pass: int, steps: list[list[list[np.ndarray]]]) -> PackPlan:
@@ -170,11 +198,14 @@ def tokenised_rows(
     Raises:
         ValueError, OSError: anything that the user can fix; the message names it.
     """
-    rows = load_rows(data, split)
-    if pictures := {"image", "images"} & set(rows.column_names):
-        raise ValueError(
-            f"{data} has the column {min(pictures)!r}: the trainer packs pictures, this command text alone"
-        )
+    return _tokens_of(load_rows(data, split), data, model, assistant_only_loss, completion_only_loss)
+
+
+def _tokens_of(
+    rows: Dataset, data: str, model: str | None, assistant_only_loss: bool, completion_only_loss: bool | None
+) -> tuple[Dataset, tuple[int | None, int | None]]:
+    if (pictures := has_pictures(rows.column_names)) is not None:
+        raise ValueError(f"{data} has the column {pictures!r}: this command takes rows of text")
     if "seq_lengths" in rows.column_names:
         raise ValueError(f"{data} has the column seq_lengths: its rows are packed already")
     if "input_ids" not in rows.column_names:
@@ -301,6 +332,37 @@ def _tokenise(
         return prepare_rows(rows, tokenizer_without_nulls(tokenizer, rows, data), args), once_of(rows, tokenizer)
     except Exception as error:  # a tokenizer may raise anything
         raise ValueError(f"{data} cannot be tokenised: {error}") from error
+
+
+def _with_pictures(
+    rows: Dataset,
+    data: str,
+    model: str | None,
+    max_length: int,
+    assistant_only_loss: bool,
+    completion_only_loss: bool | None,
+) -> PictureRows:
+    if model is None:
+        raise ValueError(f"{data} holds pictures, which need a processor: name its model with --model")
+    from transformers import AutoProcessor, ProcessorMixin
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+    from packsft.arguments import check_model_name
+
+    check_model_name(model)
+    try:
+        processor = AutoProcessor.from_pretrained(model)
+    except Exception as error:  # transformers raises anything about a damaged folder
+        raise ValueError(could_not_load(model, error, "the processor of ")) from error
+    if not isinstance(processor, ProcessorMixin):
+        raise ValueError(f"{data} holds pictures, but {model} has no processor, only a {type(processor).__name__}")
+    of_completions = {"prompt", "completion"} <= set(rows.column_names)
+    collator = DataCollatorForVisionLanguageModeling(
+        processor,
+        completion_only_loss=of_completions if completion_only_loss is None else completion_only_loss,
+        assistant_only_loss=assistant_only_loss,
+    )
+    return PictureRows(with_hidden_pictures(rows), collator, max_length, None, data)
 
 
 def could_not_load(model: str, error: Exception, what: str = "") -> str:

@@ -14,6 +14,7 @@ from forms import FORMS
 from PIL import Image
 from runs import config, trainer
 from tiny import ROWS, tiny_tokenizer
+from vision import rows_with_pictures, vision_model
 
 from packsft import compat
 from packsft.app import inspect as inspection
@@ -243,7 +244,11 @@ BAD_FILES = {
         '{"text": "a"}\n{"messages": [{"role": "user"}]}\n',
         "data set: messages is None, expected a list",
     ),
-    "pictures": ("rows.jsonl", '{"text": "a", "image": "a.png"}\n', "has the column 'image': packsft trains on text"),
+    "pictures": (
+        "rows.jsonl",
+        '{"text": "a", "image": "a.png"}\n',
+        "holds pictures, which need a processor",
+    ),
     "numbers for text": ("rows.jsonl", '{"text": 3}\n', "data set: text is 3, expected a text"),
     "texts for ids": ("rows.jsonl", '{"input_ids": ["a"]}\n', "row 0 of the data set: input_ids holds string"),
     "short labels": ("rows.jsonl", '{"input_ids": [3, 4], "labels": [3]}\n', "row 0 of the data set: 1 labels for 2"),
@@ -372,3 +377,17 @@ def test_tokenizer_must_have_what_the_rows_need(tmp_path, capsys):
     text = write(tmp_path, '{"text": "hello"}\n')
     fails_with([text, "--model", str(tmp_path / "no_template"), "--assistant-only-loss"], "conversational", capsys)
     fails_with([text, "--model", str(tmp_path / "missing")], "missing", capsys)
+
+
+def test_pictures_are_counted_and_drawn(tmp_path, capsys):
+    _, processor, asks = vision_model("Idefics3")
+    processor.save_pretrained(tmp_path / "processor")
+    rows_with_pictures(40, asks).save_to_disk(tmp_path / "rows")
+    arguments = ["inspect", str(tmp_path / "rows"), "--model", str(tmp_path / "processor"), "--max-length", "128"]
+    assert main([*arguments, "--json", "--plot", str(tmp_path / "plan.png")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0.5 < found["pictures"]["share"] < 1
+    assert found["report"]["account"]["examples_in"] == 40
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+    assert main(arguments) == 0
+    assert "tokens of pictures" in capsys.readouterr().out
