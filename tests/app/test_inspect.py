@@ -387,7 +387,7 @@ def test_pictures_are_counted_and_drawn(tmp_path, capsys):
     assert main([*arguments, "--json", "--plot", str(tmp_path / "plan.png")]) == 0
     found = json.loads(capsys.readouterr().out)
     assert 0.5 < found["pictures"]["share"] < 1
-    assert found["report"]["account"]["examples_in"] == 40
+    assert found["report"]["examples_in"] == 40
     assert (tmp_path / "plan.png").stat().st_size > 10_000
     assert main(arguments) == 0
     assert "tokens of pictures" in capsys.readouterr().out
