@@ -21,6 +21,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
@@ -173,12 +174,30 @@ def _gemma(family: str) -> tuple[Any, Any, str]:
     return config, (transformers.Gemma3ForConditionalGeneration, processor), "<start_of_image> "
 
 
+def _mllama(family: str) -> tuple[Any, Any, str]:
+    tokenizer = tokenizer_with(["<|image|>", "<|python_tag|>"])
+    tokenizer.bos_token = "<eos>"
+    pil = MllamaImageProcessorPil(size={"height": 32, "width": 32}, max_image_tiles=4)
+    processor = transformers.MllamaProcessor(pil, tokenizer)
+    tower = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "attention_heads": 2, "patch_size": 8,
+        "num_global_layers": 1, "vision_output_dim": 32, "intermediate_layers_indices": [0], "image_size": 32,
+        "max_num_tiles": 4, "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]],
+    }  # fmt: skip
+    text = TEXT | {"vocab_size": len(tokenizer), "cross_attention_layers": [1], "num_hidden_layers": 3}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
+    image = tokenizer.convert_tokens_to_ids("<|image|>")
+    config = transformers.MllamaConfig(text_config=text, vision_config=tower, image_token_index=image)
+    return config, (transformers.MllamaForConditionalGeneration, processor), "<|image|> "
+
+
 FAMILIES = {
     **dict.fromkeys(("Qwen2VL", "Qwen2_5_VL", "Qwen3VL"), _qwen),
     **dict.fromkeys(("Llava", "LlavaNext", "Pixtral"), _llava),
     **dict.fromkeys(("Idefics3", "SmolVLM"), _idefics),
     "InternVL": _internvl,
     "Gemma3": _gemma,
+    "Mllama": _mllama,
 }
 
 
