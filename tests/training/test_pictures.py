@@ -200,3 +200,13 @@ def test_a_pass_reads_back_what_the_model_alone_does(family, tmp_path):
 
     alone(), trained()  # what is made once
     assert reads(trained) == reads(alone)
+
+
+def test_a_tower_that_mixes_pictures_is_found(tmp_path):
+    model, processor, asks = vision_model("LlavaNext")
+    projector = model.model.multi_modal_projector
+    projector.register_forward_hook(lambda module, args, features: features + 1e-9 * features.mean(0))
+    ours = packed(tmp_path, model, rows_with_pictures(20, asks), processor)
+    assert not ours.isolation.isolated
+    assert "sees the pictures of another" in ours.isolation.reason
+    assert ours.isolation.leak > 0
