@@ -15,15 +15,17 @@ import torch
 from accelerate.utils import send_to_device
 from packsft_kernels import LossOptions
 from packsft_kernels.varlen_attention import BACKENDS
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import is_peft_available
 
-from packsft.app.inspect import could_not_load, tokenised_rows
+from packsft.app.inspect import could_not_load, prepared_rows
 from packsft.arguments import check_model_name
 from packsft.compat import is_out_of_memory
 from packsft.config import PackedSFTConfig
 from packsft.data.collator import PackingCollator
+from packsft.data.joined_pictures import JoinedPictures, RotaryPositions
 from packsft.data.packs import pack_dataset
+from packsft.data.pictures import PictureRows
 from packsft.model.head import count_embeddings
 from packsft.model.positions import longest_document
 from packsft.model.prepared import PreparedModel
@@ -55,7 +57,7 @@ def check_model(
     """`claims.check_packing` on a model by folder or hub name, or "smollm2".
 
     Args:
-        model: a causal language model.
+        model: a causal language model, or for rows with pictures a vision-language model.
         adapter: folder or hub name of a PEFT adapter on it.
         attn: a name in `varlen_attention.BACKENDS` or a transformers attn_implementation; None: the trainer's choice.
         dtype: dtype of the weights and the forward.
@@ -65,8 +67,9 @@ def check_model(
     Raises:
         ValueError: the model does not run without packing, `adapter` is given without PEFT, or `PreparedModel` raises.
     """
-    rows, once = (None, (None, None)) if data is None else tokenised_rows(data, model)
-    network: Any = _load(model, getattr(torch, dtype), attn if attn not in (None, *BACKENDS) else None)
+    rows, once = (None, (None, None)) if data is None else prepared_rows(data, model, max_length=max_length)
+    loads = AutoModelForImageTextToText if isinstance(rows, PictureRows) else AutoModelForCausalLM
+    network: Any = _load(model, getattr(torch, dtype), attn if attn not in (None, *BACKENDS) else None, loads)
     if adapter is not None:
         if not is_peft_available():
             raise ValueError(f"adapter {adapter} needs the package peft, which is not installed")
@@ -98,16 +101,22 @@ def check_model(
     )
     vocab_size = count_embeddings(prepared.base_model)
     max_length = longest_document(prepared.base_model, max_length) or max_length
+    pictures = None
     if rows is None:
         documents = random_documents(vocab_size, max_length)
+    elif isinstance(rows, PictureRows):
+        documents = rows.shortest_documents()
+        pictures = JoinedPictures(rows.processor, RotaryPositions.of(prepared.base_model))
     else:
         packs = pack_dataset(rows, max_length, strategy="none", name="train", vocab_size=vocab_size, once=once)
         documents = first_documents(packs.packs(), max_length)
-    collator = PackingCollator(pad_token_id=0, padded=prepared.padded, max_length=max_length, masked=routes)
+    collator = PackingCollator(
+        pad_token_id=0, padded=prepared.padded, max_length=max_length, masked=routes, pictures=pictures
+    )
     return check_packing(network, prepared, documents, collator, lambda batch: send_to_device(batch, device))
 
 
-def _load(model: str, dtype: torch.dtype, attn: str | None) -> PreTrainedModel:
+def _load(model: str, dtype: torch.dtype, attn: str | None, loads: Any) -> PreTrainedModel:
     if model == "smollm2":
         from packsft.app.smollm2 import load_smollm2
 
@@ -118,7 +127,7 @@ def _load(model: str, dtype: torch.dtype, attn: str | None) -> PreTrainedModel:
     check_model_name(model)
     options = {} if attn is None else {"attn_implementation": attn}
     try:
-        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options)
+        return loads.from_pretrained(model, dtype=dtype, **options)
     except Exception as error:  # transformers raises anything about a damaged folder
         raise ValueError(could_not_load(model, error)) from error
 

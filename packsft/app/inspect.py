@@ -128,13 +128,7 @@ def inspect_data(
     Raises:
         ValueError, OSError: anything that the user can fix; the message names it.
     """
-    loaded = load_rows(data, split)
-    rows: Dataset | PictureRows
-    once: tuple[int | None, int | None] = (None, None)
-    if has_pictures(loaded.column_names):
-        rows = _with_pictures(loaded, data, model, max_length, assistant_only_loss, completion_only_loss)
-    else:
-        rows, once = _tokens_of(loaded, data, model, assistant_only_loss, completion_only_loss)
+    rows, once = prepared_rows(data, model, split, assistant_only_loss, completion_only_loss, max_length)
     packed = pack_dataset(
         rows,
         max_length,
@@ -180,32 +174,28 @@ def _as_packs(plan: PackPlan, tokens_per_pass: int, steps: list[list[list[np.nda
 # ---- data ----
 
 
-def tokenised_rows(
+def prepared_rows(
     data: str,
     model: str | None,
     split: str = "train",
     assistant_only_loss: bool = False,
     completion_only_loss: bool | None = None,
-) -> tuple[Dataset, tuple[int | None, int | None]]:
-    """Columns `input_ids` and `labels` of a data set, as the trainer makes them, and the tokens that it takes once.
-
-    Both are what `pack_dataset` takes.
+    max_length: int | None = None,
+) -> tuple[Dataset | PictureRows, tuple[int | None, int | None]]:
+    """Rows as the trainer makes them, and the tokens that it takes once: both are what `pack_dataset` takes.
 
     Args:
         data: see `load_rows`.
-        model: for text: its tokenizer is used.
+        model: for text: its tokenizer is used; for pictures: its processor.
+        max_length: where rows with pictures may be cut.
 
     Raises:
         ValueError, OSError: anything that the user can fix; the message names it.
     """
-    return _tokens_of(load_rows(data, split), data, model, assistant_only_loss, completion_only_loss)
-
-
-def _tokens_of(
-    rows: Dataset, data: str, model: str | None, assistant_only_loss: bool, completion_only_loss: bool | None
-) -> tuple[Dataset, tuple[int | None, int | None]]:
-    if (pictures := has_pictures(rows.column_names)) is not None:
-        raise ValueError(f"{data} has the column {pictures!r}: this command takes rows of text")
+    rows = load_rows(data, split)
+    if has_pictures(rows.column_names):
+        with_pictures = _with_pictures(rows, data, model, max_length, assistant_only_loss, completion_only_loss)
+        return with_pictures, (None, None)
     if "seq_lengths" in rows.column_names:
         raise ValueError(f"{data} has the column seq_lengths: its rows are packed already")
     if "input_ids" not in rows.column_names:
@@ -338,7 +328,7 @@ def _with_pictures(
     rows: Dataset,
     data: str,
     model: str | None,
-    max_length: int,
+    max_length: int | None,
     assistant_only_loss: bool,
     completion_only_loss: bool | None,
 ) -> PictureRows:

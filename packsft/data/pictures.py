@@ -207,6 +207,7 @@ class PictureRows:
         name: names the data set in messages.
 
     Attributes:
+        processor: of the collator.
         lengths: `[rows]` int64, tokens in each row.
         pictures_end: `[rows]` int64: no cut may fall before this token.
         picture_tokens: `[rows]` int64.
@@ -225,7 +226,7 @@ class PictureRows:
         num_proc: int | None,
         name: str,
     ) -> None:
-        self._dataset, self._name = dataset, name
+        self._dataset, self._name, self.processor = dataset, name, collator.processor
         self._vocab_size: int | None = None
         self._process = RowProcessor(collator, planned=False)
         planner = self._from_headers(collator, max_length)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 from forms import FORMS
 from PIL import Image
@@ -391,3 +392,14 @@ def test_pictures_are_counted_and_drawn(tmp_path, capsys):
     assert (tmp_path / "plan.png").stat().st_size > 10_000
     assert main(arguments) == 0
     assert "tokens of pictures" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("family", "holds"), [("Idefics3", True), ("Gemma3", False)])
+def test_check_proves_packing_with_pictures(family, holds, tmp_path, capsys):
+    model, processor, asks = vision_model(family, torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    rows_with_pictures(20, asks).save_to_disk(tmp_path / "rows")
+    assert main(["check", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "rows")]) == (not holds)
+    said = capsys.readouterr().out
+    assert ("in a pack than alone" in " ".join(said.split())) != holds
