@@ -127,7 +127,7 @@ def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
         datasets["eval_dataset"] = evals
     for name, dataset in datasets.items():
         if not skips_preparation(args) or isinstance(dataset, (Dataset, IterableDataset)):
-            check_dataset(name, dataset, args)
+            check_dataset(name, dataset, args, function is not None)
     if arguments.get("processing_class") is not None:
         check_tokenizer(arguments["processing_class"], args)
     model = arguments["model"]
@@ -280,8 +280,11 @@ def _check_compiled_layers(args: SFTConfig) -> None:
         raise ValueError("compile_layers=True does not work under DeepSpeed, whose hooks run within the layers")
 
 
-def check_dataset(name: str, dataset: Any, args: SFTConfig) -> None:
-    """Raises ValueError for data that cannot be trained or evaluated on, as the first row shows."""
+def check_dataset(name: str, dataset: Any, args: SFTConfig, formats: bool = False) -> None:
+    """Raises ValueError for data that cannot be trained or evaluated on, as the first row shows.
+
+    `formats`: whether there is a `formatting_func`.
+    """
     if isinstance(dataset, Packs):
         return
     if not isinstance(dataset, (Dataset, IterableDataset)):
@@ -293,8 +296,9 @@ def check_dataset(name: str, dataset: Any, args: SFTConfig) -> None:
     if not first:
         raise ValueError(f"row 0 of {name} has no columns")
     own = skips_preparation(args)
-    if (pictures := has_pictures(first)) is not None:
-        _check_pictures(f"{name} has the column {pictures!r}", dataset, args)
+    columns = set(first) | set(getattr(dataset, "column_names", None) or ())
+    if (pictures := has_pictures(columns)) is not None:
+        _check_pictures(f"{name} has the column {pictures!r}", columns, dataset, args, formats)
     if "seq_lengths" in first and not own:
         raise ValueError(
             f"{name} has the column seq_lengths, so its rows are packs of your own: set "
@@ -319,8 +323,14 @@ def check_dataset(name: str, dataset: Any, args: SFTConfig) -> None:
         logger.warning("%s: %s beside input_ids: not read", name, " and ".join(unread))
 
 
-def _check_pictures(said: str, dataset: Any, args: SFTConfig) -> None:
+def _check_pictures(said: str, columns: set[str], dataset: Any, args: SFTConfig, formats: bool) -> None:
     """Raises ValueError for what cannot be done with pictures."""
+    if {"image", "images"} <= columns:
+        raise ValueError(f"{said}, and 'image', too: leave one of them out")
+    if formats:
+        raise ValueError(f"{said}, and formatting_func gives texts alone: make the texts before, with dataset.map")
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        raise ValueError(f"{said}, and a transform, which would run while a plan is made: apply it before, with map")
     if isinstance(dataset, IterableDataset):
         raise ValueError(f"{said}, but is a stream: pictures are packed from a datasets.Dataset")
     if skips_preparation(args):

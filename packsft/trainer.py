@@ -130,6 +130,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         self.accelerator.packsft_sequence_parts = parts  # for `Ranks`
         self._sequence = SequenceGroup(parts) if parts > 1 else None
         self._check: PackingCheck | None = None
+        self._checked_pictures = False
         self._sums = {"train": MetricSums(), "eval": MetricSums(filters_log)}
         self._start_watching(getattr(self.args, "on_nonfinite", "error"), filters_log)
         self._configured = {"logging_nan_inf_filter": filters_log}
@@ -301,7 +302,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
     def _prepare_pictures(self, packs: Any) -> None:
         """Raises ValueError if pictures cannot be trained on here. Without effect on rows of text, or a second time."""
         rows = getattr(packs, "rows", None)
-        if self.data_collator.pictures is not None or not isinstance(rows, PictureRows):
+        if self._checked_pictures or not isinstance(rows, PictureRows):
             return
         engine = self.accelerator.distributed_type
         if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -311,12 +312,14 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             )
         model, collator = base_model_of(self.model), self.data_collator
         collator.pictures = pictures = JoinedPictures(self.processing_class, RotaryPositions.of(model))
+        documents = rows.shortest_documents()
+        if not documents:
+            return  # no row has a picture
+        self._checked_pictures = True
         if not self._prepared.padded:
-            documents, verdict = rows.shortest_documents(), self.isolation
             try:
-                if documents:
-                    with self.accelerator.autocast():
-                        verdict = check_pictures(model, documents, collator, self._prepare_inputs)
+                with self.accelerator.autocast():
+                    verdict = check_pictures(model, documents, collator, self._prepare_inputs)
             except ValueError as error:
                 verdict = IsolationVerdict(False, str(error))
             if not verdict.isolated:
@@ -375,9 +378,9 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         state do not change. Call it before FSDP or ZeRO shards the parameters.
         """
         packs = self.train_dataset.packs() if isinstance(self.train_dataset, PackedDataset) else self.train_dataset
-        if isinstance(rows := getattr(self.train_dataset, "rows", None), PictureRows):
-            documents = rows.shortest_documents()
-        else:
+        rows = getattr(self.train_dataset, "rows", None)
+        documents = rows.shortest_documents() if isinstance(rows, PictureRows) else []
+        if not documents:
             documents = first_documents(packs, longest_document(base_model_of(self.model), self.args.max_length))
         self._check = check_packing(self.model, self._prepared, documents, self.data_collator, self._prepare_inputs)
         return self._check

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from packsft.data.packs import PackedDataset, UserPacks
+from packsft.data.pictures import PictureRows
 from packsft.data.ranks import Ranks
 from packsft.data.streams import PackedStream
 from packsft.packing import resolve_overlong
@@ -125,7 +126,11 @@ def digest_of_frozen(model: nn.Module) -> str | None:
 def rows_of(dataset: Any) -> dict[str, Any] | None:
     """The number of rows, and digests of what they hold, in order; None if they cannot be read ahead."""
     if isinstance(dataset, PackedDataset):
-        return {"rows": len(dataset.rows.lengths), "tokens and labels": dataset.rows.digest}
+        of_pictures = {}
+        if isinstance(dataset.rows, PictureRows):
+            processor = dataset.rows.processor.image_processor.to_dict()
+            of_pictures = {"image processor": _digest(json.dumps(processor, default=repr, sort_keys=True))}
+        return {"rows": len(dataset.rows.lengths), "tokens and labels": dataset.rows.digest, **of_pictures}
     if isinstance(dataset, UserPacks):
         return {"rows": len(dataset), **dataset.digests}
     return None

@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # needed for pictures alone
 logger = logging.getLogger("packsft")
 
 PICTURES = "packsft_pictures"  # the column, under a name that TRL does not look for
-TEXTS = ("messages", "prompt", "completion")
+FORMS = (("messages",), ("prompt", "completion"))  # or the column of texts, in TRL's order
 LOOKED_AT = 1000  # rows, for some with pictures of several sizes
 TRIED_ROWS = 4  # whose length is compared with that of the processed row, when a data set is planned
 ORIENTATION = 0x0112  # of Exif; from 5 on, height and width change places
@@ -45,14 +45,36 @@ def with_hidden_pictures(rows: Any) -> Any:
     """Rows whose pictures are not decoded, under a name that TRL does not look for; others as they are."""
     if isinstance(rows, dict):
         return {key: with_hidden_pictures(one) for key, one in rows.items()}
-    if not isinstance(rows, Dataset) or (name := has_pictures(rows.column_names)) in (None, PICTURES):
+    if not isinstance(rows, Dataset) or rows.format["type"] == "custom":
         return rows
+    if (name := has_pictures(rows.format["columns"])) in (None, PICTURES):
+        return rows
+    rows = rows.with_format(None)
     feature = rows.features[name]
     if isinstance(feature, Image):
-        rows = rows.cast_column(name, Image(decode=False))
-    elif isinstance(getattr(feature, "feature", None), Image):
-        rows = rows.cast_column(name, List(Image(decode=False)))
+        rows = rows.cast_column(name, Image(mode=feature.mode, decode=False))
+    elif isinstance(inner := getattr(feature, "feature", None), Image):
+        rows = rows.cast_column(name, List(Image(mode=inner.mode, decode=False)))
     return rows.rename_column(name, PICTURES)
+
+
+def _mode_of(rows: Dataset) -> str | None:
+    """To which a picture is converted when it is decoded."""
+    feature = rows.features[PICTURES]
+    return getattr(getattr(feature, "feature", feature), "mode", None)
+
+
+def _form_of(rows: Dataset, text_field: str, name: str) -> tuple[str, ...]:
+    """The columns of text that are read. Raises ValueError if there are none."""
+    forms = [form for form in (*FORMS, (text_field,)) if set(form) <= set(rows.column_names)]
+    if not forms:
+        beside = ", ".join(column for column in rows.column_names if column != PICTURES)
+        expected = f"messages, prompt and completion, or {text_field}"
+        raise ValueError(f"the {name} data set has pictures and the columns {beside}, expected {expected}")
+    if left := [column for form in forms[1:] for column in form if column not in forms[0]]:
+        read = " and ".join(forms[0])
+        logger.warning("%s data set: %s is trained on; %s is not read", name, read, " and ".join(left))
+    return forms[0]
 
 
 def _opened(picture: Any) -> PIL.Image.Image:
@@ -64,6 +86,8 @@ def _opened(picture: Any) -> PIL.Image.Image:
     if isinstance(picture, Mapping):
         picture = picture["path"] if picture.get("bytes") is None else picture["bytes"]
     if isinstance(picture, str):
+        if picture.startswith(("http://", "https://")):
+            raise ValueError("addresses are not fetched: load it first")
         return PIL.Image.open(picture)
     if isinstance(picture, bytes):
         return PIL.Image.open(io.BytesIO(picture))
@@ -86,7 +110,8 @@ def pictures_of(row: Mapping[str, Any], where: str) -> list[PIL.Image.Image]:
 def _size(picture: PIL.Image.Image) -> tuple[int, int]:
     """(height, width), as a viewer shows it."""
     # where a PNG has no such text before its pixels, PIL would decode it to look behind them
-    looks = picture.format != "PNG" or "exif" in picture.info or "Raw profile type exif" in picture.info
+    # and where it is a TIFF, its size is that already
+    looks = picture.format not in ("PNG", "TIFF") or "exif" in picture.info or "Raw profile type exif" in picture.info
     turned = looks and picture.getexif().get(ORIENTATION, 1) >= 5
     width, height = reversed(picture.size) if turned else picture.size
     return height, width
@@ -97,13 +122,26 @@ class RowProcessor:
 
     Args:
         collator: TRL's collator for vision-language models, without a length.
+        columns: of text.
+        mode: of PIL, to which pictures are converted; None: as they are.
         planned: only for `measure`, from the sizes of the pictures alone: the text has one token for each.
         more: tokens of a picture beyond those that the processor tells from its size.
     """
 
-    def __init__(self, collator: DataCollatorForVisionLanguageModeling, planned: bool, more: int = 0) -> None:
-        self._collator, self._planned, self._more = collator, planned, more
+    def __init__(
+        self,
+        collator: DataCollatorForVisionLanguageModeling,
+        columns: tuple[str, ...],
+        mode: str | None,
+        planned: bool = False,
+        more: int = 0,
+    ) -> None:
+        self._collator, self._columns, self._mode, self._planned, self._more = collator, columns, mode, planned, more
         self._ready: DataCollatorForVisionLanguageModeling | None = None
+
+    def planning(self, more: int) -> RowProcessor:
+        """One that plans the same rows."""
+        return RowProcessor(self._collator, self._columns, self._mode, planned=True, more=more)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_ready": None}
@@ -117,12 +155,15 @@ class RowProcessor:
         from PIL.ImageOps import exif_transpose
 
         pictures = pictures_of(row, where)
-        example = {name: copy.deepcopy(row[name]) for name in (*TEXTS, self._collator.dataset_text_field)
-                   if row.get(name) is not None}  # fmt: skip
+        if empty := [name for name in self._columns if row.get(name) is None]:
+            raise ValueError(f"{where}: {empty[0]} is None")
+        example = {name: copy.deepcopy(row[name]) for name in self._columns}
         self._check_placeholders(example, len(pictures), where)
         try:
             if not self._planned:
                 pictures = [exif_transpose(picture) for picture in pictures]
+            if not self._planned and self._mode is not None:
+                pictures = [picture.convert(self._mode) for picture in pictures]
             return dict(self._ready.torch_call([example | {"images": pictures}]))
         except Exception as error:
             raise ValueError(f"{where} cannot be processed: {type(error).__name__}: {error}") from error
@@ -161,7 +202,7 @@ class RowProcessor:
 
 def placeholder_of(processor: Any) -> str:
     """What a text holds in the place of a picture."""
-    return getattr(processor, "boi_token", None) or processor.image_token
+    return getattr(processor, "image_token", None) or processor.boi_token
 
 
 def knowing_sizes_alone(processor: Any, more: int) -> Any:
@@ -228,7 +269,8 @@ class PictureRows:
     ) -> None:
         self._dataset, self._name, self.processor = dataset, name, collator.processor
         self._vocab_size: int | None = None
-        self._process = RowProcessor(collator, planned=False)
+        form = _form_of(dataset, collator.dataset_text_field, name), _mode_of(dataset)
+        self._process = RowProcessor(collator, *form)
         planner = self._from_headers(collator, max_length)
         plan_row = functools.partial(_plan_row, planner=planner, max_length=max_length, name=name)
         with PartialState().main_process_first():  # the others find the result in the cache
@@ -251,13 +293,13 @@ class PictureRows:
                 tried[sizes] = row, where, self._process.measure(row, where, max_length)
         why_not = f"{type(collator.processor).__name__} makes other numbers of tokens than it tells from sizes"
         try:
-            told = RowProcessor(collator, planned=True)
+            told = self._process.planning(0)
             more = {
                 (made["length"] - told.measure(row, where, max_length)["length"]) // len(sizes)
                 for sizes, (row, where, made) in tried.items()
                 if sizes
             }
-            planned = RowProcessor(collator, planned=True, more=more.pop() if len(more) == 1 else 0)
+            planned = self._process.planning(more.pop() if len(more) == 1 else 0)
             found = [(planned.measure(row, where, max_length), made) for row, where, made in tried.values()]
             if all(one[name] == made[name] for one, made in found for name in ("length", "scored")):
                 return planned
@@ -273,7 +315,10 @@ class PictureRows:
         ids, labels = batch.pop("input_ids")[0], batch.pop("labels")[0]
         batch.pop("attention_mask")
         if len(ids) != self.lengths[row]:
-            raise ValueError(f"{where}: planned with {self.lengths[row]} tokens, but it has {len(ids)}")
+            raise ValueError(
+                f"{where}: planned with {self.lengths[row]} tokens, but it has {len(ids)}: if its picture has changed "
+                "since, delete the cache files of the data set"
+            )
         if self._vocab_size is not None:
             for column, values in (("input_ids", ids.numpy()), ("labels", labels.numpy())):
                 if (bad := is_outside(values, column, self._vocab_size)).any():

@@ -27,6 +27,7 @@ from packsft.model.head import device_of
 from packsft.model.sequence_parallel import group_of
 
 ATTENTION_NAME = "packsft"
+BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 ATTENTIONS, MASKS = attention_registries()
 
 
@@ -107,6 +108,28 @@ def _unpacked(
 def attention_of(model: PreTrainedModel) -> str | None:
     """The attention of the layers that see the text."""
     return model.config.get_text_config()._attn_implementation
+
+
+def towers_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The models within a model that see no text."""
+    text = model.config.get_text_config()
+    if text is model.config:
+        return []
+    inner = (module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model)
+    return [one for one in inner if one.config.get_text_config() is one.config and one.config is not text]
+
+
+def _without_boundaries(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    return args, {key: value for key, value in kwargs.items() if key not in BOUNDARIES}
+
+
+def keep_boundaries_from_towers(model: PreTrainedModel) -> None:
+    """Some models hand what their layers of text get to their tower, too: flash attention there would cut its pictures
+    at the boundaries of documents."""
+    for tower in towers_of(model):
+        if not hasattr(tower, "packsft_knows_no_boundaries"):
+            tower.packsft_knows_no_boundaries = True  # type: ignore[assignment]
+            tower.register_forward_pre_hook(_without_boundaries, with_kwargs=True)
 
 
 def set_attention(model: PreTrainedModel, name: str) -> None:

@@ -34,7 +34,8 @@ def check_pictures(
     with torch.random.fork_rng(), eval_mode(model), torch.enable_grad():
         with packed_forward():
             hidden = _hidden(model, to_device(collator.torch_call([documents])))
-        parts = hidden[0].split([len(document) for document in documents])[: len(documents)]
+        lengths = [len(document) for document in documents]
+        parts = hidden[0, : sum(lengths)].split(lengths)  # behind them there may be padding
         for document, packed in zip(documents, parts, strict=True):
             with torch.no_grad():
                 batch = to_device(collator.torch_call([[document]]))

@@ -106,6 +106,7 @@ class PreparedModel:
         model = self.base_model
         self._own_attention = own_attention = attention.attention_of(model)
         attention.set_backend(model, backend)
+        attention.keep_boundaries_from_towers(model)
         if backend != "auto":
             with self.autocast():
                 attention.backend_of(model)  # raises, with the reason

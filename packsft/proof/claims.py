@@ -117,7 +117,8 @@ def check_packing(
     """
     if prepared.prompt is not None:
         raise ValueError(f"{type(prepared.prompt).__name__} trains padded rows: there is nothing to prove")
-    if not prepared.padded and prepared.check_isolation().isolated and collator.pictures is not None:
+    with_pictures = any(document.of_pictures for document in documents)
+    if not prepared.padded and prepared.check_isolation().isolated and with_pictures:
         with prepared.autocast():
             prepared.isolation = check_pictures(prepared.base_model, documents, collator, to_device)
     step = Comparison(model, prepared, documents, replace(collator, part=(0, 1)), to_device)

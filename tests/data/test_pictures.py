@@ -92,13 +92,16 @@ def of_columns(row, **types):
     ("{asks}hello", [b"no picture"], "row 0 of the train data set: picture 0 cannot be read: cannot identify"),
     ("{asks}hello", ["/no/such/file.png"], "row 0 of the train data set: picture 0 cannot be read: .*No such file"),
     ("{asks}hello {asks}", [drawn(20, 20)], "row 0 of the train data set has 1 pictures, but its text asks for 2"),
+    (None, [drawn(20, 20)], "row 0 of the train data set: text is None"),
+    ("{asks}hello", ["https://x.org/a.png"], "row 0 of the train data set: picture 0 cannot be read: addresses"),
     ("hello", [drawn(20, 20)], "row 0 of the train data set has 1 pictures, but its text asks for 0"),
     ("{asks}hello", [drawn(1, 400)], "row 0 of the train data set cannot be processed: ValueError: .*aspect ratio"),
-], ids=["broken", "missing", "more placeholders", "fewer placeholders", "too thin"])  # fmt: skip
+], ids=["broken", "missing", "more placeholders", "fewer placeholders", "too thin", "null", "address"])  # fmt: skip
 def test_what_is_wrong_with_a_row_is_said(text, pictures, message):
     _, processor, asks = vision_model("Qwen2VL")
     given = [{"bytes": picture} if isinstance(picture, bytes) else picture for picture in pictures]
-    rows = of_columns({"text": text.format(asks=asks), "images": given})
+    images = {"images": List(TEXT)} if isinstance(given[0], str) else {}
+    rows = of_columns({"text": text and text.format(asks=asks), "images": given}, **images)
     with pytest.raises(ValueError, match=message):
         planned(rows, processor, completion_only_loss=False)
 
@@ -129,6 +132,10 @@ REFUSED = {
     "split": ({"overlong": "split"}, "no picture may be cut"),
     "keep_end": ({"truncation_mode": "keep_end"}, "truncation_mode='keep_end' would cut off"),
     "own packs": ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "packs of your own cannot hold"),
+    "a transform": ({}, "and a transform, which would run while a plan is made"),
+    "a formatting function": ({}, "formatting_func gives texts alone"),
+    "two columns of pictures": ({}, "has the column 'images', and 'image', too"),
+    "no text": ({}, "has pictures and the columns conversations, expected messages, prompt and completion, or text"),
     "a tokenizer": ({}, "pass the processor of a vision-language model"),
     "shared rows": ({"sequence_parallel_size": 2}, "sequence_parallel_size=2"),
 }
@@ -141,7 +148,46 @@ def test_what_cannot_be_done_with_pictures_is_refused_by_name(name, tmp_path):
     rows = rows_with_pictures(4, asks)
     rows = rows.to_iterable_dataset() if name == "a stream" else rows
     processor = processor.tokenizer if name == "a tokenizer" else processor
+    if name == "a transform":
+        rows = rows.with_transform(lambda batch: batch)
+    elif name == "two columns of pictures":
+        rows = rows.map(lambda row: {"image": drawn(20, 20)})
+    elif name == "no text":
+        rows = rows.remove_columns("completion").rename_column("prompt", "conversations")
+    formats = {"formatting_func": lambda row: "a"} if name == "a formatting function" else {}
     with pytest.raises(ValueError, match=message):
         PackedSFTTrainer(
-            model, config(tmp_path, use_cpu=True, **options), train_dataset=rows, processing_class=processor
+            model, config(tmp_path, use_cpu=True, **options), train_dataset=rows, processing_class=processor, **formats
         )
+
+
+def test_columns_that_trl_does_not_read_are_left_out(caplog):
+    _, processor, asks = vision_model("Qwen2VL")
+    rows = rows_with_pictures(8, asks)
+    found = planned(rows.add_column("text", ["a caption"] * 8), processor)
+    assert found.lengths.tolist() == planned(rows, processor).lengths.tolist()
+    assert "prompt and completion is trained on; text is not read" in caplog.text
+
+
+def test_a_picture_is_asked_for_by_the_image_token_even_where_there_is_a_token_before_it():
+    _, processor, asks = vision_model("Qwen2VL")
+    processor.boi_token = "<|vision_start|>"
+    assert planned(rows_with_pictures(8, asks.replace("<|vision_start|> ", "")), processor).picture_tokens.any()
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy", "pandas"])
+def test_a_format_changes_nothing(form):
+    _, processor, asks = vision_model("Qwen2VL")
+    rows = rows_with_pictures(8, asks)
+    assert planned(rows.with_format(form), processor).lengths.tolist() == planned(rows, processor).lengths.tolist()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF", "PNG", "WEBP"])
+def test_a_turned_picture_is_planned_as_it_is_seen(kind):
+    _, processor, asks = vision_model("LlavaNext")
+    file, exif = io.BytesIO(), PIL.Image.Exif()
+    exif[0x0112] = 6
+    drawn(20, 64).save(file, kind, exif=exif)
+    rows = of_columns({"text": f"{asks}hello", "images": [{"bytes": file.getvalue()}]})
+    found = planned(rows, processor, completion_only_loss=False)
+    assert len(found.document(0, 0, found.lengths[0])) == found.lengths[0]

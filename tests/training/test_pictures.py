@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
+from datasets import Image, List
 from numerics import error
 from packaging.version import Version
 from peft import LoraConfig
@@ -15,7 +16,7 @@ from vision import FAMILIES, rows_with_pictures, vision_model
 
 from packsft import PackedSFTTrainer
 from packsft.data.batch import model_inputs
-from packsft.model.attention import packed_forward
+from packsft.model.attention import BOUNDARIES, packed_forward
 from packsft.model.head import backbone_of
 
 PADDED = {"Gemma3": "gives other hidden states in a pack than alone"}
@@ -210,3 +211,59 @@ def test_a_tower_that_mixes_pictures_is_found(tmp_path):
     assert not ours.isolation.isolated
     assert "sees the pictures of another" in ours.isolation.reason
     assert ours.isolation.leak > 0
+
+
+@pytest.mark.parametrize("options", [
+    {"pad_to_multiple_of": 64}, {"loss_normalization": "example"}, {"gradient_checkpointing": True},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("family", ["Qwen2VL", "Idefics3", "Gemma3"])
+def test_options_change_nothing_but_what_they_say(family, options, tmp_path):
+    ours, expected = trained(tmp_path / "a", family, **options), trained(tmp_path / "b", family)
+    if "loss_normalization" in options:
+        assert losses(ours) != losses(expected)
+    else:
+        assert losses(ours) == pytest.approx(losses(expected), rel=1e-6)
+
+
+def test_a_set_without_a_picture_does_not_spare_the_next_one_the_check(tmp_path):
+    model, processor, asks = vision_model("Gemma3")
+    rows = rows_with_pictures(20, asks)
+    empty = rows.map(lambda row: {"images": [], "prompt": row["prompt"].replace(asks, "")})
+    ours = packed(tmp_path, model, empty, processor)
+    assert ours.isolation.isolated
+    assert ours.check_packing().holds
+    ours.evaluate(rows)
+    assert not ours.isolation.isolated
+
+
+def test_pictures_of_another_mode_are_those_of_trl(tmp_path):
+    model, processor, asks = vision_model("Qwen2VL")
+    rows = rows_with_pictures(20, asks).cast_column("images", List(Image(mode="L")))
+    alone, before = copy.deepcopy(model), weights(model)
+    of_trl(tmp_path / "theirs", alone, rows, processor)
+    packed(tmp_path / "ours", model, rows, processor).train()
+    assert error(weights(model) - before, weights(alone) - before) < 1e-6
+
+
+def test_another_image_processor_is_noticed_on_resume(tmp_path):
+    trained(tmp_path, save_strategy="steps", save_steps=2)
+    model, processor, asks = vision_model("Qwen2VL")
+    processor.image_processor.image_mean = [0.1] * 3
+    ours = packed(tmp_path, model, rows_with_pictures(20, asks), processor)
+    with pytest.raises(ValueError, match="image processor"):
+        ours.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_tower_does_not_get_the_boundaries_of_documents(tmp_path):
+    model, processor, asks = vision_model("Llava")
+    given = []
+    model.model.vision_tower.register_forward_pre_hook(lambda *args: given.append(args[-1]), with_kwargs=True)
+    ours = packed(tmp_path, model, rows_with_pictures(20, asks), processor)
+    ours.train()
+    seen = []
+    model.model.vision_tower.encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.extend(kwargs), with_kwargs=True
+    )
+    ours.evaluate(rows_with_pictures(7, asks))
+    assert any("cu_seq_lens_q" in kwargs for kwargs in given)
+    assert not set(seen) & set(BOUNDARIES)
