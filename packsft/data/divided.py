@@ -293,13 +293,13 @@ class _RowsOfAll:
                     return
                 worker.waiting.extend(row)
                 worker.num_documents += len(row)
-        self._check_same(worker, [len(rows) for rows in of_all], [mark for _, _, mark in every])
+        self._check_same([len(rows) for rows in of_all], [mark for _, _, mark in every])
         for _, account, _ in every:
             worker.account.add(account)
         worker.ended = any(len(rows) < self._rows_per_chunk for rows in of_all)
         self._stream.check_losses_so_far(worker.account)
 
-    def _check_same(self, worker: _Worker, num_rows: list[int], marks: list[int | None]) -> None:
+    def _check_same(self, num_rows: list[int], marks: list[int | None]) -> None:
         """Raises ValueError, on all processes, if they do not read the same rows."""
         descending = sorted(num_rows, reverse=True)
         if len(set(marks)) > 1 or num_rows != descending or descending[0] - descending[-1] > 1:
