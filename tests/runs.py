@@ -1,5 +1,7 @@
 """A trainer on a tiny model, configured for tests."""
 
+import torch
+from accelerate import PartialState
 from tiny import tiny_model, tiny_tokenizer, token_rows
 
 from packsft import PackedSFTConfig, PackedSFTTrainer
@@ -34,3 +36,13 @@ CONSTRUCTOR_KEYS = (
 
 def losses(trained):
     return [entry["loss"] for entry in trained.state.log_history if "loss" in entry]
+
+
+def save_and_end(found, path):
+    """At the end of a script of several processes: the main one saves."""
+    state = PartialState()
+    if state.is_main_process:
+        torch.save(found, path)
+    state.wait_for_everyone()
+    if state.num_processes > 1:
+        state.destroy_process_group()

@@ -156,5 +156,4 @@ def make_trainer(rows: datasets.Dataset, folder: str, ours: bool, **options: Any
     }  # fmt: skip
     if ours:
         return PackedSFTTrainer(model, PackedSFTConfig(**settings), train_dataset=rows, processing_class=processor)
-    trainer = SFTTrainer(model, SFTConfig(packing=False, **settings), train_dataset=rows, processing_class=processor)
-    return trainer
+    return SFTTrainer(model, SFTConfig(packing=False, **settings), train_dataset=rows, processing_class=processor)

@@ -23,7 +23,8 @@ _of_group: dict[Any, Exchange] = {}
 class Exchange:
     """Runs functions one after the other, in a thread, and exchanges objects between the processes that run them.
 
-    All processes run the same functions in the same order.
+    All processes run the same functions in the same order. The thread ends with the process; one of
+    `concurrent.futures` would be waited for, though another process may never come.
 
     Attributes:
         rank, size: of this process, among all.

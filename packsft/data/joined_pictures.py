@@ -123,7 +123,11 @@ class RotaryPositions:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._type, self._config = type(model), model.config
+        without_weights: Any = type(model).__new__(type(model))  # a worker may get a copy of it
+        nn.Module.__init__(without_weights)
+        without_weights.config = model.config
+        self._index = without_weights.get_rope_index
+        self._inputs = frozenset(inspect.signature(self._index).parameters)
 
     @classmethod
     def of(cls, model: nn.Module) -> RotaryPositions | None:
@@ -132,15 +136,12 @@ class RotaryPositions:
         return None if inner is None else cls(inner)
 
     def __call__(self, document: Document) -> Tensor:
-        shell: Any = self._type.__new__(self._type)
-        nn.Module.__init__(shell)
-        shell.config = self._config
         inputs = {
             "input_ids": torch.from_numpy(document.input_ids)[None],
             "attention_mask": torch.ones(1, len(document), dtype=torch.int64),
             "mm_token_type_ids": torch.zeros(1, len(document), dtype=torch.int64),
         }
         inputs |= {key: value[None] for key, value in document.of_tokens.items()} | dict(document.of_pictures)
-        known = inspect.signature(shell.get_rope_index).parameters
-        positions, _ = shell.get_rope_index(**{key: value for key, value in inputs.items() if key in known})
+        known = {key: value for key, value in inputs.items() if key in self._inputs}
+        positions, _ = self._index(**known)
         return positions[:, 0]

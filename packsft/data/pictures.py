@@ -271,7 +271,7 @@ class PictureRows:
         self._vocab_size: int | None = None
         form = _form_of(dataset, collator.dataset_text_field, name), _mode_of(dataset)
         self._process = RowProcessor(collator, *form)
-        planner = self._from_headers(collator, max_length)
+        planner = self._from_headers(max_length)
         plan_row = functools.partial(_plan_row, planner=planner, max_length=max_length, name=name)
         with PartialState().main_process_first():  # the others find the result in the cache
             columns = dataset.column_names
@@ -281,7 +281,7 @@ class PictureRows:
             np.asarray(table[column][:]) for column in ("length", "scored", "pictures_end", "picture_tokens")
         )
 
-    def _from_headers(self, collator: DataCollatorForVisionLanguageModeling, max_length: int | None) -> RowProcessor:
+    def _from_headers(self, max_length: int | None) -> RowProcessor:
         """What plans a row, as tried on some rows: from headers if that gives what the processor makes."""
         tried: dict[tuple, tuple[dict, str, dict[str, int]]] = {}
         for number, row in enumerate(self._dataset):
@@ -291,7 +291,7 @@ class PictureRows:
             sizes = tuple(map(_size, pictures_of(row, where)))
             if sizes not in tried:
                 tried[sizes] = row, where, self._process.measure(row, where, max_length)
-        why_not = f"{type(collator.processor).__name__} makes other numbers of tokens than it tells from sizes"
+        why_not = f"{type(self.processor).__name__} makes other numbers of tokens than it tells from sizes"
         try:
             told = self._process.planning(0)
             more = {
@@ -304,7 +304,7 @@ class PictureRows:
             if all(one[name] == made[name] for one, made in found for name in ("length", "scored")):
                 return planned
         except (AttributeError, ValueError) as error:
-            why_not = f"{type(collator.processor).__name__} cannot tell its tokens from a picture's size ({error})"
+            why_not = f"{type(self.processor).__name__} cannot tell its tokens from a picture's size ({error})"
         logger.warning("%s data set: every picture is processed once, to plan it: %s", self._name, why_not)
         return self._process
 

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from packsft.data.batch import model_inputs
 from packsft.data.collator import PackingCollator
 from packsft.data.document import Document
-from packsft.model.attention import packed_forward
-from packsft.model.head import backbone_of, eval_mode
+from packsft.model.attention import BOUNDARIES, packed_forward
+from packsft.model.head import backbone_of, device_of, eval_mode
 from packsft.model.isolation import CUT_ROUNDING, IsolationVerdict
 
-OF_PACKED_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "position_ids")
+OF_PACKED_ROWS = (*BOUNDARIES, "position_ids")
 
 
 def check_pictures(
@@ -31,7 +31,8 @@ def check_pictures(
     And whether the last document's hidden states have a gradient of exactly 0.0 at the pictures of the others.
     """
     documents = [_with_leaves(document) for document in documents]
-    with torch.random.fork_rng(), eval_mode(model), torch.enable_grad():
+    devices = [device_of(model)] if device_of(model).type == "cuda" else []
+    with torch.random.fork_rng(devices), eval_mode(model), torch.enable_grad():
         with packed_forward():
             hidden = _hidden(model, to_device(collator.torch_call([documents])))
         lengths = [len(document) for document in documents]

@@ -9,7 +9,7 @@ import tempfile
 
 import torch
 from accelerate import PartialState
-from runs import config, losses
+from runs import config, losses, save_and_end
 from vision import rows_with_pictures, vision_model
 
 from packsft import PackedSFTTrainer
@@ -30,10 +30,5 @@ def run(family, **options):
     return {"moved": moved, "losses": losses(ours), "evaluation": ours.evaluate()["eval_loss"]}
 
 
-state = PartialState(cpu=True)
-found = {name: run(**options) for name, options in json.loads(sys.argv[2]).items()}
-if state.is_main_process:
-    torch.save(found, sys.argv[1])
-state.wait_for_everyone()
-if state.num_processes > 1:
-    state.destroy_process_group()
+PartialState(cpu=True)
+save_and_end({name: run(**options) for name, options in json.loads(sys.argv[2]).items()}, sys.argv[1])

@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import IterableDataset
-from runs import losses, trainer
+from runs import losses, save_and_end, trainer
 from tiny import WORDS, tiny_model, tiny_tokenizer
 
 from packsft.data.ranks import Ranks
@@ -79,11 +79,6 @@ def of_shards(starts, **given):
 
 
 if __name__ == "__main__":  # not in workers that are not forked
-    state = PartialState(cpu=True)
+    PartialState(cpu=True)
     type(TOKENIZER)._encode_plus = counted
-    found = {name: run(**options) for name, options in json.loads(sys.argv[2]).items()}
-    if state.is_main_process:
-        torch.save(found, sys.argv[1])
-    state.wait_for_everyone()
-    if state.num_processes > 1:
-        state.destroy_process_group()
+    save_and_end({name: run(**options) for name, options in json.loads(sys.argv[2]).items()}, sys.argv[1])
