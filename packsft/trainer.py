@@ -62,7 +62,7 @@ from packsft.data.raw import (
 from packsft.data.streams import PackedStream
 from packsft.model.head import count_embeddings
 from packsft.model.isolation import IsolationVerdict
-from packsft.model.pictures import check_pictures
+from packsft.model.pictures import check_padded_pictures, check_pictures
 from packsft.model.positions import check_document_lengths, has_position_table, longest_document, max_positions
 from packsft.model.prepared import PreparedModel, any_rank_of, base_model_of
 from packsft.model.sequence_parallel import SequenceGroup
@@ -325,7 +325,9 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             if not verdict.isolated:
                 self._prepared.pad(verdict)
         if self._prepared.padded:
-            collator.padded = collator.masked = bool(pictures.axes_of_rows)
+            collator.padded = collator.masked = bool(pictures.places_in_rows)
+            with self.accelerator.autocast():
+                check_padded_pictures(model, documents, collator, self._prepare_inputs)
 
     def _check_data(self, vocab_size: int) -> None:
         """Raises ValueError for rows that this model or these ranks cannot train on."""

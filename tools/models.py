@@ -23,17 +23,20 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import datasets
+import models_page
 import torch
 import torch.nn.functional as F
 import transformers
 import trl
 from datasets import Dataset
-from models_page import DOCUMENT, LIMIT, page, results_file, status
+from models_page import LIMIT, results_file
 from packsft_kernels.version import __version__
 from tiny_models import LEFT_OUT, Float64Throughout, families, is_adapted, tiny_model
 
@@ -43,7 +46,7 @@ from packsft.proof.invariance import rounds_to_float32
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from harness.report import read, write
 from harness.shapes import packed_row, tiny_tokenizer
-from harness.trainers import EXACT, TRL_PACKED, build_trainer
+from harness.trainers import EXACT, TRL_PACKED, TRL_PADDED, build_trainer  # noqa: F401, for the pictures
 
 # One and two tokens take other code paths; 7 to 14 are longer than a window of 4; passes of 32 hold some of them each.
 LENGTHS = (7, 1, 14, 2, 12, 5, 3, 11, 9)
@@ -52,6 +55,7 @@ SECONDS = 240  # for a family
 AT_ONCE = 2
 
 Result = dict[str, Any]
+Measure = Callable[[str], Result]
 
 
 def measure(family: str) -> Result:
@@ -64,7 +68,7 @@ def measure(family: str) -> Result:
             model = tiny_model(family)
             loss, truth = alone(model, row)
         except Exception as error:
-            return {"error": f"not built: {_message(error)}"}
+            return {"error": f"not built: {message(error)}"}
         result = {
             "class": type(model).__name__,
             "adapted": is_adapted(family),
@@ -127,10 +131,10 @@ def rounding(model: Any, row: Result, loss: float, truth: Any) -> Result | None:
             return None
         own_loss, own = alone(model, row)
     except (RuntimeError, ValueError) as error:  # a float32 meets a weight in float64
-        return {"error": _message(error)}
+        return {"error": message(error)}
     found = ours(model, row, own_loss, own)
     errors = ("error", "loss_error", "gradient_error")
-    own_errors = {"own_loss_error": abs(own_loss - loss) / loss, "own_gradient_error": _gradient_error(own, truth)}
+    own_errors = {"own_loss_error": abs(own_loss - loss) / loss, "own_gradient_error": gradient_error(own, truth)}
     return {name: found[name] for name in errors if name in found} | own_errors
 
 
@@ -158,10 +162,10 @@ def ours(model: Any, row: Result, loss: float, truth: Any, *, router_loss: float
                 "head": "fused" if trainer.why_compact is None else "compact",
                 "why_compact": trainer.why_compact,
                 "loss_error": abs(found - loss) / loss,
-                "gradient_error": _gradient_error(gradients(trainer.model), truth),
+                "gradient_error": gradient_error(gradients(trainer.model), truth),
             }
     except Exception as error:
-        return {"error": _message(error)}
+        return {"error": message(error)}
 
 
 @contextlib.contextmanager
@@ -202,10 +206,10 @@ def theirs(model: Any, row: Result, loss: float, truth: Any) -> Result:
             found = packed_loss(trainer, row)
             errors = {
                 "loss_error": abs(found - loss) / loss,
-                "gradient_error": _gradient_error(gradients(trainer.model), truth),
+                "gradient_error": gradient_error(gradients(trainer.model), truth),
             }
     except Exception as error:
-        return {"verdict": "raises", "error": _message(error)}
+        return {"verdict": "raises", "error": message(error)}
     if reached.any() or reached.isnan().any():
         return {"verdict": "leaks"} | errors
     right = max(errors.values()) <= LIMIT  # False for what is no number
@@ -223,7 +227,7 @@ def packed_loss(trainer: Any, row: Result) -> float:
     return float(loss.detach())
 
 
-def _gradient_error(found: Any, truth: Any) -> float:
+def gradient_error(found: Any, truth: Any) -> float:
     """Largest over the tensors of max|found - truth| / max|truth|.
 
     A gradient that is zero in exact arithmetic (a key's bias changes no softmax) is measured against a millionth of the
@@ -239,19 +243,19 @@ def _gradient_error(found: Any, truth: Any) -> float:
     )
 
 
-def _message(error: BaseException) -> str:
+def message(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}"
 
 
-def sweep(names: Sequence[str]) -> Iterator[tuple[str, Result]]:
+def sweep(names: Sequence[str], measure: Measure) -> Iterator[tuple[str, Result]]:
     """(family, what was measured) as they finish, each in a fork of this process, which has imported what it takes."""
     context = multiprocessing.get_context("fork")
     waiting, running = list(names), {}
     while waiting or running:
         while waiting and len(running) < AT_ONCE:
             receive, send = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(waiting[0], send))
+            process = context.Process(target=_child, args=(measure, waiting[0], send))
             process.start()
             send.close()  # here, so that the end of the process is the end of the pipe
             running[receive] = waiting.pop(0), process, time.monotonic()
@@ -273,28 +277,30 @@ def sweep(names: Sequence[str]) -> Iterator[tuple[str, Result]]:
             yield name, result
 
 
-def _child(family: str, send: Any) -> None:
+def _child(measure: Measure, family: str, send: Any) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     send.send(measure(family))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(registry: Sequence[str], measure: Measure, page: ModuleType) -> None:
+    """Measures families of the registry; the page is a module with DOCUMENT, RESULTS, `page` and `status`."""
+    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*", help="model types; default: every one that transformers knows")
-    parser.add_argument("--save", action="store_true", help=f"keep the results, and write {DOCUMENT.name} anew")
+    parser.add_argument("--save", action="store_true", help=f"keep the results, and write {page.DOCUMENT.name} anew")
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args()
-    names = options.families or families()
-    if unknown := set(names) - set(families()):
-        parser.error(f"transformers {transformers.__version__} has no causal language model {', '.join(unknown)}")
+    names = options.families or registry
+    if unknown := set(names) - set(registry):
+        parser.error(f"transformers {transformers.__version__} has no {', '.join(unknown)} in its registry")
     started, results = time.monotonic(), {}
-    for name, result in sweep(names):
+    for name, result in sweep(names, measure):
         results[name] = result
-        print(f"{len(results):3}/{len(names)} {name}: {status(result)}", flush=True)
-    file = results_file(transformers.__version__)
+        print(f"{len(results):3}/{len(names)} {name}: {page.status(result)}", flush=True)
+    file = results_file(page.RESULTS, transformers.__version__)
     seconds = round(time.monotonic() - started)
     if options.save and options.families and file.exists():  # some families anew
         seconds, results = read(file)["seconds"], read(file)["families"] | results
@@ -305,14 +311,14 @@ def main() -> None:
             "torch": torch.__version__,
         },
         "seconds": seconds,
-        "families": {name: results[name] for name in families() if name in results},
+        "families": {name: results[name] for name in registry if name in results},
     }  # fmt: skip
     if options.json:
         write(report, options.json)
     if options.save:
         write(report, file)
-        DOCUMENT.write_text(page(report), encoding="utf-8")
+        page.DOCUMENT.write_text(page.page(report), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(families(), measure, models_page)

@@ -8,7 +8,7 @@ from typing import Any
 
 LIMIT = 1e-9
 ROUNDING_FACTOR = 4  # two computations may each be off by what the model's rounding does to it
-DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
+RESULTS, DOCUMENT = "models", Path(__file__).parents[1] / "docs" / "models.md"
 Result = dict[str, Any]
 
 INTRODUCTION = """\
@@ -18,7 +18,7 @@ Is packed training the same training on *your* model? This page is the answer fo
 transformers {transformers} that can be built without a download, from its registry
 (`MODEL_FOR_CAUSAL_LM_MAPPING_NAMES`, {registered} entries). Written by
 
-    python tools/models.py --save     # {minutes} minutes on two cores
+    python tools/models.py --save     # {minutes} min on two cores
 
 on {date}, with packsft {packsft}, TRL {trl} and PyTorch {torch}; not by hand. `tests/parity/test_models.py` measures
 some families anew.
@@ -44,8 +44,8 @@ step. "Packed" is nothing that TRL promises without flash attention; it warns, a
 """
 
 
-def results_file(version: str) -> Path:
-    return Path(__file__).parent / f"models-transformers-{version}.json"
+def results_file(results: str, version: str) -> Path:
+    return Path(__file__).parent / f"{results}-transformers-{version}.json"
 
 
 def is_right(result: Result) -> bool:

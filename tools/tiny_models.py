@@ -160,16 +160,19 @@ def is_adapted(model_type: str) -> bool:
 
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
-    return CONFIG_MAPPING[model_type](**_shrunk(CONFIG_MAPPING[model_type]))
+    return CONFIG_MAPPING[model_type](**shrunk(CONFIG_MAPPING[model_type]))
 
 
 def tiny_model(model_type: str) -> PreTrainedModel:
     """Random weights from a fixed seed, none of them zero: a bias or a sink that is not there proves nothing."""
     torch.manual_seed(0)
     # transformers' grouped product of experts takes no float64
-    model = AutoModelForCausalLM.from_config(
-        tiny_config(model_type), dtype=torch.float64, experts_implementation="eager"
-    )
+    config = tiny_config(model_type)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, experts_implementation="eager")
+    return with_random_weights(model)
+
+
+def with_random_weights(model: PreTrainedModel) -> PreTrainedModel:
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if not tensor.is_floating_point():
@@ -182,7 +185,7 @@ def tiny_model(model_type: str) -> PreTrainedModel:
     return model.train()
 
 
-def _shrunk(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+def shrunk(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     """The fields in which the tiny configuration differs from the default."""
     default = config_class()
     values = default.to_dict()
@@ -206,12 +209,12 @@ def _shrunk(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     for name in config_class.sub_configs:
         part = getattr(default, name, None)
         if isinstance(part, PreTrainedConfig):
-            fields[name] = _shrunk(type(part)) | {"model_type": part.model_type}
+            fields[name] = shrunk(type(part)) | {"model_type": part.model_type}
     return fields | EXTRAS.get(config_class.model_type, {})
 
 
 def _is_dropout(name: str) -> bool:
-    return "dropout" in name or "pdrop" in name or "layerdrop" in name
+    return "dropout" in name or "pdrop" in name or "layerdrop" in name or "drop_path" in name
 
 
 class Float64Throughout(TorchDispatchMode):

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import io
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -151,7 +151,9 @@ class RowProcessor:
         if self._ready is None:
             processor = self._collator.processor
             self._ready = copy.copy(self._collator)
-            self._ready.processor = knowing_sizes_alone(processor, self._more) if self._planned else processor
+            if self._planned:
+                processor = knowing_sizes_alone(processor, self.picture_token, self._more)
+            self._ready.processor = processor
         from PIL.ImageOps import exif_transpose
 
         pictures = pictures_of(row, where)
@@ -173,7 +175,7 @@ class RowProcessor:
         are of pictures, with the place behind the last."""
         batch = self(row, where)
         ids, labels = batch["input_ids"][0].numpy(), batch["labels"][0].numpy()
-        of_pictures = ids == self._picture_token
+        of_pictures = ids == self.picture_token
         tokens = np.ones_like(ids)
         if self._planned and of_pictures.any():
             assert self._ready is not None
@@ -188,9 +190,13 @@ class RowProcessor:
             "picture_tokens": int(tokens[of_pictures].sum()),
         }
 
-    @property
-    def _picture_token(self) -> int:
-        return self._collator.processor.image_token_id
+    @cached_property
+    def picture_token(self) -> int:
+        """What most tokens of a picture are; some processors name another one, that stands for the whole picture."""
+        processor = self._collator.processor
+        ids, counts = np.unique(tried(processor, [drawn([(224, 160)])])["input_ids"].numpy(), return_counts=True)
+        named = ids == getattr(processor, "image_token_id", None)
+        return int(ids[np.argmax(counts + 0.5 * named)])
 
     def _check_placeholders(self, example: Mapping[str, Any], num_pictures: int, where: str) -> None:
         """In texts; TRL puts the pictures into messages, and counts."""
@@ -202,10 +208,27 @@ class RowProcessor:
 
 def placeholder_of(processor: Any) -> str:
     """What a text holds in the place of a picture."""
-    return getattr(processor, "image_token", None) or processor.boi_token
+    names = ("image_placeholder_token", "image_token", "boi_token")
+    return next(str(getattr(processor, name)) for name in names if getattr(processor, name, None))
 
 
-def knowing_sizes_alone(processor: Any, more: int) -> Any:
+def drawn(sizes: Sequence[tuple[int, int]]) -> list[PIL.Image.Image]:
+    """Pictures of noise, (width, height) each."""
+    from PIL.Image import fromarray
+
+    generator = np.random.default_rng(0)
+    return [fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in sizes]
+
+
+def tried(processor: Any, rows: Sequence[list[PIL.Image.Image]]) -> dict[str, Tensor]:
+    """What the processor gives for rows of pictures, whose texts are nothing but the places of the pictures."""
+    # HunYuan asks for them
+    start, end = (getattr(processor, f"image_{name}_token", None) or "" for name in ("start", "end"))
+    texts = [f"{start}{placeholder_of(processor)}{end}" * len(pictures) for pictures in rows]
+    return dict(processor(images=list(rows), text=texts, return_tensors="pt", add_special_tokens=False, padding=True))
+
+
+def knowing_sizes_alone(processor: Any, picture_token: int, more: int) -> Any:
     """A copy of a processor that gives a row one token for each picture, and no pixels.
 
     Its `tokens_of_pictures` says how many tokens each picture of the last row has. Raises AttributeError if the
@@ -215,7 +238,7 @@ def knowing_sizes_alone(processor: Any, more: int) -> Any:
         lambda size: processor._get_num_multimodal_tokens(image_sizes=[size])["num_image_tokens"][0]
     )
     count((64, 64))
-    planned, token = copy.copy(processor), processor.tokenizer.convert_ids_to_tokens(processor.image_token_id)
+    planned, token = copy.copy(processor), processor.tokenizer.convert_ids_to_tokens(picture_token)
 
     def process_images(images: Any, **options: Any) -> tuple[dict, list[str]]:
         from transformers.image_utils import make_flat_list_of_images
@@ -323,15 +346,18 @@ class PictureRows:
             for column, values in (("input_ids", ids.numpy()), ("labels", labels.numpy())):
                 if (bad := is_outside(values, column, self._vocab_size)).any():
                     raise ValueError(outside_vocabulary(where, column, values[bad][0], self._vocab_size))
-        of_tokens = {key: value[0, start:stop] for key, value in batch.items() if value.shape == (1, len(ids))}
+        of_tokens = {key: value[0, start:stop] for key, value in batch.items() if value.shape[:2] == (1, len(ids))}
         of_pictures = {key: value for key, value in batch.items() if key not in of_tokens}
         document = make_document(ids[start:stop].numpy(), labels[start:stop].numpy(), weight, int(row))
         return document.with_pictures(of_tokens, of_pictures)
 
     def shortest_documents(self, count: int = 3, of: int = 256) -> list[Document]:
-        """The shortest of the first rows with pictures."""
-        rows = np.flatnonzero(self.picture_tokens)[:of]
-        return [self.document(row, 0, self.lengths[row]) for row in rows[np.argsort(self.lengths[rows])][:count]]
+        """The shortest of the first rows with pictures, behind the shortest of the first without, if there are both."""
+        with_pictures, without = (np.flatnonzero(has)[:of] for has in (self.picture_tokens, self.picture_tokens == 0))
+        if not len(with_pictures):
+            return []
+        shortest = [rows[np.argsort(self.lengths[rows])] for rows in (without, with_pictures)]
+        return [self.document(row, 0, self.lengths[row]) for row in (*shortest[0][:1], *shortest[1][:count])]
 
     def tokens(self, row: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Input ids and labels `start:stop` of a row."""

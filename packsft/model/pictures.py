@@ -31,20 +31,14 @@ def check_pictures(
     And whether the last document's hidden states have a gradient of exactly 0.0 at the pictures of the others.
     """
     documents = [_with_leaves(document) for document in documents]
-    devices = [device_of(model)] if device_of(model).type == "cuda" else []
-    with torch.random.fork_rng(devices), eval_mode(model), torch.enable_grad():
+    with torch.random.fork_rng(_devices(model)), eval_mode(model), torch.enable_grad():
         with packed_forward():
             hidden = _hidden(model, to_device(collator.torch_call([documents])))
         lengths = [len(document) for document in documents]
         parts = hidden[0, : sum(lengths)].split(lengths)  # behind them there may be padding
         for document, packed in zip(documents, parts, strict=True):
-            with torch.no_grad():
-                batch = to_device(collator.torch_call([[document]]))
-                unpacked = {key: value for key, value in batch.items() if key not in OF_PACKED_ROWS}
-                alone = _hidden(model, unpacked | {"attention_mask": torch.ones_like(batch["input_ids"])})[0]
-            allowed = CUT_ROUNDING.get(alone.dtype, max(CUT_ROUNDING.values()))
-            off = ((packed - alone[: len(document)]).norm(dim=-1) / packed.norm(dim=-1).clamp(min=1e-30)).mean()
-            if not off <= allowed:
+            off = _off(packed, _alone(model, document, collator, to_device))
+            if off is not None:
                 said = f"row {document.row} gives other hidden states in a pack than alone, by {off:.1e}"
                 return IsolationVerdict(False, said)
         *others, own = [[x for x in document.of_pictures.values() if x.requires_grad] for document in documents]
@@ -56,6 +50,46 @@ def check_pictures(
     if leak:
         return IsolationVerdict(False, "a document sees the pictures of another", leak)
     return IsolationVerdict(True)
+
+
+def check_padded_pictures(
+    model: PreTrainedModel,
+    documents: list[Document],
+    collator: PackingCollator,
+    to_device: Callable[[dict[str, Any]], dict[str, Any]],
+) -> None:
+    """Raises ValueError if documents on padded rows give something else than each alone, as the model runs it."""
+    with torch.random.fork_rng(_devices(model)), eval_mode(model), torch.no_grad():
+        hidden = _hidden(model, to_device(collator.torch_call([documents])))
+        for document, padded in zip(documents, hidden, strict=True):
+            off = _off(padded[: len(document)], _alone(model, document, collator, to_device))
+            if off is not None:
+                raise ValueError(
+                    f"row {document.row} gives other hidden states beside other rows than alone, by {off:.1e}, packed "
+                    f"and padded: {type(model).__name__} lets pictures of other rows change it, in TRL's batches, too"
+                )
+
+
+def _alone(
+    model: PreTrainedModel, document: Document, collator: PackingCollator, to_device: Callable[..., dict[str, Any]]
+) -> Tensor:
+    """The hidden states of a document, `[L, D]`, without gradient."""
+    with torch.no_grad():
+        batch = to_device(collator.torch_call([[document]]))
+        unpacked = {key: value for key, value in batch.items() if key not in OF_PACKED_ROWS}
+        return _hidden(model, unpacked | {"attention_mask": torch.ones_like(batch["input_ids"])})[0, : len(document)]
+
+
+def _off(found: Tensor, alone: Tensor) -> float | None:
+    """The mean relative distance of hidden states, if it is more than rounding explains."""
+    allowed = CUT_ROUNDING.get(alone.dtype, max(CUT_ROUNDING.values()))
+    found = found.detach()
+    off = ((found - alone).norm(dim=-1) / found.norm(dim=-1).clamp(min=1e-30)).mean()
+    return None if off <= allowed else float(off)
+
+
+def _devices(model: PreTrainedModel) -> list[torch.device]:
+    return [device_of(model)] if device_of(model).type == "cuda" else []
 
 
 def _with_leaves(document: Document) -> Document:

@@ -29,14 +29,28 @@ def test_lengths_are_those_of_the_processed_rows(family, caplog):
     rows = rows_with_pictures(20, asks)
     found = planned(rows, processor)
     from_headers = "every picture is processed once, to plan it" not in caplog.text
-    assert from_headers == (
-        family not in ("InternVL", "SmolVLM", "Mllama")
-    )  # their processors have no count, or read it too
+    # their processors have no count, or read it too
+    assert from_headers == (family not in ("InternVL", "SmolVLM", "Mllama"))
     for row in range(20):
         document = found.document(row, 0, found.lengths[row])
         assert len(document) == found.lengths[row]
         assert document.num_scored == found.count_scored(np.array([row]), np.array([0]), found.lengths[[row]])[0]
         assert bool(document.of_pictures) == bool(rows[row]["images"]) == bool(found.picture_tokens[row])
+
+
+@pytest.mark.parametrize("by_processing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_end_of_the_last_picture_is_known(family, by_processing, monkeypatch):
+    model, processor, asks = vision_model(family)
+    config = model.config
+    token = getattr(config, "image_token_index", getattr(config, "image_token_id", None))
+    if by_processing:
+        monkeypatch.setattr(PictureRows, "_from_headers", lambda rows, max_length: rows._process)
+    found = planned(rows_with_pictures(20, asks), processor)
+    for row in range(20):
+        of_pictures = np.flatnonzero(found.document(row, 0, found.lengths[row]).input_ids == token)
+        assert found.pictures_end[row] >= of_pictures.max(initial=-1) + 1
+        assert found.picture_tokens[row] >= len(of_pictures)
 
 
 def test_no_picture_is_decoded_for_the_plan(monkeypatch):

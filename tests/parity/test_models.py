@@ -5,11 +5,11 @@ import transformers
 import trl
 from harness.report import read
 from models import measure
-from models_page import DOCUMENT, is_right, page, results_file, within_rounding
+from models_page import DOCUMENT, RESULTS, is_right, page, results_file, within_rounding
 from packaging.version import Version
 from tiny_models import families
 
-FILES = results_file("0").parent.glob(results_file("*").name)
+FILES = results_file(RESULTS, "0").parent.glob(results_file(RESULTS, "*").name)
 REPORT = max(map(read, FILES), key=lambda report: Version(report["versions"]["transformers"]))
 SAME_VERSION = REPORT["versions"]["transformers"] == transformers.__version__
 MEASURED = {
