@@ -13,6 +13,8 @@ from packsft.app.stdlib_docstrings import stdlib_docstrings  # needs no torch
 if TYPE_CHECKING:
     from packsft.app.patch import patch_trl
     from packsft.config import PackedSFTConfig
+    from packsft.loops.data import load, pack
+    from packsft.loops.model import prepare, unprepare
     from packsft.packing import PackPlan, plan_packs
     from packsft.trainer import PackedSFTTrainer
 
@@ -21,12 +23,17 @@ _HOMES = {
     "PackedSFTConfig": "packsft.config",
     "PackedSFTTrainer": "packsft.trainer",
     "__version__": "packsft_kernels.version",
+    "load": "packsft.loops.data",
+    "pack": "packsft.loops.data",
     "patch_trl": "packsft.app.patch",
     "plan_packs": "packsft.packing",
+    "prepare": "packsft.loops.model",
+    "unprepare": "packsft.loops.model",
 }
 
 __all__ = [
-    "PackPlan", "PackedSFTConfig", "PackedSFTTrainer", "__version__", "patch_trl", "plan_packs", "stdlib_docstrings",
+    "PackPlan", "PackedSFTConfig", "PackedSFTTrainer", "__version__", "load", "pack", "patch_trl", "plan_packs",
+    "prepare", "stdlib_docstrings", "unprepare",
 ]  # fmt: skip
 
 

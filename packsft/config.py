@@ -27,6 +27,9 @@ def has_bf16() -> bool:
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
 
 
+NORMALIZATIONS = ("token", "example")
+
+
 @dataclass
 class PackedSFTConfig(SFTConfig):
     r"""
@@ -181,7 +184,7 @@ class PackedSFTConfig(SFTConfig):
         given = self.tokens_per_pass
         if given not in (None, "auto") and (not isinstance(given, int) or isinstance(given, bool) or given < 1):
             raise ValueError(f"tokens_per_pass={given!r}: expected an integer of at least 1, 'auto' or None")
-        if self.loss_normalization not in ("token", "example"):
+        if self.loss_normalization not in NORMALIZATIONS:
             raise ValueError(
                 f"loss_normalization={self.loss_normalization!r} is unknown, expected 'token' or 'example'"
             )

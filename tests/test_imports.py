@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 # does not know its neighbours, and `packsft` itself is asked for names by nobody but the top.
 FLOORS = (
     "app",
-    "trainer",
+    "trainer loops",
     "arguments notices",
     "checkpoints",
     "proof step",

@@ -167,7 +167,7 @@ class DividedSteps(StepStream):
         """The passes of this rank in a step that was dealt before, perhaps with another limit of tokens."""
         dealt: DealtStep = examples
         plans = [plan_step(lengths, self.tokens_per_pass, padded=self.padded)[0] for lengths in dealt.lengths]
-        passes = [[dealt.documents[i] for i in chosen] for chosen in plans[self._ranks.rank]]
+        passes = [[dealt.documents[i] for i in chosen] for chosen in plans[self.ranks.rank]]
         passes += [[] for _ in range(max(map(len, plans)) - len(passes))]
         return StepRows(passes, dealt, dealt.num_items, self.tokens_per_pass, dealt.digests)
 
@@ -188,17 +188,17 @@ class DividedSteps(StepStream):
         if (worker := rows.next_worker(self.batch_size)) is None:
             return None
         notices, digests = worker.take(self.batch_size)
-        shares = plan_step([n.length for n in notices], tokens_per_pass, self._ranks.size, padded=self.padded)
+        shares = plan_step([n.length for n in notices], tokens_per_pass, self.ranks.size, padded=self.padded)
         dealt = [[notices[i] for chosen in passes for i in chosen] for passes in shares]
         in_order = iter(documents := self._sent(worker.own, dealt))
-        passes = [[next(in_order) for _ in chosen] for chosen in shares[self._ranks.rank]]
+        passes = [[next(in_order) for _ in chosen] for chosen in shares[self.ranks.rank]]
         items = sum(n.num_scored * (n.weight if self.examples.per_example else 1) for n in notices)
         step = DealtStep([[n.length for n in share] for share in dealt], documents, items, digests)
         return StepRows(passes, step, items, tokens_per_pass, digests)
 
     def _sent(self, own: dict[int, Document], dealt: list[list[Notice]]) -> list[Document]:
         """Sends each document to the processes of its rank. Returns those of this rank."""
-        process, ranks = self._exchange.rank, self._ranks
+        process, ranks = self._exchange.rank, self.ranks
         for_share = [[own[notice.place] for notice in share if notice.process == process] for share in dealt]
         to_each = [for_share[other // (ranks.sharing * ranks.parts)] for other in range(self._exchange.size)]
         arrived = [iter(documents) for documents in self._exchange.send(to_each)]

@@ -51,6 +51,7 @@ class TokenRows:
             tokenizer adds.
 
     Attributes:
+        dataset: as given.
         lengths: `[rows]` int64, tokens in each row.
         tokens_padding, texts_with_doubles: as in `Account`.
 
@@ -61,7 +62,7 @@ class TokenRows:
 
     def __init__(self, dataset: Dataset, once: tuple[int | None, int | None] = (None, None)) -> None:
         check_no_transform(dataset)
-        self._dataset = dataset
+        self.dataset = dataset
         self._read_columns()
         self._ids.check_lengths("labels", self._labels)
         self._starts, stops = np.zeros_like(self._ids.lengths), self._ids.lengths.copy()
@@ -76,8 +77,8 @@ class TokenRows:
             self._check_positions(ListColumn(dataset, "position_ids"))
 
     def _read_columns(self) -> None:
-        self._ids = ListColumn(self._dataset, "input_ids")
-        self._labels = ListColumn(self._dataset, "labels")
+        self._ids = ListColumn(self.dataset, "input_ids")
+        self._labels = ListColumn(self.dataset, "labels")
 
     def _leave_out_padding(self, mask: ListColumn, stops: np.ndarray) -> None:
         self._ids.check_lengths("attention_mask", mask)

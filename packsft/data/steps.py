@@ -1,4 +1,4 @@
-"""Optimizer steps over single examples: packs a step's examples into the passes of this rank.
+"""Optimizer steps: packs a step's examples into the passes of this rank, or deals packs to the ranks, one a pass.
 
 All ranks plan every step from lengths alone. Each rank gathers only its own passes. A data set and a stream differ only
 in where lengths and documents come from.
@@ -23,11 +23,11 @@ from packsft.packing import plan_step
 
 
 class _Steps:
-    """Plans steps of `batch_size` examples (on all ranks) for one rank.
+    """Plans steps of `batch_size` items (on all ranks) for one rank.
 
     Args:
-        examples: a data set or stream with the strategy "step": each item is one document.
-        batch_size: examples in a step, on all ranks.
+        examples: a data set or stream. With the strategy "step", each item is one document; else a pack.
+        batch_size: items in a step, on all ranks.
         tokens_per_pass, padded: see `plan_step`.
         ranks: the place of this rank.
     """
@@ -37,11 +37,14 @@ class _Steps:
     ) -> None:
         self.examples = examples
         self.tokens_per_pass = tokens_per_pass
-        self.batch_size, self._ranks, self.padded = batch_size, ranks or Ranks(), padded
+        self.batch_size, self.ranks, self.padded = batch_size, ranks or Ranks(), padded
 
     def _plan(self, lengths: Any) -> list[np.ndarray]:
-        """The passes of this rank, as indices into the lengths of the step's examples."""
-        return plan_step(lengths, self.tokens_per_pass, self._ranks.size, padded=self.padded)[self._ranks.rank]
+        """The passes of this rank, as indices into the lengths of the step's items."""
+        if not self.examples.strategy.exact_steps:
+            size, all_items = self.ranks.size, np.arange(len(lengths))
+            return [all_items[i + self.ranks.rank : i + self.ranks.rank + 1] for i in range(0, len(lengths), size)]
+        return plan_step(lengths, self.tokens_per_pass, self.ranks.size, padded=self.padded)[self.ranks.rank]
 
 
 class StepDataset(_Steps, torch.utils.data.Dataset):
@@ -64,7 +67,7 @@ class StepDataset(_Steps, torch.utils.data.Dataset):
 
     def most_tokens_per_rank(self) -> int:
         """An upper bound on the tokens that a step brings to a rank, if they are dealt evenly."""
-        return -(-self.examples.most_tokens(self.batch_size) // self._ranks.size)
+        return -(-self.examples.most_tokens(self.batch_size) // self.ranks.size)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -82,7 +85,8 @@ class StepStream(_Steps, torch.utils.data.IterableDataset):
     def step(self, examples: list[Pack]) -> StepRows:
         """The passes of this rank in the step with these examples."""
         documents = [document for pack in examples for document in pack]
-        passes = [[documents[i] for i in chosen] for chosen in self._plan([len(document) for document in documents])]
+        lengths = [sum(map(len, pack)) for pack in examples]
+        passes = [[document for i in chosen for document in examples[i]] for chosen in self._plan(lengths)]
         per_example = self.examples.per_example
         items = sum(document.num_scored * (document.weight if per_example else 1) for document in documents)
         return StepRows(passes, examples, items, self.tokens_per_pass, stream_digests(examples))
@@ -90,7 +94,7 @@ class StepStream(_Steps, torch.utils.data.IterableDataset):
     def share(self, ranks: Ranks, *, endless: bool = False) -> StepStream:
         """The share of a rank. It ends with the stream, on all ranks at the same time, even with `endless`."""
         mine = copy.copy(self)
-        mine._ranks = ranks
+        mine.ranks = ranks
         return mine
 
     def longest(self) -> int:
@@ -99,7 +103,7 @@ class StepStream(_Steps, torch.utils.data.IterableDataset):
 
     def most_tokens_per_rank(self) -> int:
         """An upper bound on the tokens that a step brings to a rank, if they are dealt evenly."""
-        return -(-self.batch_size * self.longest() // self._ranks.size)
+        return -(-self.batch_size * self.longest() // self.ranks.size)
 
     def set_epoch(self, epoch: int) -> None:
         self.examples.set_epoch(epoch)

@@ -148,6 +148,17 @@ def set_backend(model: nn.Module, backend: str) -> None:
         module.packsft_backend = backend  # type: ignore[assignment]
 
 
+def remove_backend(model: nn.Module) -> None:
+    """Undo `set_backend` and `keep_boundaries_from_towers`."""
+    for module in model.modules():
+        vars(module).pop("packsft_backend", None)
+        if vars(module).pop("packsft_knows_no_boundaries", False):
+            hooks: Any = module._forward_pre_hooks
+            for key in [key for key, hook in hooks.items() if hook is _without_boundaries]:
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
 def _backend_of(module: nn.Module) -> str:
     return getattr(module, "packsft_backend", "auto")
 

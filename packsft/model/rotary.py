@@ -71,6 +71,16 @@ def install_rotary(model: nn.Module) -> int:
     return min(limits)
 
 
+def remove_rotary(model: nn.Module) -> None:
+    """Undo `install_rotary`."""
+    for rope in model.modules():
+        hooks: Any = rope._forward_hooks
+        for key in [key for key, hook in hooks.items() if hook is _turn_by_document]:
+            del hooks[key]
+            rope._forward_hooks_with_kwargs.pop(key, None)
+        vars(rope).pop("packsft_warned", None)
+
+
 @torch.no_grad()
 def forget(model: nn.Module) -> None:
     """Take the frequencies of rotary embeddings back to those of a model that was just loaded."""

@@ -128,6 +128,12 @@ def set_group(model: nn.Module, group: SequenceGroup | None) -> None:
         module.packsft_sequence = group  # type: ignore[assignment]
 
 
+def remove_group(model: nn.Module) -> None:
+    """Undo `set_group`."""
+    for module in model.modules():
+        vars(module).pop("packsft_sequence", None)
+
+
 def group_of(module: nn.Module) -> SequenceGroup | None:
     return getattr(module, "packsft_sequence", None)
 
