@@ -182,7 +182,7 @@ class StepLoader:
     size or other ranks.
 
     Attributes:
-        epoch: the one that is iterated, or comes next; the first is 0.
+        epoch: that of the next step; the first is 0.
     """
 
     def __init__(
@@ -222,8 +222,15 @@ class StepLoader:
         )
         for step, num_taken in loader:
             self._taken += num_taken
+            if self._fingerprint is not None and self._items_left() == 0:
+                self.epoch, self._taken = self.epoch + 1, 0  # already: Lightning asks for no step behind the last
             yield step if self._device is None else step.to(self._device, non_blocking=self._workers["pin_memory"])
-        self.epoch, self._taken = self.epoch + 1, 0
+        if self._fingerprint is None:
+            self.epoch, self._taken = self.epoch + 1, 0
+
+    def _items_left(self) -> int:
+        left = len(self._source) - self._taken
+        return 0 if self._drop_last and left < self._source.batch_size else left
 
     def _order(self) -> Iterator[int]:
         """The items of the epoch in the order in which `PackedSFTTrainer` takes them, with the same seed."""

@@ -1,10 +1,12 @@
 """A loop of one's own, with `pack` and `prepare`, takes the steps of the trainer."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from launch import results_of
 from numerics import error
 from peft import LoraConfig, get_peft_model
 from runs import trainer
@@ -257,3 +259,12 @@ def test_a_batch_says_what_it_holds():
     assert (batch.num_tokens, batch.num_scored, batch.num_documents, sorted(batch.rows)) == (5, 3, 2, [0, 1])
     assert batch["num_items"] == 3
     assert data.report.rows()
+
+
+@pytest.mark.slow
+def test_a_loop_under_fsdp2_takes_the_steps_of_one_device(tmp_path):
+    model = packsft.prepare(tiny_model("llama", torch.float64, tie_word_embeddings=False))
+    loop(model, packsft.pack(token_rows(26), 32, **PACK))
+    found = results_of(Path(__file__).parent / "fsdp_tiny.py", 2, tmp_path / "weights")
+    for name, value in model.state_dict().items():
+        assert error(found[name], value) < 1e-10, name

@@ -1,0 +1,82 @@
+"""Each example, run as it stands, trains the weights of `PackedSFTTrainer` on the same rows."""
+
+import pytest
+import torch
+from docstrings import tokenised_docstrings
+from launch import launch
+from numerics import error
+from run_example import OPTIONS, run
+from run_example import __file__ as SCRIPT
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from packsft import PackedSFTConfig, PackedSFTTrainer
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a model, and a tokenizer of bytes."""
+    folder = tmp_path_factory.mktemp("model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        pad_token_id=0, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).double().save_pretrained(folder)
+    return folder
+
+
+def weights(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@pytest.fixture(scope="module")
+def expected(tiny, tmp_path_factory):
+    """The weights of the trainer: of exact steps, and of packs."""
+
+    def trained(**options):
+        args = PackedSFTConfig(
+            str(folder := tmp_path_factory.mktemp("trained")), max_length=1024, learning_rate=OPTIONS["learning_rate"],
+            num_train_epochs=OPTIONS["epochs"], lr_scheduler_type="constant", max_grad_norm=0.0, bf16=False,
+            gradient_checkpointing=False, report_to="none", save_strategy="no", use_cpu=True, **options,
+        )  # fmt: skip
+        tokenizer = AutoTokenizer.from_pretrained(tiny)
+        model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64)
+        rows = tokenised_docstrings(tokenizer, OPTIONS["num_rows"])
+        trainer = PackedSFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+        trainer.train()
+        trainer.save_model(str(folder / "model"))
+        return weights(folder / "model")
+
+    packs = {"packing_strategy": "bfd", "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+    return {
+        "steps": trained(per_device_train_batch_size=8, tokens_per_pass=4096),
+        "packs": trained(**packs, train_sampling_strategy="sequential"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("example", "takes", "options"),
+    [("plain_torch", "steps", {}), ("accelerate_loop", "steps", {}), ("lightning_loop", "steps", {}),
+     ("transformers_trainer", "packs", {"train_sampling_strategy": "sequential", "lr_scheduler_type": "constant",
+                                        "max_grad_norm": 0.0, "use_cpu": True})],
+)  # fmt: skip
+def test_an_example_trains_the_weights_of_the_trainer(example, takes, options, tiny, expected, tmp_path):
+    run(tmp_path / "model", example, tiny, **options)
+    start = weights(tiny)
+    assert error(weights(tmp_path / "model") - start, expected[takes] - start) < 1e-10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", ["plain_torch", "accelerate_loop"])
+def test_so_do_two_processes(example, tiny, expected, tmp_path):
+    said = launch(SCRIPT, 2, tmp_path / "model", example, tiny)
+    assert (tmp_path / "model" / "config.json").exists(), said
+    start = weights(tiny)
+    assert error(weights(tmp_path / "model") - start, expected["steps"] - start) < 1e-10

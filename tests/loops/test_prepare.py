@@ -1,0 +1,110 @@
+"""A prepared model takes batches of `pack`, is itself with everything else, and can be had back."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from test_own_loops import bloom
+from tiny import tiny_model, token_rows
+
+import packsft
+from packsft.model.attention import attention_of
+
+
+@pytest.fixture
+def batch():
+    ((batch, *_), *_) = packsft.pack(token_rows(12), 64, batch_size=6, shuffle=False).loader()
+    return batch
+
+
+IDS = torch.tensor([[5, 6, 7, 8]])
+
+
+def footprint(model):
+    """What `prepare` may leave behind: attributes, hooks and classes of all modules, and the attention."""
+    ignored = ("training", "_is_hf_initialized")
+    return attention_of(model), [
+        (name, type(module), sorted(key for key in vars(module) if key not in ignored),
+         len(module._forward_hooks), len(module._forward_pre_hooks))
+        for name, module in model.named_modules()
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"compile_layers": True}, {"attention_backend": "sdpa"}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bloom"])
+def test_the_model_can_be_had_back(family, options):
+    model = bloom() if family == "bloom" else tiny_model(family)
+    before, logits = footprint(model), model(IDS).logits
+    prepared = packsft.prepare(model, **options)
+    assert prepared is model
+    torch.testing.assert_close(model(IDS).logits, logits)
+    packsft.unprepare(model)
+    assert footprint(model) == before
+    assert torch.equal(model(IDS).logits, logits)
+    with pytest.raises(ValueError, match="was not prepared"):
+        packsft.unprepare(model)
+
+
+def test_generation_is_what_it_was():
+    model = tiny_model("llama", torch.float64)
+    expected = model.generate(IDS, max_new_tokens=8, do_sample=False)
+    assert torch.equal(packsft.prepare(model).generate(IDS, max_new_tokens=8, do_sample=False), expected)
+
+
+def test_a_copy_runs_on_its_own_weights(batch):
+    model = packsft.prepare(tiny_model("llama"))
+    other = copy.deepcopy(model)
+    torch.nn.init.zeros_(other.model.norm.weight)
+    assert model(**batch).loss != other(**batch).loss
+    assert other.packing.base_model is other
+    packsft.unprepare(other)
+    assert model.packing.base_model is model
+
+
+def test_it_is_prepared_anew(batch):
+    model = packsft.prepare(tiny_model("llama"))
+    plain = model(**batch).loss
+    smoothed = packsft.prepare(model, label_smoothing=0.1)(**batch).loss
+    assert smoothed != plain
+    assert packsft.prepare(model)(**batch).loss == plain
+
+
+def test_rows_of_the_other_kind_are_refused(batch):
+    with pytest.raises(
+        ValueError, match=r"takes padded rows, .* has packed ones: data\.loader\(padded=True\), because"
+    ):
+        packsft.prepare(bloom())(**batch)
+    ((padded, *_), *_) = packsft.pack(token_rows(12), 64, batch_size=6).loader(padded=True)
+    with pytest.raises(ValueError, match=r"takes packed rows, .* has padded ones: data\.loader\(padded=False\)"):
+        packsft.prepare(tiny_model("llama"))(**padded)
+
+
+def test_what_only_the_trainer_handles_is_refused():
+    prompt = get_peft_model(tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="PromptTuningConfig puts tokens before a row: only PackedSFTTrainer"):
+        packsft.prepare(prompt)
+    with pytest.raises(ValueError, match=r"set model\.config\.output_router_logits = False"):
+        packsft.prepare(tiny_model("mixtral", output_router_logits=True))
+    with pytest.raises(ValueError, match="max_length=512: OPTForCausalLM has a table of 256 positions"):
+        packsft.prepare(tiny_model("opt"), max_length=512)
+    with pytest.raises(ValueError, match="cannot be trained on packed documents"):
+        packsft.prepare(bloom(), on_unpackable="error")
+
+
+def test_what_was_done_is_said(batch):
+    lora = get_peft_model(tiny_model("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    packsft.prepare(lora)
+    said = str(lora.packing)
+    assert "documents: packed, and none sees another: checked on this model" in said
+    assert "head: fused" in said
+    assert lora.get_base_model().packing is lora.packing
+    lora(**batch).loss.backward()
+
+
+def test_the_trainer_takes_a_prepared_model(tmp_path):
+    from runs import trainer
+
+    model, plain = packsft.prepare(tiny_model("llama")), tiny_model("llama")
+    of_prepared, of_plain = (trainer(tmp_path, one, max_steps=2) for one in (model, plain))
+    assert of_prepared.train().training_loss == of_plain.train().training_loss
