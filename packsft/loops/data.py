@@ -273,8 +273,8 @@ class StepLoader:
         """Raises ValueError if the state is of other rows, or of rows that were packed in another way."""
         if state["fingerprint"] != self._fingerprint:
             raise ValueError(
-                f"the state is of rows with the fingerprint {state['fingerprint']}, these have {self._fingerprint}: they "
-                "are other rows, or packed in another way"
+                f"the state is of rows with the fingerprint {state['fingerprint']}, these have {self._fingerprint}: "
+                "they are other rows, or packed in another way"
             )
         if self._fingerprint is None:
             self._source.load_state_dict(state["stream"])

@@ -1,6 +1,8 @@
 """A loop of one's own, with `pack` and `prepare`, takes the steps of the trainer."""
 
 import copy
+import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -162,8 +164,7 @@ def test_a_state_fits_another_batch_size():
     before = rows_of([next(steps), next(steps)])
     then = larger.loader()
     then.load_state_dict(first.state_dict())
-    rows = sum(before, []) + sum(rows_of(then), [])
-    assert sorted(rows) == list(range(26))
+    assert sorted(itertools.chain(*before, *rows_of(then))) == list(range(26))
 
 
 def test_a_stream_goes_on_where_it_was():
@@ -268,3 +269,13 @@ def test_a_loop_under_fsdp2_takes_the_steps_of_one_device(tmp_path):
     found = results_of(Path(__file__).parent / "fsdp_tiny.py", 2, tmp_path / "weights")
     for name, value in model.state_dict().items():
         assert error(found[name], value) < 1e-10, name
+
+
+def test_the_page_is_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda name: tiny_model("llama"))
+    page = (Path(packsft.__file__).parents[1] / "docs" / "own-loops.md").read_text(encoding="utf-8")
+    first, second = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {}
+    exec(first + second, names)
+    assert names["loader"].state_dict() == names["state"]
