@@ -24,7 +24,7 @@ def main(name, output, *, num_rows=240, batch_size=16, epochs=1, learning_rate=1
         distributed.init_process_group()
     rows = tokenised_docstrings(AutoTokenizer.from_pretrained(name), num_rows)
     data = packsft.pack(rows, max_length=1024, batch_size=batch_size, tokens_per_pass=4096)
-    print(data.report)
+    print(data)
 
     model = packsft.prepare(AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)).train()
     print(model.packing)

@@ -26,6 +26,7 @@ from packsft.data.packs import PackedDataset, PackSampler, pack_dataset
 from packsft.data.ranks import Ranks
 from packsft.data.steps import StepDataset, StepStream
 from packsft.data.streams import PackedStream
+from packsft.loops.mixture import Mixture, joined
 from packsft.packing import PackingReport, PackPlan, packing_report
 from packsft.packing.strategies import strategy_named
 
@@ -81,18 +82,28 @@ class PackedData:
     Attributes:
         packs: the plan over the rows, or the stream of packs.
         max_length, batch_size, strategy, tokens_per_pass: as given to `pack`.
-        fingerprint: SHA-256 in hex over the plan and a sample of the rows; None for a stream.
+        mixture: of several data sets, what an epoch takes of each; None for one.
+        fingerprint: SHA-256 in hex over the plan, the mixture and a sample of the rows; None for a stream.
     """
 
-    def __init__(self, packs: PackedDataset | PackedStream, settings: dict[str, Any]) -> None:
-        self.packs, self._settings = packs, settings
+    def __init__(
+        self, packs: PackedDataset | PackedStream, settings: dict[str, Any], mixture: Mixture | None = None
+    ) -> None:
+        self.packs, self.mixture, self._settings = packs, mixture, settings
         self.max_length: int = settings["max_length"]
         self.batch_size: int = settings["batch_size"]
         self.strategy: str = settings["strategy"]
         self.tokens_per_pass: int = settings["tokens_per_pass"] or self.max_length
         self.fingerprint: str | None = None
         if isinstance(packs, PackedDataset):
-            self.fingerprint = hashlib.sha256(f"{packs.plan.fingerprint} {packs.sample()}".encode()).hexdigest()
+            content = [packs.plan.fingerprint, packs.sample(), None if mixture is None else mixture.as_dict()]
+            self.fingerprint = hashlib.sha256(repr(content).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        """What packing does, and of several data sets what an epoch takes of each. Raises ValueError for a stream."""
+        rows = self.report.rows() + ([] if self.mixture is None else self.mixture.rows())
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
     @property
     def report(self) -> PackingReport:
@@ -196,7 +207,7 @@ class StepLoader:
     ) -> None:
         self._collator, self._device, self._workers = collator, device, workers
         self._shuffles, self._seed, self._drop_last = (settings[name] for name in ("shuffle", "seed", "drop_last"))
-        self._fingerprint = data.fingerprint
+        self._fingerprint, self._mixture = data.fingerprint, data.mixture
         steps: Any = StepStream if isinstance(data.packs, PackedStream) else StepDataset
         packs = data.packs.share(Ranks()) if isinstance(data.packs, PackedStream) else copy.copy(data.packs)
         self._source = steps(packs, data.batch_size, data.tokens_per_pass, ranks, collator.padded)
@@ -206,7 +217,7 @@ class StepLoader:
         """Steps in an epoch. Raises TypeError for a stream."""
         if self._fingerprint is None:
             raise TypeError("a stream has no length")
-        items, size = len(self._source), self._source.batch_size
+        items, size = self._items_in_epoch(), self._source.batch_size
         return items // size if self._drop_last else -(-items // size)
 
     def __iter__(self) -> Iterator[Step]:
@@ -228,13 +239,18 @@ class StepLoader:
         if self._fingerprint is None:
             self.epoch, self._taken = self.epoch + 1, 0
 
+    def _items_in_epoch(self) -> int:
+        return len(self._source if self._mixture is None else self._mixture)
+
     def _items_left(self) -> int:
-        left = len(self._source) - self._taken
+        left = self._items_in_epoch() - self._taken
         return 0 if self._drop_last and left < self._source.batch_size else left
 
     def _order(self) -> Iterator[int]:
         """The items of the epoch in the order in which `PackedSFTTrainer` takes them, with the same seed."""
         packs: PackedDataset = self._source.examples
+        if self._mixture is not None:
+            return iter(self._mixture.order(self.epoch).tolist())
         if packs.repacks:
             return (index for _, index in PackSampler(packs, self._source.batch_size))
         if not self._shuffles:
@@ -295,12 +311,16 @@ def pack(
     seed: int = 42,
     drop_last: bool = False,
     vocab_size: int | None = None,
+    weights: Mapping[str, float] | None = None,
+    weights_of: str = "token",
+    stopping_strategy: str = "first_exhausted",
 ) -> PackedData:
     """Plan optimizer steps of packed rows.
 
     Args:
         rows: a `datasets.Dataset`, or a stream, with the columns `input_ids` and `labels` (-100 = not scored); or a
-            sequence of token lists, all scored, or of mappings with both.
+            sequence of token lists, all scored, or of mappings with both. Or several data sets (no streams): a mapping
+            from names to them, with a strategy that makes no packs ("step", "none").
         max_length: the most tokens of an example, and of a pack.
         batch_size: with the strategy "step", the examples of an optimizer step; else its packs, one a pass. On all
             ranks together.
@@ -312,6 +332,10 @@ def pack(
         shuffle: another order in each epoch, from `seed`; and, with "bfd", other packs. A stream keeps its order.
         drop_last: leave out a last step of fewer items.
         vocab_size: ids and labels must be below it.
+        weights: of several data sets, by name; None: an epoch is every document once.
+        weights_of: "token": weights are shares of an epoch's tokens; "document": of its documents.
+        stopping_strategy: with weights, an epoch ends before a document comes twice ("first_exhausted"), or when every
+            document came once ("all_exhausted").
 
     Raises:
         ValueError, TypeError: bad input; the message names the argument or the row.
@@ -333,8 +357,12 @@ def pack(
         "vocab_size": vocab_size,
         "per_example": loss_normalization == "example",
     }
+    if isinstance(rows, Mapping):
+        return _mixed(rows, settings, options)
+    if weights is not None:
+        raise ValueError("weights are of several data sets: give rows as a mapping from names to them")
     if isinstance(rows, (Dataset, Sequence)):
-        dataset = rows if isinstance(rows, Dataset) else _dataset_of(rows)
+        dataset = _dataset_of(rows)
         packs = pack_dataset(dataset, max_length, seed=seed if shuffle and repacks else None, **options)
         return PackedData(packs, settings)
     if not isinstance(rows, Iterable):
@@ -342,7 +370,29 @@ def pack(
     return PackedData(PackedStream(rows, max_length, **options), settings)
 
 
-def _dataset_of(rows: Sequence[Any]) -> Dataset:
+def _mixed(rows: Mapping[str, Any], settings: dict[str, Any], options: dict[str, Any]) -> PackedData:
+    strategy = settings["strategy"]
+    if "input_ids" in rows:
+        raise ValueError("rows is a mapping of columns, and must be one of data sets: use datasets.Dataset.from_dict")
+    if strategy not in ("step", "none"):
+        raise ValueError(
+            f"strategy={strategy!r} makes packs before it is known what an epoch takes: use 'step' or 'none'"
+        )
+    if bad := [name for name, one in rows.items() if not isinstance(one, (Dataset, Sequence))]:
+        raise TypeError(
+            f"the set {bad[0]} is a {type(rows[bad[0]]).__name__}, expected a datasets.Dataset or token lists"
+        )
+    sets = {name: _dataset_of(one) for name, one in rows.items()}
+    packs = pack_dataset(joined(sets, COLUMNS), settings["max_length"], **options)
+    sizes = {name: len(one) for name, one in sets.items()}
+    own = {name: settings[name] for name in ("weights", "weights_of", "stopping_strategy", "shuffle", "seed")}
+    mixture = Mixture(sizes, packs.plan.examples, packs.lengths, **own)
+    return PackedData(packs, settings | {"sets": sizes}, mixture)
+
+
+def _dataset_of(rows: Dataset | Sequence[Any]) -> Dataset:
+    if isinstance(rows, Dataset):
+        return rows
     columns: dict[str, list] = {"input_ids": [], "labels": []}
     for number, row in enumerate(rows):
         given = row if isinstance(row, Mapping) else {"input_ids": row, "labels": row}
@@ -365,7 +415,11 @@ def load(folder: str | os.PathLike[str]) -> PackedData:
     if not (folder / SAVED).exists():
         raise FileNotFoundError(f"{folder} holds no packed data that was saved to its end: {SAVED} is missing")
     saved = json.loads((folder / SAVED).read_text(encoding="utf-8"))
-    data = pack(load_from_disk(str(folder / ROWS)), **saved["settings"])
+    settings, rows = saved["settings"], load_from_disk(str(folder / ROWS))
+    if (sizes := settings.pop("sets", None)) is not None:
+        stops = np.cumsum(list(sizes.values())).tolist()
+        rows = {name: rows.select(range(stop - sizes[name], stop)) for name, stop in zip(sizes, stops, strict=True)}
+    data = pack(rows, **settings)
     planned = PackPlan.load(folder / PLAN).fingerprint
     if data.fingerprint != saved["fingerprint"] or data._planned().plan.fingerprint != planned:
         raise ValueError(

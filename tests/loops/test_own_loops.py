@@ -275,7 +275,6 @@ def test_the_page_is_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda name: tiny_model("llama"))
     page = (Path(packsft.__file__).parents[1] / "docs" / "own-loops.md").read_text(encoding="utf-8")
-    first, second = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    names = {}
-    exec(first + second, names)
+    names = {"code": token_rows(12), "chat": token_rows(12, seed=1)}
+    exec("".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), names)
     assert names["loader"].state_dict() == names["state"]

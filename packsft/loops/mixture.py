@@ -1,0 +1,144 @@
+"""Several data sets in one: how many documents of each an epoch takes, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+from numpy.typing import NDArray
+
+WEIGHTS_OF = ("token", "document")
+STOPPING = ("first_exhausted", "all_exhausted")  # the names of `datasets.interleave_datasets`
+
+
+@dataclass(frozen=True)
+class MixedSet:
+    """What an epoch takes of one data set: `documents` of its `documents_in_all`, and how many tokens that is.
+
+    The next epoch goes on where this one ended, so that every document comes equally often. `tokens` is the mean over
+    epochs, and `share` its share of the epoch.
+    """
+
+    name: str
+    rows: int
+    documents_in_all: int
+    documents: int
+    tokens: float
+    share: float
+
+
+class Mixture:
+    """The documents of each epoch, drawn from several data sets by weight.
+
+    Args:
+        sizes: the rows of each set by name; rows are numbered through all sets.
+        examples: `[items]` integers, the row of each item.
+        lengths: `[items]` integers, the tokens of each item.
+        weights: of each set; None: an epoch is every document once.
+        weights_of: whether weights are shares of an epoch's tokens or of its documents.
+        stopping_strategy: an epoch ends before a document comes twice ("first_exhausted"), or when every document
+            came once ("all_exhausted").
+        shuffle, seed: the order within a set, and of the sets.
+
+    Attributes:
+        sets: one `MixedSet` for each.
+
+    Raises:
+        ValueError: weights that do not fit the sets, or a set without a document to score.
+    """
+
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        examples: NDArray[Any],
+        lengths: NDArray[Any],
+        *,
+        weights: Mapping[str, float] | None,
+        weights_of: str,
+        stopping_strategy: str,
+        shuffle: bool,
+        seed: int,
+    ) -> None:
+        for name, value, allowed in (
+            ("weights_of", weights_of, WEIGHTS_OF), ("stopping_strategy", stopping_strategy, STOPPING)
+        ):  # fmt: skip
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
+        if weights is not None and set(weights) != set(sizes):
+            raise ValueError(f"weights are of {', '.join(map(str, weights))}, and the sets are {', '.join(sizes)}")
+        bounds = np.cumsum([0, *sizes.values()])
+        set_of_item = np.searchsorted(bounds, examples, side="right") - 1
+        self._items = [np.flatnonzero(set_of_item == index) for index in range(len(sizes))]
+        self._shuffle, self._seed = shuffle, seed
+        if empty := [name for name, items in zip(sizes, self._items, strict=True) if not len(items)]:
+            raise ValueError(f"the set {empty[0]} has no document with a token to score")
+        tokens = np.array([lengths[items].sum() for items in self._items], np.float64)
+        have = np.array([len(items) for items in self._items], np.float64)
+        counts = have
+        if weights is not None:
+            shares = np.array([weights[name] for name in sizes], np.float64)
+            if not (np.isfinite(shares).all() and (shares > 0).all()):
+                raise ValueError(f"weights={dict(weights)!r}: must be above 0 and finite")
+            amount = tokens if weights_of == "token" else have
+            end = (np.min if stopping_strategy == "first_exhausted" else np.max)(amount / shares)
+            counts = np.maximum(np.round(end * shares / (amount / have)), 1)
+        self._counts = counts.astype(np.int64)
+        taken = tokens / have * self._counts
+        self.sets = [
+            MixedSet(name, sizes[name], len(items), int(count), float(part), float(part / taken.sum()))
+            for name, items, count, part in zip(sizes, self._items, self._counts, taken, strict=True)
+        ]
+        self.settings = {"weights": weights and dict(weights), "of": weights_of, "until": stopping_strategy}
+
+    def __len__(self) -> int:
+        """Documents in an epoch."""
+        return int(self._counts.sum())
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """`[len]`: the items of an epoch. Without `shuffle` the sets take turns, each in its own order."""
+        parts = [self._of_set(index, epoch) for index in range(len(self._items))]
+        items = np.concatenate(parts)
+        if self._shuffle:
+            return items[np.random.default_rng([self._seed, epoch]).permutation(len(items))]
+        turns = np.concatenate([(np.arange(len(part)) + 0.5) / len(part) for part in parts])
+        return items[np.argsort(turns, kind="stable")]
+
+    def _of_set(self, index: int, epoch: int) -> NDArray[np.int64]:
+        items, count = self._items[index], self._counts[index]
+        rounds, places = np.divmod(np.arange(epoch * count, (epoch + 1) * count), len(items))
+        if not self._shuffle:
+            return items[places]
+        drawn = np.empty(count, np.int64)
+        for number in np.unique(rounds):  # every document once in a round, in another order each
+            order = np.random.default_rng([self._seed, index, int(number)]).permutation(len(items))
+            drawn[rounds == number] = items[order[places[rounds == number]]]
+        return drawn
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The sets as rows of a report."""
+        return [
+            (
+                f"of {one.name}",
+                f"{one.share:.1%} of the tokens: {one.documents:,} of {one.documents_in_all:,} documents an epoch",
+            )
+            for one in self.sets
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.settings | {"sets": [asdict(one) for one in self.sets]}
+
+
+def joined(sets: Mapping[str, Dataset], columns: tuple[str, ...]) -> Dataset:
+    """All rows, one set after the other, with those of `columns` that there are.
+
+    Raises ValueError if a set lacks a column that another one has.
+    """
+    used = [column for column in columns if any(column in rows.column_names for rows in sets.values())]
+    for name, rows in sets.items():
+        if missing := [column for column in used if column not in rows.column_names]:
+            raise ValueError(f"the set {name} has no column {missing[0]}, which another set has")
+    first, *others = (rows.with_format(None).select_columns(used) for rows in sets.values())
+    return concatenate_datasets([first, *(rows.cast(first.features) for rows in others)])

@@ -1,0 +1,106 @@
+"""Several data sets by weight: shares, reports, orders, states, and what is refused."""
+
+import itertools
+
+import numpy as np
+import pytest
+from tiny import token_rows
+
+import packsft
+
+SETS = {"short": token_rows(40, max_length=4), "long": token_rows(30, max_length=24, seed=1)}
+
+
+def mixed(weights=None, **options):
+    return packsft.pack(SETS, 32, **{"batch_size": 4} | options, weights=weights)
+
+
+def drawn(data, epochs=1):
+    """The rows of each epoch, in order of steps."""
+    loader = data.loader()
+    return [[row for step in loader for batch in step for row in batch.rows.tolist()] for _ in range(epochs)]
+
+
+def lengths():
+    return np.array([len(ids) for rows in SETS.values() for ids in rows["input_ids"]])
+
+
+def test_without_weights_every_document_comes_once():
+    data = mixed()
+    (epoch,) = drawn(data)
+    assert sorted(epoch) == list(range(70))
+    assert [one.documents for one in data.mixture.sets] == [40, 30]
+
+
+@pytest.mark.parametrize("stopping_strategy", ["first_exhausted", "all_exhausted"])
+@pytest.mark.parametrize("weights_of", ["token", "document"])
+@pytest.mark.parametrize("weights", [{"short": 1, "long": 1}, {"short": 3, "long": 1}, {"short": 1, "long": 5}], ids=str)
+def test_weights_are_shares(weights, weights_of, stopping_strategy):
+    data = mixed(weights, weights_of=weights_of, stopping_strategy=stopping_strategy)
+    epochs = drawn(data, 60)  # rounds of both sets
+    rows = np.array(list(itertools.chain(*epochs)))
+    amount = lengths()[rows] if weights_of == "token" else np.ones(len(rows))
+    expected = weights["short"] / sum(weights.values())
+    one_document = 1 / min(one.documents for one in data.mixture.sets)
+    assert amount[rows < 40].sum() / amount.sum() == pytest.approx(expected, abs=0.02 + 0.5 * one_document)
+    counts = np.bincount(rows, minlength=70)
+    for part in (counts[:40], counts[40:]):  # in a set, every document comes equally often
+        assert part.max() - part.min() <= 1
+    epoch = np.bincount(epochs[0], minlength=70)
+    if stopping_strategy == "first_exhausted":
+        assert epoch.max() == 1
+    else:
+        assert epoch.min() >= 1 or (epoch == 0).sum() <= 1  # the last one is rounded
+
+
+def test_what_an_epoch_takes_is_said():
+    data = mixed({"short": 1, "long": 1})
+    said = str(data)
+    assert "of short" in said
+    assert "50." in said or "49." in said
+    short, long = data.mixture.sets
+    assert short.documents == 40
+    assert long.documents < 30
+    assert f"{long.documents} of 30 documents an epoch" in said
+    assert len(data.loader()) == -(-(short.documents + long.documents) // 4)
+
+
+def test_without_shuffling_the_sets_take_turns():
+    (epoch,) = drawn(mixed({"short": 1, "long": 1}, weights_of="document", shuffle=False, batch_size=2))
+    assert [sorted(epoch[i : i + 2]) for i in range(0, 60, 2)] == [[i, 40 + i] for i in range(30)]
+
+
+def test_a_mixture_goes_on_where_it_was_and_can_be_saved(tmp_path):
+    data = mixed({"short": 1, "long": 3})
+    data.save(tmp_path / "mixed")
+    loaded = packsft.load(tmp_path / "mixed")
+    whole = drawn(data, 2)
+    assert drawn(loaded, 2) == whole
+    first = loaded.loader()
+    list(first)
+    steps = iter(first)
+    before = [row for _ in range(3) for batch in next(steps) for row in batch.rows.tolist()]
+    then = data.loader()
+    then.load_state_dict(first.state_dict())
+    assert before + [row for step in then for batch in step for row in batch.rows.tolist()] == whole[1]
+    with pytest.raises(ValueError, match="they are other rows, or packed in another way"):
+        mixed({"short": 1, "long": 2}).loader().load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "said"),
+    [
+        (SETS, {"weights": {"short": 1}}, "weights are of short, and the sets are short, long"),
+        (SETS, {"weights": {"short": 1, "long": 0}}, "must be above 0 and finite"),
+        (SETS, {"weights": {"short": 1, "long": 1}, "weights_of": "row"}, "weights_of='row': must be one of token, doc"),
+        (SETS, {"stopping_strategy": "never"}, "stopping_strategy='never': must be one of first_exhausted"),
+        (SETS, {"strategy": "bfd"}, "strategy='bfd' makes packs before it is known what an epoch takes"),
+        (SETS | {"empty": [[1], [2]]}, {}, "the set empty has no document with a token to score"),
+        (SETS | {"bare": SETS["long"].remove_columns("labels")}, {}, "the set bare has no column labels"),
+        ({"input_ids": [[1, 2]], "labels": [[1, 2]]}, {}, "rows is a mapping of columns"),
+        ([[1, 2]], {"weights": {"a": 1}}, "weights are of several data sets"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_error(rows, options, said):
+    with pytest.raises(ValueError, match=said):
+        packsft.pack(rows, 32, batch_size=2, **options)
