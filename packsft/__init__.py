@@ -23,6 +23,7 @@ _HOMES = {
     "PackedSFTConfig": "packsft.config",
     "PackedSFTTrainer": "packsft.trainer",
     "__version__": "packsft_kernels.version",
+    "axolotl": "packsft.loops.axolotl",  # for `plugins: [packsft.axolotl]`
     "load": "packsft.loops.data",
     "pack": "packsft.loops.data",
     "patch_trl": "packsft.app.patch",
@@ -40,7 +41,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'packsft' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_HOMES[name]), "PackingPlugin" if name == "axolotl" else name)
 
 
 def __dir__() -> list[str]:
