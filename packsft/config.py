@@ -28,6 +28,7 @@ def has_bf16() -> bool:
 
 
 NORMALIZATIONS = ("token", "example")
+ON_UNPACKABLE = ("pad", "error")
 
 
 @dataclass
@@ -192,7 +193,7 @@ class PackedSFTConfig(SFTConfig):
             self.check_packing = "on" if self.check_packing else "off"
         if self.check_packing not in ("on", "off"):
             raise ValueError(f"check_packing={self.check_packing!r} is unknown, expected 'on' or 'off'")
-        if self.on_unpackable not in ("pad", "error"):
+        if self.on_unpackable not in ON_UNPACKABLE:
             raise ValueError(f"on_unpackable={self.on_unpackable!r} is unknown, expected 'pad' or 'error'")
         for name, allowed in (("on_changed", ON_CHANGED), ("on_nonfinite", ON_NONFINITE)):
             if getattr(self, name) not in allowed:

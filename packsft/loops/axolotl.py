@@ -17,7 +17,6 @@ from axolotl.integrations.base import BasePlugin
 from packsft.data.batch import HOST_KEYS
 from packsft.data.collator import PackingCollator
 from packsft.data.document import documents_of
-from packsft.loops.data import GIVEN
 from packsft.loops.model import Packing, prepare
 
 logger = logging.getLogger("packsft")
@@ -66,7 +65,9 @@ class AxolotlCollator:
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
         examples = [one for some in features for one in (some if isinstance(some, list) else [some])]
         documents = [
-            document for number, one in enumerate(examples) for document in documents_of(one, f"row {number} of the batch")
+            document
+            for number, one in enumerate(examples)
+            for document in documents_of(one, f"row {number} of the batch")
         ]
         batch = self._collator.torch_call([documents])
-        return {key: value for key, value in batch.items() if key in GIVEN or key not in HOST_KEYS}
+        return {key: value for key, value in batch.items() if key in ("labels", "row_lengths") or key not in HOST_KEYS}

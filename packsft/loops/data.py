@@ -1,79 +1,40 @@
-"""Optimizer steps of packed rows for any training loop: which batches each rank takes, and what divides their loss."""
+"""Packed rows for any training loop: planned, mixed, saved and loaded."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import itertools
 import json
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.data_loader import SeedableRandomSampler
-from datasets import Dataset, Features, List, Value, load_from_disk
+from datasets import Dataset, Features, IterableDataset, List, Value, load_from_disk
 from packsft_kernels.version import __version__
-from torch.utils.data import BatchSampler, DataLoader
 
 from packsft.config import NORMALIZATIONS
-from packsft.data.batch import HOST_KEYS, StepRows
+from packsft.data.batch import HOST_KEYS
 from packsft.data.collator import PackingCollator
-from packsft.data.document import Pack, short
-from packsft.data.packs import PackedDataset, PackSampler, pack_dataset
+from packsft.data.document import short
+from packsft.data.packs import PackedDataset, pack_dataset
 from packsft.data.ranks import Ranks
-from packsft.data.steps import StepDataset, StepStream
 from packsft.data.streams import PackedStream
+from packsft.loops.loader import Order, StepLoader
 from packsft.loops.mixture import Mixture, joined
 from packsft.packing import PackingReport, PackPlan, packing_report
 from packsft.packing.strategies import strategy_named
 
-GIVEN = ("labels", "row_lengths")  # of `HOST_KEYS`, what a model of `prepare` takes
+logger = logging.getLogger("packsft")
+
 COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids")
+UNREAD = ("seq_lengths", "loss_weights", "completion_mask", "assistant_masks")  # that would change what is trained
+ANY_VOCABULARY = 1 << 31
 SAVED, ROWS, PLAN = "packsft.json", "rows", "plan.npz"  # in the folder of `PackedData.save`
-
-
-class Batch(dict[str, Any]):
-    """A forward and backward pass: what `model(**batch)` takes, for a model of `prepare`.
-
-    Attributes:
-        num_tokens, num_scored, num_documents: int, without padding.
-        rows: `[D]` int64, each document's row in the data set; -1 if unknown.
-    """
-
-    num_tokens: int
-    num_scored: int
-    num_documents: int
-    rows: np.ndarray
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """The same batch, with its tensors on a device."""
-        moved = Batch(
-            {
-                key: value.to(device, non_blocking=non_blocking) if isinstance(value, torch.Tensor) else value
-                for key, value in self.items()
-            }
-        )
-        vars(moved).update(vars(self))
-        return moved
-
-
-class Step(list[Batch]):
-    """An optimizer step: its batches on this rank, equally many on every rank.
-
-    Attributes:
-        num_items: the scored tokens (or the sum of their weights) of the step on all ranks.
-    """
-
-    num_items: float
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Step:
-        """The same step, with its tensors on a device."""
-        moved = Step(batch.to(device, non_blocking=non_blocking) for batch in self)
-        moved.num_items = self.num_items
-        return moved
 
 
 class PackedData:
@@ -83,7 +44,8 @@ class PackedData:
         packs: the plan over the rows, or the stream of packs.
         max_length, batch_size, strategy, tokens_per_pass: as given to `pack`.
         mixture: of several data sets, what an epoch takes of each; None for one.
-        fingerprint: SHA-256 in hex over the plan, the mixture and a sample of the rows; None for a stream.
+        fingerprint: SHA-256 in hex over the plan, a sample of the rows and what their order depends on; of a stream,
+            over its settings.
     """
 
     def __init__(
@@ -94,10 +56,12 @@ class PackedData:
         self.batch_size: int = settings["batch_size"]
         self.strategy: str = settings["strategy"]
         self.tokens_per_pass: int = settings["tokens_per_pass"] or self.max_length
-        self.fingerprint: str | None = None
+        order = [settings["shuffle"], settings["seed"], None if mixture is None else mixture.as_dict()]
+        names = ("max_length", "strategy", "overlong", "loss_normalization")
+        content = [settings[name] for name in names]
         if isinstance(packs, PackedDataset):
-            content = [packs.plan.fingerprint, packs.sample(), None if mixture is None else mixture.as_dict()]
-            self.fingerprint = hashlib.sha256(repr(content).encode()).hexdigest()
+            content = [packs.plan.fingerprint, packs.sample(), settings["loss_normalization"], *order]
+        self.fingerprint = hashlib.sha256(repr(content).encode()).hexdigest()
 
     def __str__(self) -> str:
         """What packing does, and of several data sets what an epoch takes of each. Raises ValueError for a stream."""
@@ -113,7 +77,7 @@ class PackedData:
 
     def _planned(self) -> PackedDataset:
         if isinstance(self.packs, PackedStream):
-            raise ValueError("a stream is planned as its rows arrive: it has no report, fingerprint or folder")
+            raise ValueError("a stream is planned as its rows arrive: it has no report and no folder")
         return self.packs
 
     def loader(
@@ -138,163 +102,71 @@ class PackedData:
             pad_to_multiple_of: pads each row, with tokens that are not scored.
 
         Raises:
-            ValueError: ranks that do not exist.
+            ValueError: ranks that do not exist, or another argument that is no number.
         """
         if rank is None or ranks is None:
             if (rank is None) != (ranks is None):
                 raise ValueError(f"rank={rank} and ranks={ranks}: give both, or none")
             known = torch.distributed.is_available() and torch.distributed.is_initialized()
             rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if known else (0, 1)
-        if not 0 <= rank < ranks:
+        rank, ranks = _integer("rank", rank, 0), _integer("ranks", ranks, 1)
+        if rank >= ranks:
             raise ValueError(f"rank={rank} must be at least 0 and below ranks={ranks}")
+        if pad_to_multiple_of is not None:
+            pad_to_multiple_of = _integer("pad_to_multiple_of", pad_to_multiple_of, 1)
         collator = PackingCollator(
             pad_token_id=0, padded=padded, max_length=self.max_length, pad_to_multiple_of=pad_to_multiple_of,
             per_example=self._settings["loss_normalization"] == "example",
         )  # fmt: skip
-        workers = {"num_workers": num_workers, "pin_memory": pin_memory}
-        return StepLoader(self, self._settings, Ranks(rank, ranks), collator, device, workers)
+        chosen = {name: self._settings[name] for name in ("shuffle", "seed", "drop_last")}
+        order = Order(self.batch_size, self.tokens_per_pass, **chosen, mixture=self.mixture)
+        workers = {"num_workers": _integer("num_workers", num_workers, 0), "pin_memory": pin_memory}
+        return StepLoader(self.packs, order, self.fingerprint, Ranks(rank, ranks), collator, device, workers)
 
     @property
     def collator(self) -> PackingCollator:
         """For a trainer that asks for items of `packs` itself, as `transformers.Trainer` does: gives one batch of them,
-        whose loss is divided by what the trainer passes as `num_items_in_batch`."""
+        whose loss is divided by what the trainer passes as `num_items_in_batch`.
+
+        Raises ValueError with `loss_normalization="example"`, which no such trainer knows.
+        """
+        if self._settings["loss_normalization"] != "token":
+            raise ValueError("loss_normalization='example': a trainer that counts tokens itself would ignore it")
         return _ForTrainers(pad_token_id=0, max_length=self.max_length)
 
+    def _digest(self) -> str:
+        """SHA-256 in hex over all rows and all settings."""
+        as_text = json.dumps(self._settings, sort_keys=True)
+        return hashlib.sha256(f"{self._planned().rows.digest} {as_text}".encode()).hexdigest()
+
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write tokens (Arrow), plan and settings into a new folder, which `load` reads without planning.
+        """Write tokens (Arrow), plan and settings into a new folder, whole or not at all.
 
         Raises:
-            FileExistsError: the folder exists and is not empty.
+            FileExistsError: there is a file, or a folder that is not empty.
             ValueError: a stream.
         """
-        packs, folder = self._planned(), Path(folder)
-        if folder.exists() and any(folder.iterdir()):
-            raise FileExistsError(f"{folder} is not empty: save packed data into a new folder")
-        folder.mkdir(parents=True, exist_ok=True)
+        packs, folder = copy.copy(self._planned()), Path(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise FileExistsError(f"{folder} is not an empty folder: save packed data into a new one")
+        packs.set_epoch(0)
         rows: Any = packs.rows
-        rows = rows.dataset
-        rows.select_columns([name for name in COLUMNS if name in rows.column_names]).save_to_disk(str(folder / ROWS))
-        packs.plan.save(folder / PLAN)
-        content = {"packsft_version": __version__, "fingerprint": self.fingerprint, "settings": self._settings}
-        # last: a folder without it is one that was not finished
-        (folder / SAVED).write_text(json.dumps(content, indent=2), encoding="utf-8")
+        content = {"settings": self._settings, "fingerprint": self.fingerprint, "digest": self._digest()}
+        as_text = json.dumps({"packsft_version": __version__, **content}, indent=2)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
+            begun = Path(beside) / "packed"
+            columns = [name for name in COLUMNS if name in rows.dataset.column_names]
+            rows.dataset.with_format(None).select_columns(columns).save_to_disk(str(begun / ROWS))
+            packs.plan.save(begun / PLAN)
+            (begun / SAVED).write_text(as_text, encoding="utf-8")
+            begun.replace(folder)
 
 
 class _ForTrainers(PackingCollator):
     def torch_call(self, examples: Sequence[Any]) -> dict[str, Any]:
         batch = super().torch_call(examples)
-        return {key: value for key, value in batch.items() if key in GIVEN or key not in HOST_KEYS}
-
-
-class StepLoader:
-    """Iterates over the `Step`s of an epoch on one rank; the next time over those of the next epoch.
-
-    `state_dict()` says how far it came, and `load_state_dict()` goes on there, for planned rows also with another batch
-    size or other ranks.
-
-    Attributes:
-        epoch: that of the next step; the first is 0.
-    """
-
-    def __init__(
-        self,
-        data: PackedData,
-        settings: dict[str, Any],
-        ranks: Ranks,
-        collator: PackingCollator,
-        device: torch.device | str | None,
-        workers: dict[str, Any],
-    ) -> None:
-        self._collator, self._device, self._workers = collator, device, workers
-        self._shuffles, self._seed, self._drop_last = (settings[name] for name in ("shuffle", "seed", "drop_last"))
-        self._fingerprint, self._mixture = data.fingerprint, data.mixture
-        steps: Any = StepStream if isinstance(data.packs, PackedStream) else StepDataset
-        packs = data.packs.share(Ranks()) if isinstance(data.packs, PackedStream) else copy.copy(data.packs)
-        self._source = steps(packs, data.batch_size, data.tokens_per_pass, ranks, collator.padded)
-        self.epoch = self._start = self._taken = 0
-
-    def __len__(self) -> int:
-        """Steps in an epoch. Raises TypeError for a stream."""
-        if self._fingerprint is None:
-            raise TypeError("a stream has no length")
-        items, size = self._items_in_epoch(), self._source.batch_size
-        return items // size if self._drop_last else -(-items // size)
-
-    def __iter__(self) -> Iterator[Step]:
-        self._source.examples.set_epoch(self.epoch)
-        self._taken, self._start = self._start, 0
-        options: dict[str, Any] = {"batch_size": 1}
-        if self._fingerprint is not None:
-            order = itertools.islice(self._order(), self._taken, None)
-            options = {"batch_sampler": BatchSampler(order, self._source.batch_size, self._drop_last)}
-        # a generator of its own: from PyTorch's, an epoch would draw a number
-        loader = DataLoader(
-            self._source, collate_fn=self._step, generator=torch.Generator(), **options, **self._workers
-        )
-        for step, num_taken in loader:
-            self._taken += num_taken
-            if self._fingerprint is not None and self._items_left() == 0:
-                self.epoch, self._taken = self.epoch + 1, 0  # already: Lightning asks for no step behind the last
-            yield step if self._device is None else step.to(self._device, non_blocking=self._workers["pin_memory"])
-        if self._fingerprint is None:
-            self.epoch, self._taken = self.epoch + 1, 0
-
-    def _items_in_epoch(self) -> int:
-        return len(self._source if self._mixture is None else self._mixture)
-
-    def _items_left(self) -> int:
-        left = self._items_in_epoch() - self._taken
-        return 0 if self._drop_last and left < self._source.batch_size else left
-
-    def _order(self) -> Iterator[int]:
-        """The items of the epoch in the order in which `PackedSFTTrainer` takes them, with the same seed."""
-        packs: PackedDataset = self._source.examples
-        if self._mixture is not None:
-            return iter(self._mixture.order(self.epoch).tolist())
-        if packs.repacks:
-            return (index for _, index in PackSampler(packs, self._source.batch_size))
-        if not self._shuffles:
-            return iter(range(len(packs)))
-        sampler = SeedableRandomSampler(packs, data_seed=self._seed)
-        sampler.set_epoch(self.epoch)
-        return iter(sampler)
-
-    def _step(self, items: list[StepRows]) -> tuple[Step, int]:
-        (rows,) = items
-        step = Step(self._batch(documents, rows.num_items) for documents in rows.passes)
-        step.num_items = rows.num_items
-        return step, len(rows.examples)
-
-    def _batch(self, documents: Pack, num_items: float) -> Batch:
-        whole = self._collator.torch_call([documents])
-        batch = Batch({key: value for key, value in whole.items() if key in GIVEN or key not in HOST_KEYS})
-        batch["num_items"] = num_items / self._source.ranks.size
-        vars(batch).update({name: whole[name] for name in ("num_tokens", "num_scored", "num_documents", "rows")})
-        return batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where to go on: behind the last step that was given.
-
-        Raises:
-            ValueError: a stream with workers, which have read ahead.
-        """
-        state: dict[str, Any] = {"epoch": self.epoch, "taken": self._taken, "fingerprint": self._fingerprint}
-        if self._fingerprint is None and self._workers["num_workers"]:
-            raise ValueError(
-                f"num_workers={self._workers['num_workers']}: workers have read a stream ahead, set it to 0"
-            )
-        return state if self._fingerprint is not None else state | {"stream": self._source.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError if the state is of other rows, or of rows that were packed in another way."""
-        if state["fingerprint"] != self._fingerprint:
-            raise ValueError(
-                f"the state is of rows with the fingerprint {state['fingerprint']}, these have {self._fingerprint}: "
-                "they are other rows, or packed in another way"
-            )
-        if self._fingerprint is None:
-            self._source.load_state_dict(state["stream"])
-        self.epoch, self._start = state["epoch"], state["taken"]
+        return {key: value for key, value in batch.items() if key == "labels" or key not in HOST_KEYS}
 
 
 def pack(
@@ -315,12 +187,13 @@ def pack(
     weights_of: str = "token",
     stopping_strategy: str = "first_exhausted",
 ) -> PackedData:
-    """Plan optimizer steps of packed rows.
+    """Plan optimizer steps of packed rows. What is lost is logged.
 
     Args:
-        rows: a `datasets.Dataset`, or a stream, with the columns `input_ids` and `labels` (-100 = not scored); or a
-            sequence of token lists, all scored, or of mappings with both. Or several data sets (no streams): a mapping
-            from names to them, with a strategy that makes no packs ("step", "none").
+        rows: a `datasets.Dataset` or `IterableDataset` with the columns `input_ids` and `labels` (-100 = not scored),
+            or a list of token lists, all scored, or of mappings with both; `attention_mask` and `position_ids` as in
+            `PackedSFTTrainer`. Or several data sets (no streams): a mapping from names to them, with a strategy that
+            makes no packs ("step", "none").
         max_length: the most tokens of an example, and of a pack.
         batch_size: with the strategy "step", the examples of an optimizer step; else its packs, one a pass. On all
             ranks together.
@@ -340,90 +213,143 @@ def pack(
     Raises:
         ValueError, TypeError: bad input; the message names the argument or the row.
     """
-    settings = {name: value for name, value in locals().items() if name != "rows"}
-    for name, number in (("max_length", max_length), ("batch_size", batch_size), ("tokens_per_pass", tokens_per_pass)):
-        if number is not None and (not isinstance(number, int) or number < 1):
-            raise ValueError(f"{name}={number!r}: must be an integer of at least 1")
+    exact_steps, repacks = strategy_named(strategy).exact_steps, strategy_named(strategy).repacks
     if loss_normalization not in NORMALIZATIONS:
         raise ValueError(f"loss_normalization={loss_normalization!r}: must be one of {', '.join(NORMALIZATIONS)}")
-    exact_steps, repacks = strategy_named(strategy).exact_steps, strategy_named(strategy).repacks
     if tokens_per_pass is not None and not exact_steps:
         raise ValueError(f"tokens_per_pass={tokens_per_pass}: the packs of strategy={strategy!r} are the passes")
+    for name, flag in (("shuffle", shuffle), ("drop_last", drop_last)):
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name}={flag!r}: must be True or False")
+    settings: dict[str, Any] = {
+        "max_length": _integer("max_length", max_length, 1),
+        "batch_size": _integer("batch_size", batch_size, 1),
+        "strategy": strategy,
+        "tokens_per_pass": tokens_per_pass and _integer("tokens_per_pass", tokens_per_pass, 1),
+        "overlong": overlong,
+        "max_lost_fraction": max_lost_fraction,
+        "loss_normalization": loss_normalization,
+        "shuffle": shuffle,
+        "seed": _integer("seed", seed, 0),
+        "drop_last": drop_last,
+        "vocab_size": vocab_size and _integer("vocab_size", vocab_size, 1),
+        "weights": weights and {name: float(weight) for name, weight in weights.items()},
+        "weights_of": weights_of,
+        "stopping_strategy": stopping_strategy,
+    }
     options: dict[str, Any] = {
         "strategy": strategy,
         "name": "train",
         "overlong": overlong,
         "max_lost_fraction": max_lost_fraction,
-        "vocab_size": vocab_size,
+        "vocab_size": settings["vocab_size"] or ANY_VOCABULARY,
         "per_example": loss_normalization == "example",
     }
+    if isinstance(rows, IterableDataset):
+        _refuse_unread(rows.column_names or (), "the stream")
+        return PackedData(PackedStream(rows, settings["max_length"], **options), settings)
+    mixture = None
     if isinstance(rows, Mapping):
-        return _mixed(rows, settings, options)
-    if weights is not None:
+        dataset = _joined(rows, settings)
+    elif weights is not None:
         raise ValueError("weights are of several data sets: give rows as a mapping from names to them")
-    if isinstance(rows, (Dataset, Sequence)):
-        dataset = _dataset_of(rows)
-        packs = pack_dataset(dataset, max_length, seed=seed if shuffle and repacks else None, **options)
-        return PackedData(packs, settings)
-    if not isinstance(rows, Iterable):
-        raise TypeError(f"rows must be a datasets.Dataset, a stream or token lists, got {type(rows).__name__}")
-    return PackedData(PackedStream(rows, max_length, **options), settings)
+    else:
+        dataset = _dataset_of(rows, "the data set")
+    packs = pack_dataset(
+        dataset, settings["max_length"], seed=settings["seed"] if shuffle and repacks else None, **options
+    )
+    if isinstance(rows, Mapping):
+        own = {name: settings[name] for name in ("weights", "weights_of", "stopping_strategy", "shuffle", "seed")}
+        mixture = Mixture(settings["sets"], packs.plan.examples, packs.lengths, **own)
+    for loss in packs.plan.account.describe_losses(max_length):
+        logger.warning("packed rows: %s", loss)
+    if drop_last and (count := len(packs if mixture is None else mixture)) < settings["batch_size"]:
+        raise ValueError(f"drop_last=True leaves nothing: an epoch has {count} items, and batch_size={batch_size}")
+    return PackedData(packs, settings, mixture)
 
 
-def _mixed(rows: Mapping[str, Any], settings: dict[str, Any], options: dict[str, Any]) -> PackedData:
-    strategy = settings["strategy"]
+def _integer(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{name}={value!r}: must be an integer of at least {least}")
+    return int(value)
+
+
+def _refuse_unread(columns: Any, where: str) -> None:
+    if found := [name for name in UNREAD if name in columns]:
+        raise ValueError(f"{where} has {found[0]}, which is not read: give input_ids and labels (-100 = not scored)")
+
+
+def _joined(rows: Mapping[str, Any], settings: dict[str, Any]) -> Dataset:
+    """The rows of several data sets; their sizes become a setting."""
     if "input_ids" in rows:
         raise ValueError("rows is a mapping of columns, and must be one of data sets: use datasets.Dataset.from_dict")
-    if strategy not in ("step", "none"):
-        raise ValueError(
-            f"strategy={strategy!r} makes packs before it is known what an epoch takes: use 'step' or 'none'"
-        )
-    if bad := [name for name, one in rows.items() if not isinstance(one, (Dataset, Sequence))]:
-        raise TypeError(
-            f"the set {bad[0]} is a {type(rows[bad[0]]).__name__}, expected a datasets.Dataset or token lists"
-        )
-    sets = {name: _dataset_of(one) for name, one in rows.items()}
-    packs = pack_dataset(joined(sets, COLUMNS), settings["max_length"], **options)
-    sizes = {name: len(one) for name, one in sets.items()}
-    own = {name: settings[name] for name in ("weights", "weights_of", "stopping_strategy", "shuffle", "seed")}
-    mixture = Mixture(sizes, packs.plan.examples, packs.lengths, **own)
-    return PackedData(packs, settings | {"sets": sizes}, mixture)
+    if (strategy := settings["strategy"]) not in ("step", "none"):
+        raise ValueError(f"strategy={strategy!r} makes packs before it is known what an epoch takes: use 'step'")
+    sets = {name: _dataset_of(one, f"the set {name}") for name, one in rows.items()}
+    settings["sets"] = {name: len(one) for name, one in sets.items()}
+    return joined(sets, COLUMNS)
 
 
-def _dataset_of(rows: Dataset | Sequence[Any]) -> Dataset:
+def _dataset_of(rows: Any, where: str) -> Dataset:
+    """A data set with the columns that are read. Raises TypeError and ValueError, naming the row."""
     if isinstance(rows, Dataset):
+        _refuse_unread(rows.column_names, where)
         return rows
-    columns: dict[str, list] = {"input_ids": [], "labels": []}
+    if isinstance(rows, str) or not isinstance(rows, Sequence):
+        expected = "a datasets.Dataset, a datasets.IterableDataset or a list of token lists"
+        raise TypeError(f"{where} is of the type {type(rows).__name__}, expected {expected}")
+    first = rows[0] if rows else ()
+    names = [name for name in COLUMNS if name in first] if isinstance(first, Mapping) else ["input_ids", "labels"]
+    names += [name for name in COLUMNS[:2] if name not in names]
+    columns: dict[str, list] = {name: [] for name in names}
     for number, row in enumerate(rows):
+        here = f"row {number} of {where}"
         given = row if isinstance(row, Mapping) else {"input_ids": row, "labels": row}
+        _refuse_unread(given, here)
+        if missing := [name for name in columns if name not in given]:
+            raise ValueError(f"{here} has no {missing[0]}")
+        if extra := [name for name in COLUMNS if name in given and name not in columns]:
+            raise ValueError(f"{here} has {extra[0]}, and the first row has not")
         for name, column in columns.items():
-            tokens = np.asarray(given.get(name, [[]]))
-            if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
-                raise ValueError(f"row {number} of the data set: {name} must be a list of integers, got {short(row)}")
-            column.append(tokens.astype(np.int64))
+            column.append(_tokens(given[name], f"{here}: {name}"))
     return Dataset.from_dict(columns, features=Features(dict.fromkeys(columns, List(Value("int64")))))
+
+
+def _tokens(value: Any, where: str) -> np.ndarray:
+    try:
+        tokens = np.asarray(value)
+        fits = tokens.ndim == 1 and (not tokens.size or tokens.dtype.kind in "iu" or tokens.dtype == bool)
+    except ValueError:  # rows of several lengths
+        fits = False
+    if not fits or (tokens.size and tokens.max() > np.iinfo(np.int64).max):
+        raise ValueError(f"{where} must be a list of integers, got {short(value)}")
+    return tokens.astype(np.int64)
 
 
 def load(folder: str | os.PathLike[str]) -> PackedData:
     """What `PackedData.save` wrote. Tokens are read in place; the plan is made again, and compared.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it was not written to its end.
+        FileNotFoundError: there is no such folder.
         ValueError: its rows, its plan or its settings are not those that were saved.
     """
     folder = Path(folder)
     if not (folder / SAVED).exists():
-        raise FileNotFoundError(f"{folder} holds no packed data that was saved to its end: {SAVED} is missing")
-    saved = json.loads((folder / SAVED).read_text(encoding="utf-8"))
-    settings, rows = saved["settings"], load_from_disk(str(folder / ROWS))
+        raise FileNotFoundError(f"{folder} holds no packed data: {SAVED} is missing")
+    try:
+        saved = json.loads((folder / SAVED).read_text(encoding="utf-8"))
+        settings, fingerprint, digest = (saved[name] for name in ("settings", "fingerprint", "digest"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / SAVED} is damaged: {error}") from None
+    rows: Any = load_from_disk(str(folder / ROWS))
     if (sizes := settings.pop("sets", None)) is not None:
         stops = np.cumsum(list(sizes.values())).tolist()
         rows = {name: rows.select(range(stop - sizes[name], stop)) for name, stop in zip(sizes, stops, strict=True)}
     data = pack(rows, **settings)
-    planned = PackPlan.load(folder / PLAN).fingerprint
-    if data.fingerprint != saved["fingerprint"] or data._planned().plan.fingerprint != planned:
+    found = data.fingerprint, data._digest(), data._planned().plan.fingerprint
+    if found != (fingerprint, digest, PackPlan.load(folder / PLAN).fingerprint):
         raise ValueError(
-            f"{folder} holds other rows, or another plan, than were saved (by packsft {saved['packsft_version']}; this "
-            f"is {__version__}): pack the rows again"
+            f"{folder} holds other rows, another plan or other settings than were saved (by packsft "
+            f"{saved['packsft_version']}; this is {__version__}): pack the rows again"
         )
     return data

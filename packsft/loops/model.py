@@ -8,9 +8,13 @@ import types
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from accelerate.utils import is_peft_model
 from packsft_kernels import LossOptions
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
 
+from packsft.config import ON_UNPACKABLE
 from packsft.data.batch import HOST_KEYS
 from packsft.model import attention
 from packsft.model.compilation import restore_layers
@@ -26,6 +30,7 @@ class Packing(PreparedModel):
     """What `prepare` did to a model, and why: `print(model.packing)`. Attributes as in `PreparedModel`."""
 
     before: tuple[Any, str | None]  # forward and attention, for `unprepare`
+    around: nn.Module  # the model that was given
 
     def __str__(self) -> str:
         return "\n".join(f"{name}: {value}" for name, value in self.describe().items())
@@ -44,9 +49,9 @@ def prepare(
     """Make a causal language model of transformers take the batches of `pack`: `model(**batch).loss`.
 
     In place; `unprepare` gives the model back. Call it before or after PEFT, and before DDP, FSDP or `torch.compile`.
-    Anything else that the model is called with, as in generation, gives what it gave before. `model.packing` says what
-    was done and why; is `model.packing.padded` true, documents see each other on this model, and it takes the batches
-    of `data.loader(padded=True)`.
+    What else the model is called with, as in generation, gives what it gave before (but no `output_attentions` where it
+    had an eager attention). `model.packing` says what was done and why; is `model.packing.padded` true, documents see
+    each other on this model, and it takes the batches of `data.loader(padded=True)`.
 
     Args:
         model: the model, or a PEFT model around it.
@@ -58,12 +63,23 @@ def prepare(
         compile_layers: whether to compile the decoder layers.
 
     Raises:
-        ValueError: the model has no language-model head, or has what only the trainer handles: a prompt of PEFT, a
-            router's loss; or as `PreparedModel`.
+        TypeError: it is no model of transformers, or wrapped already.
+        ValueError: an argument, or the model has no language-model head, or has what only the trainer handles: a prompt
+            of PEFT, a router's loss; or as `PreparedModel`.
     """
+    if not is_peft_model(model) and (not isinstance(model, PreTrainedModel) or isinstance(model, FSDPModule)):
+        raise TypeError(
+            f"a {type(model).__name__} cannot be prepared: prepare the model of transformers, or the PEFT model around "
+            "it, before it is wrapped (DDP, FSDP, torch.compile)"
+        )
+    if on_unpackable not in ON_UNPACKABLE:
+        raise ValueError(f"on_unpackable={on_unpackable!r}: must be one of {', '.join(ON_UNPACKABLE)}")
+    if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
+        raise ValueError(f"max_length={max_length!r}: must be an integer of at least 1, or None")
+    options = LossOptions(label_smoothing=label_smoothing)
     base = base_model_of(model)
-    if hasattr(base, "packing"):
-        unprepare(model)
+    if "_original_forward" in vars(base):
+        raise ValueError("accelerator.prepare has changed the forward of this model: call packsft.prepare before it")
     prompt = getattr(model, "active_peft_config", None)
     if getattr(prompt, "is_prompt_learning", False):
         raise ValueError(f"{type(prompt).__name__} puts tokens before a row: only PackedSFTTrainer trains it")
@@ -75,17 +91,23 @@ def prepare(
     limit = longest_document(base, None)
     if max_length is not None and limit is not None and max_length > limit:
         raise ValueError(f"max_length={max_length}: {type(base).__name__} has a table of {limit} positions")
-    own_forward, own_attention = vars(base).get("forward"), attention.attention_of(base)
-    packing = Packing(
-        model,
-        LossOptions(label_smoothing=label_smoothing),
-        attention_backend=attention_backend,
-        check=check_packing,
-        on_unpackable=on_unpackable,
-        max_length=max_length,
-        compiles_layers=compile_layers,
-    )
-    packing.before = own_forward, own_attention
+    if hasattr(base, "packing"):
+        unprepare(model)
+    before = vars(base).get("forward"), attention.attention_of(base)
+    try:
+        packing = Packing(
+            model,
+            options,
+            attention_backend=attention_backend,
+            check=check_packing,
+            on_unpackable=on_unpackable,
+            max_length=max_length,
+            compiles_layers=compile_layers,
+        )
+    except BaseException:
+        _restore(base, *before)
+        raise
+    packing.before, packing.around = before, model
     _install_forward(base)
     for one in {id(model): model, id(base): base}.values():
         one.packing = packing
@@ -96,11 +118,17 @@ def unprepare(model: Model) -> Model:
     """Undo `prepare`: the model has its own forward and attention again. Weights are those of now."""
     base = base_model_of(model)
     packing: Packing | None = vars(base).pop("packing", None)
-    vars(model).pop("packing", None)
     if packing is None:
         raise ValueError(f"this {type(base).__name__} was not prepared")
-    own_forward, own_attention = packing.before
-    del base.forward
+    for one in (model, packing.around):
+        vars(one).pop("packing", None)
+    _restore(base, *packing.before)
+    return model
+
+
+def _restore(base: Any, own_forward: Any, own_attention: str | None) -> None:
+    vars(base).pop("forward", None)
+    vars(base).pop("packsft_values", None)
     if own_forward is not None:
         base.forward = own_forward
     if own_attention is not None and own_attention != attention.attention_of(base):
@@ -109,7 +137,6 @@ def unprepare(model: Model) -> Model:
     remove_rotary(base)
     remove_group(base)
     attention.remove_backend(base)
-    return model
 
 
 def _install_forward(base: Any) -> None:
@@ -121,6 +148,8 @@ def _install_forward(base: Any) -> None:
             return with_head(self, *positional, **batch)
         packing: Packing = self.packing
         _check_rows(packing, batch)
+        if batch.get("input_ids") is None and not positional:
+            raise ValueError("a prompt of PEFT puts tokens before a row: only PackedSFTTrainer trains it")
         of_trainer = batch.pop("num_items_in_batch", None)  # transformers' trainer counts them itself
         num_items = batch.pop("num_items", of_trainer)
         inputs = {key: value for key, value in batch.items() if key not in HOST_KEYS}

@@ -34,8 +34,9 @@ def test_without_weights_every_document_comes_once():
 
 @pytest.mark.parametrize("stopping_strategy", ["first_exhausted", "all_exhausted"])
 @pytest.mark.parametrize("weights_of", ["token", "document"])
-@pytest.mark.parametrize("weights", [{"short": 1, "long": 1}, {"short": 3, "long": 1}, {"short": 1, "long": 5}], ids=str)
-def test_weights_are_shares(weights, weights_of, stopping_strategy):
+@pytest.mark.parametrize("shares", [(1, 1), (3, 1), (1, 5)], ids=str)
+def test_weights_are_shares(shares, weights_of, stopping_strategy):
+    weights = dict(zip(SETS, shares, strict=True))
     data = mixed(weights, weights_of=weights_of, stopping_strategy=stopping_strategy)
     epochs = drawn(data, 60)  # rounds of both sets
     rows = np.array(list(itertools.chain(*epochs)))
@@ -92,7 +93,7 @@ def test_a_mixture_goes_on_where_it_was_and_can_be_saved(tmp_path):
     [
         (SETS, {"weights": {"short": 1}}, "weights are of short, and the sets are short, long"),
         (SETS, {"weights": {"short": 1, "long": 0}}, "must be above 0 and finite"),
-        (SETS, {"weights": {"short": 1, "long": 1}, "weights_of": "row"}, "weights_of='row': must be one of token, doc"),
+        (SETS, {"weights": {"short": 1, "long": 1}, "weights_of": "row"}, "weights_of='row': must be one of token"),
         (SETS, {"stopping_strategy": "never"}, "stopping_strategy='never': must be one of first_exhausted"),
         (SETS, {"strategy": "bfd"}, "strategy='bfd' makes packs before it is known what an epoch takes"),
         (SETS | {"empty": [[1], [2]]}, {}, "the set empty has no document with a token to score"),

@@ -2,9 +2,12 @@
 
 import copy
 import itertools
+import json
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -157,14 +160,45 @@ def test_a_loop_goes_on_where_it_was(strategy):
         assert then.epoch == 2
 
 
-def test_a_state_fits_another_batch_size():
-    data, larger = (packsft.pack(token_rows(26), 32, batch_size=size) for size in (4, 8))
+@pytest.mark.parametrize("strategy", ["step", "bfd"])
+def test_a_state_fits_another_batch_size(strategy):
+    rows = token_rows(60)
+    data, larger = (packsft.pack(rows, 16, batch_size=size, strategy=strategy) for size in (4, 3))
     first = data.loader()
     steps = iter(first)
     before = rows_of([next(steps), next(steps)])
     then = larger.loader()
     then.load_state_dict(first.state_dict())
-    assert sorted(itertools.chain(*before, *rows_of(then))) == list(range(26))
+    assert sorted(itertools.chain(*before, *rows_of(then))) == list(range(60))
+
+
+def test_a_state_can_be_saved_again_before_the_next_step():
+    data = packsft.pack(token_rows(26), 32, batch_size=4)
+    first = data.loader()
+    steps = iter(first)
+    before = rows_of([next(steps), next(steps)])
+    second, third = data.loader(), data.loader()
+    second.load_state_dict(first.state_dict())
+    third.load_state_dict(second.state_dict())
+    assert before + rows_of(third) == rows_of(data.loader())
+
+
+def test_an_epoch_that_was_left_early_is_not_begun_again():
+    data = packsft.pack(token_rows(26), 32, batch_size=4)
+    whole = data.loader()
+    epochs = [rows_of(whole) for _ in range(3)]
+    loader = data.loader()
+    assert [rows_of([next(iter(loader))]) for _ in range(3)] == [epoch[:1] for epoch in epochs]
+
+
+def test_a_last_step_can_be_left_out():
+    for rows in (token_rows(26), token_rows(26).to_iterable_dataset()):
+        loader = packsft.pack(rows, 32, batch_size=4, drop_last=True).loader()
+        for _ in range(2):
+            assert [len(step) for step in rows_of(loader)] == [4] * 6
+        assert loader.epoch == 2
+    loader.load_state_dict(loader.state_dict())
+    assert len(rows_of(loader)) == 6
 
 
 def test_a_stream_goes_on_where_it_was():
@@ -176,14 +210,27 @@ def test_a_stream_goes_on_where_it_was():
     then = data.loader()
     then.load_state_dict(first.state_dict())
     assert before + [[batch.num_tokens for batch in step] for step in then] == lengths
-    with pytest.raises(ValueError, match="num_workers=2: workers have read a stream ahead"):
+    with pytest.raises(ValueError, match="num_workers=2: workers have read the stream ahead"):
         data.loader(num_workers=2).state_dict()
 
 
 def test_a_state_of_other_rows_is_refused():
     state = packsft.pack(token_rows(26), 32, batch_size=4).loader().state_dict()
-    with pytest.raises(ValueError, match="they are other rows, or packed in another way"):
-        packsft.pack(token_rows(25), 32, batch_size=4).loader().load_state_dict(state)
+    rows, refused = token_rows(26), pytest.raises(ValueError, match="they are other rows, or packed in another way")
+    for other, options in ((token_rows(25), {}), (rows, {"seed": 1}), (rows, {"shuffle": False}),
+                           (rows, {"loss_normalization": "example"})):  # fmt: skip
+        with refused:
+            packsft.pack(other, 32, batch_size=4, **options).loader().load_state_dict(state)
+    streams = packsft.pack(rows.to_iterable_dataset(), 32, batch_size=4).loader()
+    with pytest.raises(ValueError, match="expected epoch, fingerprint, stream, taken"):
+        streams.load_state_dict(state)
+    for other, options in ((token_rows(26, seed=5), {}), (rows, {"strategy": "bfd"})):
+        with refused:
+            packsft.pack(other.to_iterable_dataset(), 32, batch_size=4, **options).loader().load_state_dict(
+                streams.state_dict()
+            )
+    with pytest.raises(ValueError, match="the state has nothing, expected epoch, fingerprint, group_size, taken"):
+        packsft.pack(rows, 32, batch_size=4).loader().load_state_dict({})
 
 
 @pytest.mark.parametrize("strategy", ["step", "bfd"])
@@ -198,8 +245,47 @@ def test_what_was_saved_is_what_is_loaded(strategy, tmp_path):
             for batch, same in zip(step, other, strict=True):
                 assert batch.keys() == same.keys()
                 assert all(torch.equal(value, same[key]) for key, value in batch.items() if torch.is_tensor(value))
-    with pytest.raises(FileExistsError, match="is not empty"):
+    with pytest.raises(FileExistsError, match="is not an empty folder"):
         data.save(tmp_path / "packed")
+
+
+@pytest.mark.parametrize(("name", "value"), [("batch_size", 5), ("seed", 1), ("drop_last", True)])
+def test_changed_settings_are_refused(name, value, tmp_path):
+    packsft.pack(token_rows(26), 32, batch_size=4).save(tmp_path / "packed")
+    file = tmp_path / "packed" / "packsft.json"
+    saved = json.loads(file.read_text())
+    saved["settings"][name] = value
+    file.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="holds other rows, another plan or other settings"):
+        packsft.load(tmp_path / "packed")
+    file.write_text(file.read_text()[:40])
+    with pytest.raises(ValueError, match="is damaged"):
+        packsft.load(tmp_path / "packed")
+
+
+def test_saving_leaves_nothing_half_written(tmp_path, monkeypatch):
+    data = packsft.pack(token_rows(26), 32, batch_size=np.int64(4), seed=np.int64(3), strategy="bfd")
+    data.packs.set_epoch(2)  # as a trainer does
+    monkeypatch.setattr("packsft.packing.PackPlan.save", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        data.save(tmp_path / "packed")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    data.save(tmp_path / "packed")
+    assert packsft.load(tmp_path / "packed").fingerprint == data.fingerprint
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="is not an empty folder"):
+        data.save(tmp_path / "file")
+
+
+def test_a_row_that_changed_between_the_sampled_ones_is_found(tmp_path):
+    rows = token_rows(400)
+    packsft.pack(rows, 32, batch_size=4).save(tmp_path / "packed")
+    changed = rows.map(lambda row, i: {"input_ids": row["input_ids"][::-1]} if i == 5 else row, with_indices=True)
+    shutil.rmtree(tmp_path / "packed" / "rows")
+    changed.save_to_disk(str(tmp_path / "packed" / "rows"))
+    with pytest.raises(ValueError, match="holds other rows"):
+        packsft.load(tmp_path / "packed")
 
 
 def test_a_folder_that_was_changed_is_refused(tmp_path):
@@ -207,11 +293,23 @@ def test_a_folder_that_was_changed_is_refused(tmp_path):
     data.save(tmp_path / "packed")
     packsft.pack(token_rows(25), 32, batch_size=4).save(tmp_path / "other")
     (tmp_path / "packed" / "plan.npz").write_bytes((tmp_path / "other" / "plan.npz").read_bytes())
-    with pytest.raises(ValueError, match="holds other rows, or another plan, than were saved"):
+    with pytest.raises(ValueError, match="holds other rows, another plan or other settings than were saved"):
         packsft.load(tmp_path / "packed")
     (tmp_path / "other" / "packsft.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"packsft\.json is missing"):
         packsft.load(tmp_path / "other")
+
+
+def test_masks_in_mappings_are_read():
+    row = {"input_ids": [0, 0, 5, 6, 7], "labels": [0, 0, 5, 6, 7], "attention_mask": [0, 0, 1, 1, 1]}
+    ((batch,),) = packsft.pack([row], 16, batch_size=1).loader()
+    assert batch["input_ids"].tolist() == [[5, 6, 7]]
+    assert batch.num_scored == 2
+
+
+def test_what_is_lost_is_said(caplog):
+    packsft.pack([[1] * 50, [2] * 5], 16, batch_size=1)
+    assert "packed rows: 1 examples are cut at max_length=16, 34 of 55 tokens are lost" in caplog.text
 
 
 def test_token_lists_are_rows():
@@ -227,7 +325,7 @@ def test_token_lists_are_rows():
     ("rows", "options", "said"),
     [
         ([[1, 2], ["a"]], {}, r"row 1 of the data set: input_ids must be a list of integers, got \['a'\]"),
-        ([{"input_ids": [1, 2]}], {}, "row 0 of the data set: labels must be a list of integers"),
+        ([{"input_ids": [1, 2]}], {}, "row 0 of the data set has no labels"),
         ([[1, 2]], {"batch_size": 0}, "batch_size=0: must be an integer of at least 1"),
         ([[1, 2]], {"strategy": "best"}, "best"),
         ([[1, 2]], {"strategy": "bfd", "tokens_per_pass": 8}, "the packs of strategy='bfd' are the passes"),
@@ -235,11 +333,32 @@ def test_token_lists_are_rows():
         ([], {}, "the train data set is empty"),
         ([[1]], {}, "no example of the train data set has a token to score"),
         ([[1, 99]], {"vocab_size": 9}, "99"),
+        ([[1, 2], [[1], [2, 3]]], {}, "row 1 of the data set: input_ids must be a list of integers"),
+        ([[1, 2], np.array([1, 2**63 + 5], np.uint64)], {}, "row 1 of the data set: input_ids must be a list of int"),
+        ([[1, 2], [3, -5]], {}, "row 1 of the data set: input_ids holds -5"),
+        ([[1, 2]], {"max_length": None}, "max_length=None: must be an integer of at least 1"),
+        ([[1, 2]], {"batch_size": True}, "batch_size=True: must be an integer"),
+        ([[1, 2]], {"seed": "a"}, "seed='a': must be an integer of at least 0"),
+        ([[1, 2]], {"vocab_size": "x"}, "vocab_size='x': must be an integer"),
+        ([[1, 2]], {"shuffle": "no"}, "shuffle='no': must be True or False"),
+        ([[1, 2]], {"drop_last": True}, "drop_last=True leaves nothing: an epoch has 1 items, and batch_size=2"),
+        ([{"input_ids": [1, 2], "labels": [1, 2], "seq_lengths": [1, 1]}], {}, "row 0 of the data set has seq_lengths"),
+        (
+            Dataset.from_dict({"input_ids": [[1]], "labels": [[1]], "seq_lengths": [[1]]}),
+            {},
+            "data set has seq_lengths",
+        ),
     ],
 )
 def test_bad_input_is_one_error(rows, options, said):
     with pytest.raises(ValueError, match=said):
-        packsft.pack(rows, 32, **{"batch_size": 2} | options)
+        packsft.pack(rows, **{"max_length": 32, "batch_size": 2} | options)
+
+
+@pytest.mark.parametrize("rows", [np.ones((2, 2), np.int64), torch.ones(2, 2), {1, 2}, "text", iter([[1, 2]]), 3])
+def test_rows_of_another_kind_are_refused(rows):
+    with pytest.raises(TypeError, match=f"the data set is of the type {type(rows).__name__}, expected a datasets"):
+        packsft.pack(rows, 32, batch_size=2)
 
 
 def test_ranks_that_do_not_exist_are_refused():
@@ -248,8 +367,8 @@ def test_ranks_that_do_not_exist_are_refused():
         data.loader(2, 2)
     with pytest.raises(ValueError, match="give both, or none"):
         data.loader(1)
-    with pytest.raises(TypeError, match="got int"):
-        packsft.pack(3, 32, batch_size=2)
+    with pytest.raises(ValueError, match=r"ranks=2\.0: must be an integer"):
+        data.loader(0, 2.0)
 
 
 def test_a_batch_says_what_it_holds():
@@ -259,6 +378,7 @@ def test_a_batch_says_what_it_holds():
     ((batch,),) = data.loader()
     assert (batch.num_tokens, batch.num_scored, batch.num_documents, sorted(batch.rows)) == (5, 3, 2, [0, 1])
     assert batch["num_items"] == 3
+    assert "labels" not in batch  # of which a model that was not prepared would make a loss of its own
     assert data.report.rows()
 
 

@@ -1,6 +1,7 @@
 """A prepared model takes batches of `pack`, is itself with everything else, and can be had back."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -38,6 +39,9 @@ def test_the_model_can_be_had_back(family, options):
     before, logits = footprint(model), model(IDS).logits
     prepared = packsft.prepare(model, **options)
     assert prepared is model
+    ((step, *_), *_) = packsft.pack(token_rows(12), 64, batch_size=6).loader(padded=model.packing.padded)
+    model(**step).loss.backward()
+    model.zero_grad()
     torch.testing.assert_close(model(IDS).logits, logits)
     packsft.unprepare(model)
     assert footprint(model) == before
@@ -106,3 +110,57 @@ def test_the_trainer_takes_a_prepared_model(tmp_path):
     model, plain = packsft.prepare(tiny_model("llama")), tiny_model("llama")
     of_prepared, of_plain = (trainer(tmp_path, one, max_steps=2) for one in (model, plain))
     assert of_prepared.train().training_loss == of_plain.train().training_loss
+
+
+def test_a_preparation_that_fails_leaves_the_model_as_it_was(batch):
+    model = bloom()
+    before = footprint(model)
+    with pytest.raises(ValueError, match="cannot be trained on packed documents"):
+        packsft.prepare(model, on_unpackable="error")
+    with pytest.raises(ValueError, match="flash_attn_2"):
+        packsft.prepare(model, attention_backend="flash_attn_2")
+    assert footprint(model) == before
+    model = packsft.prepare(tiny_model("llama"))
+    loss = model(**batch).loss
+    with pytest.raises(ValueError, match="label_smoothing"):
+        packsft.prepare(model, label_smoothing=5)
+    assert model(**batch).loss == loss
+
+
+@pytest.mark.parametrize("given", [
+    torch.nn.Linear(2, 2), torch.nn.DataParallel(torch.nn.Linear(2, 2)), torch.compile(torch.nn.Linear(2, 2)),
+], ids=lambda one: type(one).__name__)  # fmt: skip
+def test_what_is_wrapped_or_no_model_is_refused(given):
+    with pytest.raises(TypeError, match=f"a {type(given).__name__} cannot be prepared"):
+        packsft.prepare(given)
+
+
+@pytest.mark.parametrize("options", [{"on_unpackable": "x"}, {"max_length": "a"}, {"max_length": 0}], ids=str)
+def test_arguments_are_checked(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"{name}={value!r}: must be"):
+        packsft.prepare(tiny_model("llama"), **options)
+
+
+def test_a_model_that_accelerate_has_prepared_is_refused():
+    model = tiny_model("llama")
+    model._original_forward = model.forward  # as `Accelerator(mixed_precision=...)` does
+    with pytest.raises(ValueError, match=r"call packsft\.prepare before it"):
+        packsft.prepare(model)
+
+
+def test_a_batch_on_a_model_that_was_not_prepared_gives_no_loss(batch):
+    assert tiny_model("llama")(**batch).loss is None
+    assert pickle.loads(pickle.dumps(packsft.prepare(tiny_model("llama"))))(**batch).loss is None
+
+
+def test_a_prompt_that_comes_after_it_is_refused(batch):
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match="only PackedSFTTrainer trains it"):
+        get_peft_model(packsft.prepare(tiny_model("llama")), prompt)(**batch)
+
+
+def test_the_base_of_an_adapter_gives_it_back():
+    model = get_peft_model(tiny_model("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    packsft.unprepare(packsft.prepare(model).get_base_model())
+    assert not hasattr(model, "packing")
