@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +18,13 @@ logger = logging.getLogger("packsft")
 
 ON_CHANGED = ("error", "warn")
 ON_NONFINITE = ("error", "skip", "ignore")
+
+
+@functools.cache
+def _say_no_accelerator() -> None:
+    """Once, not per configuration and process."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning("no accelerator found: setting use_cpu=True")
 
 
 def has_bf16() -> bool:
@@ -173,7 +182,7 @@ class PackedSFTConfig(SFTConfig):
         self.use_cpu: bool
         if not self.use_cpu and not torch.accelerator.is_available():
             # without an accelerator, transformers accepts bf16 only with use_cpu=True
-            logger.warning("no accelerator found: setting use_cpu=True")
+            _say_no_accelerator()
             self.use_cpu = True
         super().__post_init__()
         if self.attention_backend != "auto" and self.attention_backend not in BACKENDS:

@@ -178,9 +178,8 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         self._check_data(self._vocab_size)
         max_length = self.args.max_length or sys.maxsize
         self._passes = self._make_walker(getattr(self.args, "tokens_per_pass", None) or max_length, max_length)
-        self.add_callback(
-            PackingNotice(lambda: self.packing_report, self._prepared.describe, self.eval_dataset is not None)
-        )
+        notice = PackingNotice(lambda: self.packing_report, self._prepared.describe, self.eval_dataset is not None)
+        self.callback_handler.callbacks.insert(0, notice)  # before the one that begins a progress bar
         self.add_callback(StepCallback(self))
         self.add_callback(CountsEpochs(self))
 

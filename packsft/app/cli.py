@@ -110,6 +110,11 @@ def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def _check(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    import datasets
+    from transformers.utils.logging import disable_progress_bar
+
+    datasets.disable_progress_bars()
+    disable_progress_bar()
     if options.batch_invariance:
         return _check_batch_invariance(options)
     if options.model is None:
@@ -159,7 +164,7 @@ def _check_batch_invariance(options: argparse.Namespace) -> int:
     else:
         precision = "float32" if (options.engine or "").startswith("zero") else "float64"
         print_table(Console(), f"Weights after the same steps, compared with the first layout, in {precision}", [
-            ("model", "tokens per pass", "accumulation", "processes", "passes", "difference", "allowed"),
+            ("model", "tokens per pass", "accumulation", "processes", "passes", "off by", "allowed"),
             *(result.row() for result in results),
         ])  # fmt: skip
     return 0 if all(result.agrees for result in results) else 1

@@ -21,6 +21,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
 from rich.console import Console
@@ -37,7 +38,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from packsft.app.drawing import check_matplotlib, draw_packs
+from packsft.app.drawing import block_colours, check_matplotlib, draw_packs
 from packsft.app.inspect import could_not_load
 from packsft.app.json_lines import check_json, parse_json
 from packsft.app.tables import markdown, print_table
@@ -57,6 +58,7 @@ SAMPLE_PROMPT_TOKENS = 256
 TOKENS_BF16, TOKENS_FLOAT32 = (20_000, 3_500), (10_000, 1_000)
 WRITTEN = ("model", "training.png", "report.md")
 REPORT_HEADING = "# packsft demo\n"  # the mark of a folder that the demo wrote
+UNPACKED = "its weights unpacked from 4 bits (somewhat worse than the published ones)"
 METHODS = {"trl_padded": "TRL, padded, batch 8", "trl_packed": "TRL, packed", "packsft": "packsft"}
 
 Row = dict[str, Any]
@@ -280,7 +282,7 @@ def prepare(
         command=command,
         output_dir=output_dir,
         scratch=scratch,
-        model_name=model_name or "SmolLM2-135M-Instruct",
+        model_name=model_name or f"SmolLM2-135M-Instruct, {UNPACKED}",
         data_name="the standard library's docstrings" if data is None else str(data),
         trainer=trainer,
         tokenizer=tokenizer,
@@ -333,8 +335,9 @@ def run(job: Job) -> None:
 
     job.output_dir.mkdir(parents=True, exist_ok=True)  # now, and not after the training, if it cannot be made
     example = _sample_example(job)
-    before = _sample(trainer.model, job.tokenizer, example)
-    loss_before = trainer.evaluate()["eval_loss"]
+    with console.status("before training: an answer and the held-out loss"):
+        before = _sample(trainer.model, job.tokenizer, example)
+        loss_before = trainer.evaluate()["eval_loss"]
     progress = Progress(
         TextColumn("training"),
         BarColumn(),
@@ -355,7 +358,6 @@ def run(job: Job) -> None:
     loss_table = [
         ("loss", "before", "after"),
         ("held-out", f"{loss_before:.4f}", f"{loss_after:.4f}"),
-        ("training, first and last step", f"{logs[0]['loss']:.4f}", f"{logs[-1]['loss']:.4f}"),
     ]
     summary = f"{logs[-1]['num_tokens']:,.0f} tokens in {seconds:.0f} s: {tokens_per_second:,.0f} tokens/s"
     print_table(console, f"Training: {summary}", loss_table)
@@ -578,19 +580,23 @@ def draw(
 
     num_rows = 4 * PADDED_BATCH_SIZE
     figure, (padded, packed, losses) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    colours = block_colours()
     shown = lengths[:num_rows]
     for row, length in enumerate(shown):
         batch = row // PADDED_BATCH_SIZE * PADDED_BATCH_SIZE
         padded.barh(row, max(shown[batch : batch + PADDED_BATCH_SIZE]), color="lightgrey", height=0.8)
-        padded.barh(row, length, color=colours[row % 20], height=0.8)
+        padded.barh(row, length, color=colours[row % len(colours)], height=0.8)
     padded.set(title=f"Padded: {PADDED_BATCH_SIZE} examples a batch, grey is padding", ylabel="example")
     padded.set(xlabel="tokens", xlim=(0, max_length))
     padded.invert_yaxis()
     padded.yaxis.get_major_locator().set_params(integer=True)
     draw_packs(packed, packs[:num_rows], max_length)
     packed.set_title("Packed: hatched space is unused")
-    losses.plot([entry["step"] for entry in logs], [entry["loss"] for entry in logs], label="training")
+    # each step takes other examples: only their mean over some steps says how the training goes
+    width = max(1, len(logs) // 4)
+    smooth = np.convolve([entry["loss"] for entry in logs], np.full(width, 1 / width), mode="valid")
+    steps = [entry["step"] for entry in logs][width - 1 :]
+    losses.plot(steps, smooth, label="training" + (f", mean of {width} steps" if width > 1 else ""))
     losses.plot([0, logs[-1]["step"]], [loss_before, loss_after], "o--", label="held-out, before and after")
     losses.set(title="Loss", xlabel="optimizer step", ylabel="loss per scored token")
     losses.xaxis.get_major_locator().set_params(integer=True)

@@ -16,13 +16,21 @@ import numpy as np
 from packsft.packing import PackPlan
 
 SHOWN_PACKS = 24
-COLOURS = 20  # of tab20, which alternates dark and light: neighbours differ in black and white too
+# Of tab20, which alternates dark and light: neighbours differ in black and white too. Without grey, which is padding
+COLOURS = (*range(14), *range(16, 20))
 
 
 def check_matplotlib(what: str) -> None:
     """Raises ValueError with the install command if matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(f'{what} needs the package matplotlib: pip install "packsft[demo]"')
+
+
+def block_colours() -> list[Any]:
+    """Of documents next to each other."""
+    from matplotlib import colormaps
+
+    return [colormaps["tab20"](number) for number in COLOURS]
 
 
 def draw_packs(
@@ -32,16 +40,14 @@ def draw_packs(
 
     `pictures`: of the tokens of each document those of pictures: a black bar in its block.
     """
-    from matplotlib import colormaps
-
-    colours = [colormaps["tab20"](number) for number in range(COLOURS)]
+    colours = block_colours()
     for row, documents in enumerate(packs):
         axes.barh(row, max_length, color="white", edgecolor="grey", hatch="////", height=0.8, linewidth=0.4)
         starts = [0, *accumulate(documents)]
         axes.broken_barh(
             list(zip(starts, documents, strict=False)),
             (row - 0.4, 0.8),
-            facecolors=[colours[number % COLOURS] for number in range(len(documents))],
+            facecolors=[colours[number % len(colours)] for number in range(len(documents))],
             edgecolor="black",
             linewidth=0.4,
         )
@@ -54,7 +60,7 @@ def draw_packs(
 
 def draw_plan(lengths: np.ndarray, max_length: int, plan: PackPlan, picture_tokens: np.ndarray | None = None) -> bytes:
     """A PNG with three panels: the lengths of the examples (`[examples]`, in tokens) and the cut at `max_length`, the
-    fill of the packs, and some packs, with the tokens of pictures (`[examples]`)."""
+    unused part of the packs, and some packs, with the tokens of pictures (`[examples]`)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -76,9 +82,12 @@ def draw_plan(lengths: np.ndarray, max_length: int, plan: PackPlan, picture_toke
 
     tokens = np.concatenate(([0], np.cumsum(plan.stops.astype(np.int64) - plan.starts)))[plan.offsets]
     fill = np.quantile(np.diff(tokens) / plan.max_length, np.linspace(1, 0, 500))
-    full.fill_between(np.linspace(0, 100, 500), 100 * fill, color="steelblue")
-    full.set(xlim=(0, 100), ylim=(0, 100), xlabel="packs, fullest first (%)", ylabel="fill (%)")
-    full.set_title(f"{len(plan):,} packs, {plan.fill:.2%} full\nwhite space is unused")
+    unused = 100 - 100 * fill  # of most plans the fill would be a full rectangle
+    full.fill_between(np.linspace(0, 100, 500), unused, color="steelblue")
+    most = float(np.quantile(unused, 0.99))  # the last pack may be nearly empty
+    full.set(xlim=(0, 100), ylim=(0, max(1.0, 1.2 * most)))
+    full.set(xlabel="packs, fullest first (%)", ylabel="unused tokens of the pack (%)")
+    full.set_title(f"{len(plan):,} packs, {plan.fill:.2%} full")
 
     shown = np.unique(np.linspace(0, len(plan) - 1, SHOWN_PACKS).astype(int))
     pictures = None

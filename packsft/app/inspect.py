@@ -21,7 +21,7 @@ from rich.console import Console
 from packsft.app.json_lines import check_json, parse_json
 from packsft.app.tables import print_table
 from packsft.data.messages import tokenizer_without_nulls, warn_of_unseen_roles
-from packsft.data.packs import pack_dataset
+from packsft.data.packs import TokenRows, pack_dataset
 from packsft.data.pictures import PictureRows, has_pictures, with_hidden_pictures
 from packsft.data.raw import checked_rows, label_rows, once_of, one_form
 from packsft.packing import (
@@ -95,9 +95,9 @@ class Inspection:
         best = self.recommended_max_length
         share = f"{LOST_AT_MOST:.1%} of the tokens"
         if best is None:
-            console.print(f"Each max_length above loses more than {share}.")
+            console.print(f"Each max_length above cuts more than {share}.")
         else:
-            console.print(f"Recommended: max_length={best}, the smallest above that loses at most {share}.")
+            console.print(f"Recommended: max_length={best}, the smallest above that cuts at most {share}.")
 
 
 def inspect_data(
@@ -138,7 +138,9 @@ def inspect_data(
         seed=seed if strategy_named(strategy).repacks else None,
         once=once,
     )
-    compared = compare_max_lengths(packed.rows.lengths, {*CANDIDATES, max_length})
+    # of rows with pictures, what is scored is known for one length
+    count_scored = packed.rows.count_scored if isinstance(packed.rows, TokenRows) else None
+    compared = compare_max_lengths(packed.rows.lengths, {*CANDIDATES, max_length}, count_scored)
     report = packing_report(
         packed.plan,
         effective_batch_size=per_device_train_batch_size * gradient_accumulation_steps * devices,

@@ -13,7 +13,8 @@ def print_table(console: Console, title: str, rows: Sequence[Sequence[str]]) -> 
     # Text and not str, in which rich would take `[x]` for markup and `:x:` for an emoji.
     table = Table(title=Text(title, style="italic"), title_justify="left")
     for number, heading in enumerate(rows[0]):
-        table.add_column(Text(heading), justify="right" if number else "left")
+        is_text = not number or heading == "where"
+        table.add_column(Text(heading), justify="left" if is_text else "right", overflow="fold")
     for row in rows[1:]:
         table.add_row(*map(Text, row))
     console.print(table)

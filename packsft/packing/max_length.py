@@ -5,15 +5,16 @@ Knows lengths only, not the memory cost of a longer row, and not the limits of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from .plan import IntArray, plan_packs
+from .plan import pack_segments
+from .segments import IntArray, Segments, cut_examples
 
 CANDIDATES = (1024, 2048, 4096, 8192, 16_384, 32_768)
 LOST_AT_MOST = 0.005  # of the tokens
+
+CountScored = Callable[[IntArray, IntArray, IntArray], IntArray]
 
 
 @dataclass(frozen=True)
@@ -24,23 +25,41 @@ class MaxLength:
     examples_truncated: int
     tokens_lost: int
     share_lost: float  # of all tokens
+    share_cut: float  # of all tokens, what a longer `max_length` would keep
     packs: int
     fill: float
 
 
-def compare_max_lengths(lengths: IntArray, candidates: Iterable[int] = CANDIDATES) -> list[MaxLength]:
-    """A `MaxLength` for each of the candidates, the smallest first; `lengths` `[examples]` in tokens."""
-    total = int(lengths.sum())
+def compare_max_lengths(
+    lengths: IntArray, candidates: Iterable[int] = CANDIDATES, count_scored: CountScored | None = None
+) -> list[MaxLength]:
+    """A `MaxLength` for each of the candidates, the smallest first.
+
+    Args:
+        lengths: `[examples]` in tokens.
+        count_scored: (examples, starts, stops) to the scored tokens of each segment; what has none is lost, as in
+            training. None: every token counts as scored.
+    """
+
+    def scored(max_length: int) -> Segments:
+        segments = cut_examples(lengths, max_length, strategy="bfd")
+        if count_scored is None:
+            return segments
+        return segments.keep_scored(count_scored(segments.examples, segments.starts, segments.stops))
+
+    total = max(1, int(lengths.sum()))
+    never_scored = scored(max(1, int(lengths.max(initial=0)))).account.tokens_lost
     compared = []
     for max_length in sorted(set(candidates)):
-        over = np.maximum(lengths - max_length, 0)
-        plan = plan_packs(np.minimum(lengths, max_length), max_length)
-        lost = int(over.sum())
-        share = lost / total if total else 0.0
-        compared.append(MaxLength(max_length, int((over > 0).sum()), lost, share, len(plan), plan.fill))
+        plan, _ = pack_segments(scored(max_length))
+        lost = plan.account.tokens_lost
+        cut = (lost - never_scored) / total
+        compared.append(
+            MaxLength(max_length, plan.account.examples_truncated, lost, lost / total, cut, len(plan), plan.fill)
+        )
     return compared
 
 
 def recommended_max_length(compared: Sequence[MaxLength], lost_at_most: float = LOST_AT_MOST) -> int | None:
-    """The smallest `max_length` that loses at most this share of the tokens, or None if all lose more."""
-    return min((each.max_length for each in compared if each.share_lost <= lost_at_most), default=None)
+    """The smallest `max_length` that cuts at most this share of the tokens, or None if all cut more."""
+    return min((each.max_length for each in compared if each.share_cut <= lost_at_most), default=None)

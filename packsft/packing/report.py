@@ -63,6 +63,13 @@ class PackingReport:
         tokens = {"tokens_kept": self.account.tokens_kept, "tokens_lost": self.account.tokens_lost}
         return values.pop("account") | tokens | values
 
+    def _filled(self, exact: bool) -> tuple[str, str]:
+        """Under "step", a pass holds at most its step: a share of `tokens_per_pass` would say little."""
+        if not exact or not self.packs:
+            return "fill", f"{self.fill:.2%}"
+        mean = self.account.tokens_kept / self.packs
+        return "tokens per pass", f"{mean:,.0f} on average, at most {round(mean / self.fill):,}"
+
     def rows(self) -> list[tuple[str, str]]:
         """Labels and texts for a two-column table. Most counts of 0 are left out."""
         account = self.account
@@ -93,7 +100,7 @@ class PackingReport:
                 f"{kind} ({self.strategy})",
                 f"{'about ' * exact}{self.packs:,} (at least {self.packs_lower_bound:,} needed)",
             ),
-            ("fill", f"{self.fill:.2%}"),
+            self._filled(exact),
             (
                 "examples per pass" if exact else "examples per pack",
                 f"{self.examples_per_pack_mean:.1f} ({self.examples_per_pack_min:,} to {self.examples_per_pack_max:,})",

@@ -85,7 +85,7 @@ class PackingCheck:
     def rows(self) -> list[tuple[str, ...]]:
         """The texts of a table, headings first."""
         return [
-            ("claim", "holds", "largest difference", "allowed", "where"),
+            ("claim", "holds", "off by", "allowed", "where"),
             *(
                 (claim.claim, "yes" if claim.holds else "NO", f"{claim.difference:.1e}", f"{claim.allowed:.1e}",
                  claim.where)

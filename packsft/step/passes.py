@@ -184,5 +184,8 @@ class PassWalker:
         model.zero_grad()
         tokens = torch.tensor([min(fitting, largest_step)], device=device)
         fitting = int(self._accelerator.gather(tokens).min())
-        logger.warning("tokens_per_pass='auto': passes of at most %d tokens fit on %s", fitting, device)
+        said = (
+            "the largest step fits in one pass of %d tokens" if fitting == largest_step else "passes of %d tokens fit"
+        )
+        logger.warning(f"tokens_per_pass='auto': {said} on %s", fitting, device)
         return fitting

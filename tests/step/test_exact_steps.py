@@ -341,7 +341,7 @@ def test_auto_measures_and_trains_the_same(tmp_path, monkeypatch, caplog):
     settings = {"max_length": 128, "per_device_train_batch_size": 8, "max_steps": 4, "rows": rows}
     unpacked = run(tmp_path, packing=False, **settings)
     ours = run(tmp_path, tokens_per_pass="auto", **settings)
-    assert "tokens_per_pass='auto': passes of at most" in caplog.text
+    assert "tokens_per_pass='auto': the largest step fits in one pass of" in caplog.text
     assert_same_losses(ours, unpacked, 1e-10)
     logged = [entry["num_tokens"] for entry in ours.state.log_history if "num_tokens" in entry]
     assert logged == [entry["num_tokens"] for entry in unpacked.state.log_history if "num_tokens" in entry]
