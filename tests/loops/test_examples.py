@@ -1,16 +1,30 @@
-"""Each example, run as it stands, trains the weights of `PackedSFTTrainer` on the same rows."""
+"""Each loop, run as it stands, trains the weights of `PackedSFTTrainer` on the same rows; each recipe trains."""
+
+import importlib
+import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from docstrings import tokenised_docstrings
 from launch import launch
 from numerics import error
+from peft import PeftModel
 from run_example import OPTIONS, run
 from run_example import __file__ as SCRIPT
+from tiny import CHAT_TEMPLATE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import packsft
 from packsft import PackedSFTConfig, PackedSFTTrainer
+
+EXAMPLES = Path(packsft.__file__).parents[1] / "examples"
+
+ONE_DEVICE = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +35,9 @@ def tiny(tmp_path_factory):
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -80,3 +96,40 @@ def test_so_do_two_processes(example, tiny, expected, tmp_path):
     assert (tmp_path / "model" / "config.json").exists(), said
     start = weights(tiny)
     assert error(weights(tmp_path / "model") - start, expected["steps"] - start) < 1e-10
+
+
+@pytest.mark.parametrize("example", ["lora", "chat"])
+def test_a_recipe_trains(example, tiny, tmp_path):
+    module = importlib.import_module(example)
+    trainer = module.main(str(tiny), str(tmp_path), num_rows=40, **ONE_DEVICE)
+    assert trainer.state.global_step == math.ceil(len(trainer.train_dataset) / 16)
+    assert trainer.isolation.isolated
+    assert trainer.why_compact is None
+    if example == "lora":
+        assert PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path)
+    else:
+        assert any("eval_loss" in entry for entry in trainer.state.log_history)
+        (pack, *_) = trainer.train_dataset.packs()
+        assert 0 < pack[0].num_scored < len(pack[0])
+
+
+def test_the_yaml_trains(tiny, tmp_path):
+    packsft.stdlib_docstrings().select(range(20)).to_json(tmp_path / "rows.jsonl")
+    own = ["--model_name_or_path", tiny, "--dataset_name", tmp_path / "rows.jsonl", "--output_dir", tmp_path / "out"]
+    options = [text for name, value in ONE_DEVICE.items() for text in (f"--{name}", value)]
+    command = [sys.executable, "-m", "packsft", "trl", "sft", "--config", EXAMPLES / "sft.yaml", *own, *options]
+    ran = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert "optimizer steps: 2" in ran.stderr
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_lora_trains_under_fsdp2(tiny, tmp_path):
+    config = yaml.safe_load((EXAMPLES / "fsdp2.yaml").read_text()) | {"use_cpu": True, "mixed_precision": "no"}
+    (tmp_path / "cpu.yaml").write_text(yaml.safe_dump(config))
+    call = f"lora.main({str(tiny)!r}, {str(tmp_path / 'out')!r}, num_rows=40, **{ONE_DEVICE!r})"
+    script = tmp_path / "train.py"
+    script.write_text(f"import sys\n\nsys.path.insert(0, {str(EXAMPLES)!r})\nimport lora\n\n{call}\n")
+    said = launch(script, 2, config=tmp_path / "cpu.yaml")
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists(), said[-3000:]
