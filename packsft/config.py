@@ -7,7 +7,9 @@ import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from packsft_kernels.varlen_attention import BACKENDS
 from trl import SFTConfig
@@ -16,8 +18,17 @@ from packsft.packing import OVERLONG, PACKING_STRATEGIES, check_max_lost_fractio
 
 logger = logging.getLogger("packsft")
 
+NORMALIZATIONS = ("token", "example")
+ON_UNPACKABLE = ("pad", "error")
 ON_CHANGED = ("error", "warn")
 ON_NONFINITE = ("error", "skip", "ignore")
+
+
+def integer(name: str, value: Any, least: int) -> int:
+    """Raises ValueError, naming the argument, for what is no integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{name}={value!r}: must be an integer of at least {least}")
+    return int(value)
 
 
 @functools.cache
@@ -34,10 +45,6 @@ def has_bf16() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
-
-
-NORMALIZATIONS = ("token", "example")
-ON_UNPACKABLE = ("pad", "error")
 
 
 @dataclass

@@ -154,18 +154,23 @@ def ours(model: Any, row: Result, loss: float, truth: Any, *, router_loss: float
         ):
             calls.clear()
             found = one_step(trainer)
-            return {
-                "way": "padded" if trainer.data_collator.padded else "varlen",
-                "why_padded": trainer.isolation.reason,
-                "attention": trainer.model.config._attn_implementation,
-                "attention_calls": calls["attention"],
-                "head": "fused" if trainer.why_compact is None else "compact",
-                "why_compact": trainer.why_compact,
-                "loss_error": abs(found - loss) / loss,
-                "gradient_error": gradient_error(gradients(trainer.model), truth),
-            }
+            return outcome(trainer, calls["attention"], found, loss, truth)
     except Exception as error:
         return {"error": message(error)}
+
+
+def outcome(trainer: Any, attention_calls: int, found: float, loss: float, truth: Any) -> Result:
+    """How packsft's trainer ran its step, and how far from the truth."""
+    return {
+        "way": "padded" if trainer.data_collator.padded else "varlen",
+        "why_padded": trainer.isolation.reason,
+        "attention": attention.attention_of(trainer.model),
+        "attention_calls": attention_calls,
+        "head": "fused" if trainer.why_compact is None else "compact",
+        "why_compact": trainer.why_compact,
+        "loss_error": abs(found - loss) / loss,
+        "gradient_error": gradient_error(gradients(trainer.model), truth),
+    }
 
 
 @contextlib.contextmanager

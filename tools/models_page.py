@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,13 @@ step. "Packed" is nothing that TRL promises without flash attention; it warns, a
 
 def results_file(results: str, version: str) -> Path:
     return Path(__file__).parent / f"{results}-transformers-{version}.json"
+
+
+def latest_report(results: str) -> Result:
+    """Of the newest transformers."""
+    files = Path(__file__).parent.glob(results_file(results, "*").name)
+    reports = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return max(reports, key=lambda report: [int(part) for part in report["versions"]["transformers"].split(".")])
 
 
 def is_right(result: Result) -> bool:

@@ -21,16 +21,14 @@ import models
 import torch
 import torch.nn.functional as F
 import vision_models_page
-from models import EXACT, TRL_PADDED, Result, build_trainer, gradient_error, gradients, message, one_step
+from models import EXACT, TRL_PADDED, Result, build_trainer, gradient_error, gradients, message, one_step, outcome
 from tiny_models import Float64Throughout
 from tiny_vision_models import LEFT_OUT, families, tiny_vision_model
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
-from vision_models_page import ALLOWED_OF_TRL
+from vision_models_page import ALLOWED_OF_TRL, TOKENS_PER_PASS
 
 from packsft.data.pictures import PictureRows
 from packsft.model import attention
-
-TOKENS_PER_PASS = 4096  # the longest row of LLaVA-NeXT has 2,545
 
 
 def measure(family: str) -> Result:
@@ -119,17 +117,8 @@ def ours(model: Any, processor: Any, rows: Any, loss: float, truth: Any) -> Resu
             )  # fmt: skip
             calls.clear()
             found = one_step(trainer)
-        return {
-            "way": "padded" if trainer.data_collator.padded else "varlen",
-            "why_padded": trainer.isolation.reason,
-            "planned": "headers" if planners[0]._planned else "processed",
-            "attention_calls": calls["attention"],
-            "attention": trainer.model.config.get_text_config()._attn_implementation,
-            "head": "fused" if trainer.why_compact is None else "compact",
-            "why_compact": trainer.why_compact,
-            "loss_error": abs(found - loss) / loss,
-            "gradient_error": gradient_error(gradients(trainer.model), truth),
-        }
+        planned = "headers" if planners[0]._planned else "processed"
+        return {"planned": planned} | outcome(trainer, calls["attention"], found, loss, truth)
     except Exception as error:
         return {"error": message(error)}
 

@@ -9,15 +9,16 @@ from typing import Any
 from models_page import LIMIT, rows, shortened
 
 ALLOWED_OF_TRL = 1e-6  # its log-probabilities are float32
+TOKENS_PER_PASS = 4096  # the longest row of LLaVA-NeXT has 2,547
 RESULTS, DOCUMENT = "vision-models", Path(__file__).parents[1] / "docs" / "vision-models.md"
 Result = dict[str, Any]
 
 INTRODUCTION = """\
 # Vision-language models
 
-Is packed training with pictures the same training on *your* model? This page is the answer for every vision-language
-model of transformers {transformers} that can be built without a download, from its registry
-(`MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES`, {registered} entries). Written by
+Is packed training with pictures the same training on *your* model? This page is the answer for the vision-language
+models of transformers {transformers}, from its registry (`MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES`, {registered}
+entries), that can be built without a download and run as they are. Written by
 
     python tools/vision_models.py --save     # {minutes} min on two cores
 
@@ -62,7 +63,7 @@ def page(report: Result) -> str:
     left_out = {name: result["error"] for name, result in families.items() if "error" in result}
     introduction = INTRODUCTION.format(
         **report["versions"], date=report["date"], registered=len(families), minutes=-(-report["seconds"] // 60),
-        limit=LIMIT, of_trl=ALLOWED_OF_TRL, tokens=4096,
+        limit=LIMIT, of_trl=ALLOWED_OF_TRL, tokens=TOKENS_PER_PASS,
     )  # fmt: skip
     lines = ["| family | rows | attention | head | planned | error | TRL |", "|---|---|---|---|---|---|---|"]
     lines += [f"| {' | '.join(cells(name, result))} |" for name, result in measured.items()]

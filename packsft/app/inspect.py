@@ -32,7 +32,7 @@ from packsft.packing import (
     packing_report,
     simulate_steps,
 )
-from packsft.packing.max_length import CANDIDATES, LOST_AT_MOST, recommended_max_length
+from packsft.packing.max_length import CANDIDATES, CUT_AT_MOST, recommended_max_length
 from packsft.packing.strategies import strategy_named
 
 FILE_KINDS = {
@@ -93,7 +93,7 @@ class Inspection:
         ]
         print_table(console, "Each max_length, if longer examples are cut (bfd)", lines)
         best = self.recommended_max_length
-        share = f"{LOST_AT_MOST:.1%} of the tokens"
+        share = f"{CUT_AT_MOST:.1%} of the tokens"
         if best is None:
             console.print(f"Each max_length above cuts more than {share}.")
         else:

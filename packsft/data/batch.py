@@ -97,6 +97,11 @@ def loss_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {key: batch[key] for key in LOSS_KEYS if key in batch}
 
 
+def for_model(batch: Mapping[str, Any], *more: str) -> dict[str, Any]:
+    """What a model of `packsft.prepare` takes, and `more`."""
+    return {key: value for key, value in batch.items() if key in ("row_lengths", *more) or key not in HOST_KEYS}
+
+
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs of the model's own forward."""
     return {key: value for key, value in batch.items() if key not in LOSS_KEYS + HOST_KEYS}

@@ -14,7 +14,7 @@ from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 
-from packsft.data.batch import HOST_KEYS
+from packsft.data.batch import for_model
 from packsft.data.collator import PackingCollator
 from packsft.data.document import documents_of
 from packsft.loops.model import Packing, prepare
@@ -70,4 +70,4 @@ class AxolotlCollator:
             for document in documents_of(one, f"row {number} of the batch")
         ]
         batch = self._collator.torch_call([documents])
-        return {key: value for key, value in batch.items() if key in ("labels", "row_lengths") or key not in HOST_KEYS}
+        return for_model(batch, "labels")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -17,15 +18,15 @@ import torch
 from datasets import Dataset, Features, IterableDataset, List, Value, load_from_disk
 from packsft_kernels.version import __version__
 
-from packsft.config import NORMALIZATIONS
-from packsft.data.batch import HOST_KEYS
+from packsft.config import NORMALIZATIONS, integer
+from packsft.data.batch import for_model
 from packsft.data.collator import PackingCollator
 from packsft.data.document import short
 from packsft.data.packs import PackedDataset, pack_dataset
 from packsft.data.ranks import Ranks
 from packsft.data.streams import PackedStream
 from packsft.loops.loader import Order, StepLoader
-from packsft.loops.mixture import Mixture, joined
+from packsft.loops.mixture import Mixture, check_weights, joined
 from packsft.packing import PackingReport, PackPlan, packing_report
 from packsft.packing.strategies import strategy_named
 
@@ -33,7 +34,7 @@ logger = logging.getLogger("packsft")
 
 COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids")
 UNREAD = ("seq_lengths", "loss_weights", "completion_mask", "assistant_masks")  # that would change what is trained
-ANY_VOCABULARY = 1 << 31
+ANY_VOCABULARY = 1 << 31  # finds negative ids
 SAVED, ROWS, PLAN = "packsft.json", "rows", "plan.npz"  # in the folder of `PackedData.save`
 
 
@@ -42,7 +43,8 @@ class PackedData:
 
     Attributes:
         packs: the plan over the rows, or the stream of packs.
-        max_length, batch_size, strategy, tokens_per_pass: as given to `pack`.
+        max_length, batch_size, strategy: as given to `pack`.
+        tokens_per_pass: likewise, or `max_length`.
         mixture: of several data sets, what an epoch takes of each; None for one.
         fingerprint: SHA-256 in hex over the plan, a sample of the rows and what their order depends on; of a stream,
             over its settings.
@@ -56,7 +58,7 @@ class PackedData:
         self.batch_size: int = settings["batch_size"]
         self.strategy: str = settings["strategy"]
         self.tokens_per_pass: int = settings["tokens_per_pass"] or self.max_length
-        order = [settings["shuffle"], settings["seed"], None if mixture is None else mixture.as_dict()]
+        order = [settings["shuffle"], settings["seed"], None if mixture is None else mixture.sets]
         names = ("max_length", "strategy", "overlong", "loss_normalization")
         content = [settings[name] for name in names]
         if isinstance(packs, PackedDataset):
@@ -64,7 +66,9 @@ class PackedData:
         self.fingerprint = hashlib.sha256(repr(content).encode()).hexdigest()
 
     def __str__(self) -> str:
-        """What packing does, and of several data sets what an epoch takes of each. Raises ValueError for a stream."""
+        """What packing does, and of several data sets what an epoch takes of each."""
+        if isinstance(self.packs, PackedStream):
+            return f"a stream, packed as its rows arrive ({self.strategy}, max_length {self.max_length:,})"
         rows = self.report.rows() + ([] if self.mixture is None else self.mixture.rows())
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
@@ -109,24 +113,25 @@ class PackedData:
                 raise ValueError(f"rank={rank} and ranks={ranks}: give both, or none")
             known = torch.distributed.is_available() and torch.distributed.is_initialized()
             rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if known else (0, 1)
-        rank, ranks = _integer("rank", rank, 0), _integer("ranks", ranks, 1)
+        rank, ranks = integer("rank", rank, 0), integer("ranks", ranks, 1)
         if rank >= ranks:
             raise ValueError(f"rank={rank} must be at least 0 and below ranks={ranks}")
         if pad_to_multiple_of is not None:
-            pad_to_multiple_of = _integer("pad_to_multiple_of", pad_to_multiple_of, 1)
+            pad_to_multiple_of = integer("pad_to_multiple_of", pad_to_multiple_of, 1)
         collator = PackingCollator(
             pad_token_id=0, padded=padded, max_length=self.max_length, pad_to_multiple_of=pad_to_multiple_of,
             per_example=self._settings["loss_normalization"] == "example",
         )  # fmt: skip
         chosen = {name: self._settings[name] for name in ("shuffle", "seed", "drop_last")}
         order = Order(self.batch_size, self.tokens_per_pass, **chosen, mixture=self.mixture)
-        workers = {"num_workers": _integer("num_workers", num_workers, 0), "pin_memory": pin_memory}
+        workers = {"num_workers": integer("num_workers", num_workers, 0), "pin_memory": pin_memory}
         return StepLoader(self.packs, order, self.fingerprint, Ranks(rank, ranks), collator, device, workers)
 
     @property
     def collator(self) -> PackingCollator:
         """For a trainer that asks for items of `packs` itself, as `transformers.Trainer` does: gives one batch of them,
-        whose loss is divided by what the trainer passes as `num_items_in_batch`.
+        whose loss is divided by what the trainer passes as `num_items_in_batch`. Not for models on padded rows: prepare
+        the model with `on_unpackable="error"`.
 
         Raises ValueError with `loss_normalization="example"`, which no such trainer knows.
         """
@@ -166,7 +171,7 @@ class PackedData:
 class _ForTrainers(PackingCollator):
     def torch_call(self, examples: Sequence[Any]) -> dict[str, Any]:
         batch = super().torch_call(examples)
-        return {key: value for key, value in batch.items() if key == "labels" or key not in HOST_KEYS}
+        return for_model(batch, "labels")
 
 
 def pack(
@@ -221,18 +226,19 @@ def pack(
     for name, flag in (("shuffle", shuffle), ("drop_last", drop_last)):
         if not isinstance(flag, bool):
             raise ValueError(f"{name}={flag!r}: must be True or False")
+    check_weights(rows if isinstance(rows, Mapping) else None, weights, weights_of, stopping_strategy)
     settings: dict[str, Any] = {
-        "max_length": _integer("max_length", max_length, 1),
-        "batch_size": _integer("batch_size", batch_size, 1),
+        "max_length": integer("max_length", max_length, 1),
+        "batch_size": integer("batch_size", batch_size, 1),
         "strategy": strategy,
-        "tokens_per_pass": tokens_per_pass and _integer("tokens_per_pass", tokens_per_pass, 1),
+        "tokens_per_pass": None if tokens_per_pass is None else integer("tokens_per_pass", tokens_per_pass, 1),
         "overlong": overlong,
         "max_lost_fraction": max_lost_fraction,
         "loss_normalization": loss_normalization,
         "shuffle": shuffle,
-        "seed": _integer("seed", seed, 0),
+        "seed": integer("seed", seed, 0),
         "drop_last": drop_last,
-        "vocab_size": vocab_size and _integer("vocab_size", vocab_size, 1),
+        "vocab_size": None if vocab_size is None else integer("vocab_size", vocab_size, 1),
         "weights": weights and {name: float(weight) for name, weight in weights.items()},
         "weights_of": weights_of,
         "stopping_strategy": stopping_strategy,
@@ -249,12 +255,7 @@ def pack(
         _refuse_unread(rows.column_names or (), "the stream")
         return PackedData(PackedStream(rows, settings["max_length"], **options), settings)
     mixture = None
-    if isinstance(rows, Mapping):
-        dataset = _joined(rows, settings)
-    elif weights is not None:
-        raise ValueError("weights are of several data sets: give rows as a mapping from names to them")
-    else:
-        dataset = _dataset_of(rows, "the data set")
+    dataset = _joined(rows, settings) if isinstance(rows, Mapping) else _dataset_of(rows, "the data set")
     packs = pack_dataset(
         dataset, settings["max_length"], seed=settings["seed"] if shuffle and repacks else None, **options
     )
@@ -266,12 +267,6 @@ def pack(
     if drop_last and (count := len(packs if mixture is None else mixture)) < settings["batch_size"]:
         raise ValueError(f"drop_last=True leaves nothing: an epoch has {count} items, and batch_size={batch_size}")
     return PackedData(packs, settings, mixture)
-
-
-def _integer(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{name}={value!r}: must be an integer of at least {least}")
-    return int(value)
 
 
 def _refuse_unread(columns: Any, where: str) -> None:
@@ -296,7 +291,8 @@ def _dataset_of(rows: Any, where: str) -> Dataset:
         _refuse_unread(rows.column_names, where)
         return rows
     if isinstance(rows, str) or not isinstance(rows, Sequence):
-        expected = "a datasets.Dataset, a datasets.IterableDataset or a list of token lists"
+        streams = "a datasets.IterableDataset" if where == "the data set" else "no stream,"
+        expected = f"a datasets.Dataset, {streams} or a list of token lists"
         raise TypeError(f"{where} is of the type {type(rows).__name__}, expected {expected}")
     first = rows[0] if rows else ()
     names = [name for name in COLUMNS if name in first] if isinstance(first, Mapping) else ["input_ids", "labels"]
@@ -331,14 +327,18 @@ def load(folder: str | os.PathLike[str]) -> PackedData:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: its rows, its plan or its settings are not those that were saved.
+        ValueError: it is damaged, or its rows, its plan or its settings are not those that were saved.
     """
     folder = Path(folder)
     if not (folder / SAVED).exists():
         raise FileNotFoundError(f"{folder} holds no packed data: {SAVED} is missing")
     try:
         saved = json.loads((folder / SAVED).read_text(encoding="utf-8"))
-        settings, fingerprint, digest = (saved[name] for name in ("settings", "fingerprint", "digest"))
+        names = ("settings", "fingerprint", "digest", "packsft_version")
+        settings, fingerprint, digest, version = (saved[name] for name in names)
+        known = set(inspect.signature(pack).parameters) - {"rows"} | {"sets"}
+        if not isinstance(settings, dict) or not set(settings) <= known:
+            raise ValueError(f"it has settings that packsft {__version__} does not know (it was saved by {version})")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / SAVED} is damaged: {error}") from None
     rows: Any = load_from_disk(str(folder / ROWS))
@@ -349,7 +349,7 @@ def load(folder: str | os.PathLike[str]) -> PackedData:
     found = data.fingerprint, data._digest(), data._planned().plan.fingerprint
     if found != (fingerprint, digest, PackPlan.load(folder / PLAN).fingerprint):
         raise ValueError(
-            f"{folder} holds other rows, another plan or other settings than were saved (by packsft "
-            f"{saved['packsft_version']}; this is {__version__}): pack the rows again"
+            f"{folder} holds other rows, another plan or other settings than were saved (by packsft {version}; this is "
+            f"{__version__}): pack the rows again"
         )
     return data

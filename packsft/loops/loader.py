@@ -14,7 +14,7 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import BatchSampler, DataLoader
 
-from packsft.data.batch import HOST_KEYS, StepRows
+from packsft.data.batch import StepRows, for_model
 from packsft.data.collator import PackingCollator
 from packsft.data.document import Pack
 from packsft.data.packs import PackedDataset, PackSampler
@@ -152,7 +152,8 @@ class StepLoader:
             self._end_epoch()
 
     def _items(self) -> Iterator[int]:
-        """Those of the epoch, in the order in which `PackedSFTTrainer` takes them with the same seed."""
+        """Those of the epoch, in the order in which `PackedSFTTrainer` takes them with the same seed (packs: without
+        gradient accumulation)."""
         packs: PackedDataset = self._source.examples
         if self._order.mixture is not None:
             return iter(self._order.mixture.order(self.epoch).tolist())
@@ -172,7 +173,7 @@ class StepLoader:
 
     def _batch(self, documents: Pack, num_items: float) -> Batch:
         whole = self._collator.torch_call([documents])
-        batch = Batch({key: value for key, value in whole.items() if key == "row_lengths" or key not in HOST_KEYS})
+        batch = Batch(for_model(whole))
         batch["num_items"] = num_items / self._source.ranks.size
         vars(batch).update({name: whole[name] for name in ("num_tokens", "num_scored", "num_documents", "rows")})
         return batch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ STOPPING = ("first_exhausted", "all_exhausted")  # the names of `datasets.interl
 class MixedSet:
     """What an epoch takes of one data set: `documents` of its `documents_in_all`, and how many tokens that is.
 
-    The next epoch goes on where this one ended, so that every document comes equally often. `tokens` is the mean over
-    epochs, and `share` its share of the epoch.
+    The next epoch goes on where this one ended, in one order of the set, so that over epochs every document comes
+    equally often. `tokens` is the mean over epochs, and `share` its share of the epoch.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Mixture:
         sets: one `MixedSet` for each.
 
     Raises:
-        ValueError: weights that do not fit the sets, or a set without a document to score.
+        ValueError: a set has no document to score.
     """
 
     def __init__(
@@ -62,13 +62,6 @@ class Mixture:
         shuffle: bool,
         seed: int,
     ) -> None:
-        for name, value, allowed in (
-            ("weights_of", weights_of, WEIGHTS_OF), ("stopping_strategy", stopping_strategy, STOPPING)
-        ):  # fmt: skip
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
-        if weights is not None and set(weights) != set(sizes):
-            raise ValueError(f"weights are of {', '.join(map(str, weights))}, and the sets are {', '.join(sizes)}")
         bounds = np.cumsum([0, *sizes.values()])
         set_of_item = np.searchsorted(bounds, examples, side="right") - 1
         self._items = [np.flatnonzero(set_of_item == index) for index in range(len(sizes))]
@@ -80,8 +73,6 @@ class Mixture:
         counts = have
         if weights is not None:
             shares = np.array([weights[name] for name in sizes], np.float64)
-            if not (np.isfinite(shares).all() and (shares > 0).all()):
-                raise ValueError(f"weights={dict(weights)!r}: must be above 0 and finite")
             amount = tokens if weights_of == "token" else have
             end = (np.min if stopping_strategy == "first_exhausted" else np.max)(amount / shares)
             counts = np.maximum(np.round(end * shares / (amount / have)), 1)
@@ -91,7 +82,6 @@ class Mixture:
             MixedSet(name, sizes[name], len(items), int(count), float(part), float(part / taken.sum()))
             for name, items, count, part in zip(sizes, self._items, self._counts, taken, strict=True)
         ]
-        self.settings = {"weights": weights and dict(weights), "of": weights_of, "until": stopping_strategy}
 
     def __len__(self) -> int:
         """Documents in an epoch."""
@@ -107,15 +97,11 @@ class Mixture:
         return items[np.argsort(turns, kind="stable")]
 
     def _of_set(self, index: int, epoch: int) -> NDArray[np.int64]:
-        items, count = self._items[index], self._counts[index]
-        rounds, places = np.divmod(np.arange(epoch * count, (epoch + 1) * count), len(items))
-        if not self._shuffle:
-            return items[places]
-        drawn = np.empty(count, np.int64)
-        for number in np.unique(rounds):  # every document once in a round, in another order each
-            order = np.random.default_rng([self._seed, index, int(number)]).permutation(len(items))
-            drawn[rounds == number] = items[order[places[rounds == number]]]
-        return drawn
+        items, count = self._items[index], int(self._counts[index])
+        places = np.arange(epoch * count, (epoch + 1) * count) % len(items)
+        if self._shuffle:  # one order for all epochs: no document of an epoch comes twice before all came once
+            items = items[np.random.default_rng([self._seed, index]).permutation(len(items))]
+        return items[places]
 
     def rows(self) -> list[tuple[str, str]]:
         """The sets as rows of a report."""
@@ -127,8 +113,27 @@ class Mixture:
             for one in self.sets
         ]
 
-    def as_dict(self) -> dict[str, Any]:
-        return self.settings | {"sets": [asdict(one) for one in self.sets]}
+
+def check_weights(sets: Any, weights: Any, weights_of: str, stopping_strategy: str) -> None:
+    """Raises ValueError for weights that do not fit the data sets (None: there is one), or another argument."""
+    for name, value, allowed in (
+        ("weights_of", weights_of, WEIGHTS_OF), ("stopping_strategy", stopping_strategy, STOPPING)
+    ):  # fmt: skip
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
+    if sets is not None and (not sets or not all(isinstance(name, str) for name in sets)):
+        raise ValueError(f"rows is a mapping from {list(sets)}, expected one or more names of data sets")
+    if weights is None:
+        return
+    if sets is None:
+        raise ValueError("weights are of several data sets: give rows as a mapping from names to them")
+    if not isinstance(weights, Mapping) or set(weights) != set(sets):
+        given = list(weights) if isinstance(weights, Mapping) else weights
+        raise ValueError(f"weights are of {given}, and the sets are {list(sets)}")
+    for name, weight in weights.items():
+        number = isinstance(weight, (int, float, np.number)) and not isinstance(weight, bool)
+        if not number or not 0 < weight < np.inf:
+            raise ValueError(f"weights[{name!r}]={weight!r}: must be a number above 0, and finite")
 
 
 def joined(sets: Mapping[str, Dataset], columns: tuple[str, ...]) -> Dataset:

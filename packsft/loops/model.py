@@ -14,11 +14,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from packsft.config import ON_UNPACKABLE
-from packsft.data.batch import HOST_KEYS
-from packsft.model import attention
+from packsft.compat import as_before_accelerate
+from packsft.config import ON_UNPACKABLE, integer
+from packsft.data.batch import HOST_KEYS, longest_document
+from packsft.model import attention, positions
 from packsft.model.compilation import restore_layers
-from packsft.model.positions import longest_document
 from packsft.model.prepared import PreparedModel, base_model_of
 from packsft.model.rotary import remove_rotary
 from packsft.model.sequence_parallel import remove_group
@@ -31,6 +31,7 @@ class Packing(PreparedModel):
 
     before: tuple[Any, str | None]  # forward and attention, for `unprepare`
     around: nn.Module  # the model that was given
+    limit: int | None  # the most tokens of a document, where positions are looked up in a table
 
     def __str__(self) -> str:
         return "\n".join(f"{name}: {value}" for name, value in self.describe().items())
@@ -67,15 +68,15 @@ def prepare(
         ValueError: an argument, or the model has no language-model head, or has what only the trainer handles: a prompt
             of PEFT, a router's loss; or as `PreparedModel`.
     """
-    if not is_peft_model(model) and (not isinstance(model, PreTrainedModel) or isinstance(model, FSDPModule)):
+    wrapped = not isinstance(model, PreTrainedModel) and not (is_peft_model(model) and hasattr(model, "get_base_model"))
+    if wrapped or isinstance(model, FSDPModule):
         raise TypeError(
             f"a {type(model).__name__} cannot be prepared: prepare the model of transformers, or the PEFT model around "
             "it, before it is wrapped (DDP, FSDP, torch.compile)"
         )
     if on_unpackable not in ON_UNPACKABLE:
         raise ValueError(f"on_unpackable={on_unpackable!r}: must be one of {', '.join(ON_UNPACKABLE)}")
-    if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
-        raise ValueError(f"max_length={max_length!r}: must be an integer of at least 1, or None")
+    max_length = None if max_length is None else integer("max_length", max_length, 1)
     options = LossOptions(label_smoothing=label_smoothing)
     base = base_model_of(model)
     if "_original_forward" in vars(base):
@@ -88,7 +89,7 @@ def prepare(
             "output_router_logits=True: the router's loss is one of a step's tokens, which only PackedSFTTrainer adds: "
             "set model.config.output_router_logits = False"
         )
-    limit = longest_document(base, None)
+    limit = positions.longest_document(base, None)
     if max_length is not None and limit is not None and max_length > limit:
         raise ValueError(f"max_length={max_length}: {type(base).__name__} has a table of {limit} positions")
     if hasattr(base, "packing"):
@@ -107,7 +108,7 @@ def prepare(
     except BaseException:
         _restore(base, *before)
         raise
-    packing.before, packing.around = before, model
+    packing.before, packing.around, packing.limit = before, model, limit
     _install_forward(base)
     for one in {id(model): model, id(base): base}.values():
         one.packing = packing
@@ -127,6 +128,7 @@ def unprepare(model: Model) -> Model:
 
 
 def _restore(base: Any, own_forward: Any, own_attention: str | None) -> None:
+    as_before_accelerate(base)
     vars(base).pop("forward", None)
     vars(base).pop("packsft_values", None)
     if own_forward is not None:
@@ -169,4 +171,9 @@ def _check_rows(packing: Packing, batch: Mapping[str, Any]) -> None:
         raise ValueError(
             f"this model takes {needs} rows, and the batch has {given} ones: data.loader(padded={packing.padded})"
             + (f", because {packing.isolation.reason}" if packing.padded else "")
+        )
+    if packing.limit is not None and (longest := longest_document(batch)) > packing.limit:
+        raise ValueError(
+            f"the batch has a document of up to {longest} tokens, and the model has a table of {packing.limit} "
+            "positions: pack with a smaller max_length"
         )

@@ -12,7 +12,7 @@ from .plan import pack_segments
 from .segments import IntArray, Segments, cut_examples
 
 CANDIDATES = (1024, 2048, 4096, 8192, 16_384, 32_768)
-LOST_AT_MOST = 0.005  # of the tokens
+CUT_AT_MOST = 0.005  # of the tokens
 
 CountScored = Callable[[IntArray, IntArray, IntArray], IntArray]
 
@@ -60,6 +60,6 @@ def compare_max_lengths(
     return compared
 
 
-def recommended_max_length(compared: Sequence[MaxLength], lost_at_most: float = LOST_AT_MOST) -> int | None:
+def recommended_max_length(compared: Sequence[MaxLength], cut_at_most: float = CUT_AT_MOST) -> int | None:
     """The smallest `max_length` that cuts at most this share of the tokens, or None if all cut more."""
-    return min((each.max_length for each in compared if each.share_cut <= lost_at_most), default=None)
+    return min((each.max_length for each in compared if each.share_cut <= cut_at_most), default=None)

@@ -64,7 +64,7 @@ class PackingReport:
         return values.pop("account") | tokens | values
 
     def _filled(self, exact: bool) -> tuple[str, str]:
-        """Under "step", a pass holds at most its step: a share of `tokens_per_pass` would say little."""
+        """The row that says how full packs are; under "step" in tokens, since a pass holds at most its step."""
         if not exact or not self.packs:
             return "fill", f"{self.fill:.2%}"
         mean = self.account.tokens_kept / self.packs

@@ -184,8 +184,7 @@ class PassWalker:
         model.zero_grad()
         tokens = torch.tensor([min(fitting, largest_step)], device=device)
         fitting = int(self._accelerator.gather(tokens).min())
-        said = (
-            "the largest step fits in one pass of %d tokens" if fitting == largest_step else "passes of %d tokens fit"
-        )
-        logger.warning(f"tokens_per_pass='auto': {said} on %s", fitting, device)
+        whole = fitting == largest_step
+        said = f"the largest step fits in one pass of {fitting} tokens" if whole else f"passes of {fitting} tokens fit"
+        logger.warning("tokens_per_pass='auto': %s on %s", said, device)
         return fitting

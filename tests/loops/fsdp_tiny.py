@@ -3,8 +3,8 @@
 import sys
 
 import torch
+from plain_loop import PACK, loop
 from runs import save_and_end
-from test_own_loops import PACK, loop
 from tiny import tiny_model, token_rows
 from torch import distributed
 from torch.distributed.fsdp import fully_shard

@@ -88,6 +88,9 @@ def test_a_step_is_that_of_documents_alone(options, tmp_path):
     assert error(grads, truth) < 1e-10
 
 
-def test_it_trains(tmp_path):
-    trainer = axolotl_trainer(tmp_path, "llama", sample_packing=True)
-    assert trainer.train().training_loss > 0
+def test_training_lowers_the_loss(tmp_path):
+    trainer = axolotl_trainer(tmp_path, "llama", sample_packing=True, max_steps=12, learning_rate=0.5, logging_steps=1)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 12
+    assert sum(losses[-3:]) < sum(losses[:3])

@@ -14,35 +14,11 @@ from datasets import Dataset
 from launch import results_of
 from numerics import error
 from peft import LoraConfig, get_peft_model
+from plain_loop import PACK, STEP, bloom, loop, weights
 from runs import trainer
 from tiny import tiny_model, token_rows
 
 import packsft
-
-STEP = {"per_device_train_batch_size": 6, "tokens_per_pass": 40}
-PACK = {"batch_size": 6, "tokens_per_pass": 40}
-
-
-def weights(model):
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters() if parameter.requires_grad])
-
-
-def loop(model, data, epochs=2, **options):
-    """The losses of a plain loop."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    found = []
-    loader = data.loader(padded=model.packing.padded, **options)
-    for _ in range(epochs):
-        for step in loader:
-            loss = 0.0
-            for batch in step:
-                part = model(**batch).loss
-                part.backward()
-                loss += float(part.detach())
-            optimizer.step()
-            optimizer.zero_grad()
-            found.append(loss)
-    return found
 
 
 def of_trainer(folder, model, rows, **options):
@@ -72,13 +48,6 @@ def test_a_plain_loop_takes_the_steps_of_the_trainer(family, packing, training, 
     assert error(weights(own), weights(model)) < 1e-10
 
 
-def bloom():
-    from transformers import BloomConfig, BloomForCausalLM
-
-    torch.manual_seed(0)
-    return BloomForCausalLM(BloomConfig(vocab_size=24, hidden_size=32, n_layer=2, n_head=4)).double()
-
-
 def test_so_does_one_with_packs(tmp_path):
     model = tiny_model("llama", torch.float64)
     rows, own = token_rows(26), copy.deepcopy(model)
@@ -88,7 +57,7 @@ def test_so_does_one_with_packs(tmp_path):
     assert error(weights(own), weights(model)) < 1e-10
 
 
-def test_so_does_one_with_a_stream(tmp_path):
+def test_so_does_one_with_a_stream():
     rows = token_rows(26)
     own, other = tiny_model("llama", torch.float64), tiny_model("llama", torch.float64)
     streamed = loop(packsft.prepare(own), packsft.pack(rows.to_iterable_dataset(), 32, **PACK))
@@ -151,7 +120,7 @@ def test_a_loop_goes_on_where_it_was(strategy):
     whole = [rows_of(loader), rows_of(loader)]
     for stop in range(1, len(loader)):
         first = data.loader()
-        next(iter([list(first)]))  # the first epoch
+        list(first)  # the first epoch
         steps = iter(first)
         before = rows_of([next(steps) for _ in range(stop)])
         then = data.loader(num_workers=1)
@@ -170,6 +139,36 @@ def test_a_state_fits_another_batch_size(strategy):
     then = larger.loader()
     then.load_state_dict(first.state_dict())
     assert sorted(itertools.chain(*before, *rows_of(then))) == list(range(60))
+
+
+def test_a_state_fits_other_ranks_and_passes():
+    rows = token_rows(60)
+    whole = rows_of(packsft.pack(rows, 16, batch_size=4).loader())
+    first = packsft.pack(rows, 16, batch_size=4).loader()
+    steps = iter(first)
+    before = rows_of([next(steps), next(steps)])
+    smaller = packsft.pack(rows, 16, batch_size=4, tokens_per_pass=12)
+    shares = [smaller.loader(rank, 2) for rank in range(2)]
+    for share in shares:
+        share.load_state_dict(first.state_dict())
+    after = [sorted(one + other) for one, other in zip(*map(rows_of, shares), strict=True)]
+    assert before + after == whole
+
+
+def test_a_stream_is_left_early_and_goes_on_in_its_second_epoch():
+    data = packsft.pack(token_rows(26).to_iterable_dataset(), 32, batch_size=4)
+    counts = [[batch.num_tokens for batch in step] for step in data.loader()]
+    loader = data.loader()
+    next(iter(loader))
+    steps = iter(loader)
+    assert loader.epoch == 0
+    before = [[batch.num_tokens for batch in next(steps)] for _ in range(2)]
+    assert loader.epoch == 1
+    then = data.loader()
+    then.load_state_dict(loader.state_dict())
+    assert before + [[batch.num_tokens for batch in step] for step in then] == counts
+    assert then.epoch == 2
+    assert str(data) == "a stream, packed as its rows arrive (step, max_length 32)"
 
 
 def test_a_state_can_be_saved_again_before_the_next_step():
@@ -339,6 +338,8 @@ def test_token_lists_are_rows():
         ([[1, 2]], {"max_length": None}, "max_length=None: must be an integer of at least 1"),
         ([[1, 2]], {"batch_size": True}, "batch_size=True: must be an integer"),
         ([[1, 2]], {"seed": "a"}, "seed='a': must be an integer of at least 0"),
+        ([[1, 2]], {"tokens_per_pass": 0}, "tokens_per_pass=0: must be an integer of at least 1"),
+        ([[1, 2]], {"vocab_size": 0}, "vocab_size=0: must be an integer of at least 1"),
         ([[1, 2]], {"vocab_size": "x"}, "vocab_size='x': must be an integer"),
         ([[1, 2]], {"shuffle": "no"}, "shuffle='no': must be True or False"),
         ([[1, 2]], {"drop_last": True}, "drop_last=True leaves nothing: an epoch has 1 items, and batch_size=2"),

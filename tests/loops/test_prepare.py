@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from test_own_loops import bloom
+from plain_loop import bloom
 from tiny import tiny_model, token_rows
 
 import packsft
@@ -95,8 +95,7 @@ def test_what_only_the_trainer_handles_is_refused():
 
 
 def test_what_was_done_is_said(batch):
-    lora = get_peft_model(tiny_model("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
-    packsft.prepare(lora)
+    lora = packsft.prepare(adapted())
     said = str(lora.packing)
     assert "documents: packed, and none sees another: checked on this model" in said
     assert "head: fused" in said
@@ -127,10 +126,16 @@ def test_a_preparation_that_fails_leaves_the_model_as_it_was(batch):
     assert model(**batch).loss == loss
 
 
+def adapted():
+    return get_peft_model(tiny_model("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+
+
 @pytest.mark.parametrize("given", [
-    torch.nn.Linear(2, 2), torch.nn.DataParallel(torch.nn.Linear(2, 2)), torch.compile(torch.nn.Linear(2, 2)),
-], ids=lambda one: type(one).__name__)  # fmt: skip
+    lambda: torch.nn.Linear(2, 2), lambda: torch.nn.DataParallel(tiny_model("llama")),
+    lambda: torch.nn.DataParallel(adapted()), lambda: torch.compile(tiny_model("llama")),
+], ids=["linear", "parallel", "parallel adapter", "compiled"])  # fmt: skip
 def test_what_is_wrapped_or_no_model_is_refused(given):
+    given = given()
     with pytest.raises(TypeError, match=f"a {type(given).__name__} cannot be prepared"):
         packsft.prepare(given)
 
@@ -161,6 +166,19 @@ def test_a_prompt_that_comes_after_it_is_refused(batch):
 
 
 def test_the_base_of_an_adapter_gives_it_back():
-    model = get_peft_model(tiny_model("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    model = adapted()
     packsft.unprepare(packsft.prepare(model).get_base_model())
     assert not hasattr(model, "packing")
+
+
+def test_a_document_beyond_the_table_of_positions_is_refused():
+    ((batch,),) = packsft.pack([[5] * 300], 512, batch_size=1).loader()
+    with pytest.raises(ValueError, match="up to 300 tokens, and the model has a table of 256 positions"):
+        packsft.prepare(tiny_model("opt"))(**batch)
+
+
+def test_it_is_prepared_again_after_accelerate(batch):
+    model = packsft.prepare(tiny_model("llama"))
+    model._original_forward, model._is_accelerate_prepared = model.forward, True  # as accelerate does
+    packsft.unprepare(model)
+    assert packsft.prepare(model)(**batch).loss > 0

@@ -3,14 +3,11 @@
 import pytest
 import transformers
 import trl
-from harness.report import read
 from models import measure
-from models_page import DOCUMENT, RESULTS, is_right, page, results_file, within_rounding
-from packaging.version import Version
+from models_page import DOCUMENT, RESULTS, is_right, latest_report, page, within_rounding
 from tiny_models import families
 
-FILES = results_file(RESULTS, "0").parent.glob(results_file(RESULTS, "*").name)
-REPORT = max(map(read, FILES), key=lambda report: Version(report["versions"]["transformers"]))
+REPORT = latest_report(RESULTS)
 SAME_VERSION = REPORT["versions"]["transformers"] == transformers.__version__
 MEASURED = {
     "gpt2": "learned positions",

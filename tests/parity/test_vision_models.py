@@ -3,15 +3,12 @@
 import pytest
 import transformers
 import trl
-from harness.report import read
-from models_page import results_file
-from packaging.version import Version
+from models_page import latest_report
 from tiny_vision_models import families
 from vision_models import measure
 from vision_models_page import DOCUMENT, RESULTS, is_right, page
 
-FILES = results_file(RESULTS, "0").parent.glob(results_file(RESULTS, "*").name)
-REPORT = max(map(read, FILES), key=lambda report: Version(report["versions"]["transformers"]))
+REPORT = latest_report(RESULTS)
 SAME_VERSION = REPORT["versions"]["transformers"] == transformers.__version__
 # Of those whose processors need no torchvision
 MEASURED = {
