@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -140,32 +139,35 @@ def rounding(model: Any, row: Result, loss: float, truth: Any) -> Result | None:
 
 def ours(model: Any, row: Result, loss: float, truth: Any, *, router_loss: float = 0.0) -> Result:
     """One optimizer step of all documents through `PackedSFTTrainer`, in passes of 32 tokens."""
-    calls: Counter[str] = Counter()
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls["attention"] += 1
-        return varlen_attention(*args, **kwargs)
-
-    varlen_attention = attention.varlen_attention
     try:
-        with (
-            exact_trainer(model, row, router_loss) as trainer,
-            mock.patch.object(attention, "varlen_attention", counted),
-        ):
-            calls.clear()
+        with exact_trainer(model, row, router_loss) as trainer, attention_calls() as calls:
             found = one_step(trainer)
-            return outcome(trainer, calls["attention"], found, loss, truth)
+            return outcome(trainer, len(calls), found, loss, truth)
     except Exception as error:
         return {"error": message(error)}
 
 
-def outcome(trainer: Any, attention_calls: int, found: float, loss: float, truth: Any) -> Result:
+@contextlib.contextmanager
+def attention_calls() -> Iterator[list[None]]:
+    """One item for each call of packsft's attention."""
+    calls: list[None] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return varlen_attention(*args, **kwargs)
+
+    varlen_attention = attention.varlen_attention
+    with mock.patch.object(attention, "varlen_attention", counted):
+        yield calls
+
+
+def outcome(trainer: Any, num_calls: int, found: float, loss: float, truth: Any) -> Result:
     """How packsft's trainer ran its step, and how far from the truth."""
     return {
         "way": "padded" if trainer.data_collator.padded else "varlen",
         "why_padded": trainer.isolation.reason,
         "attention": attention.attention_of(trainer.model),
-        "attention_calls": attention_calls,
+        "attention_calls": num_calls,
         "head": "fused" if trainer.why_compact is None else "compact",
         "why_compact": trainer.why_compact,
         "loss_error": abs(found - loss) / loss,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -21,14 +20,24 @@ import models
 import torch
 import torch.nn.functional as F
 import vision_models_page
-from models import EXACT, TRL_PADDED, Result, build_trainer, gradient_error, gradients, message, one_step, outcome
+from models import (
+    EXACT,
+    TRL_PADDED,
+    Result,
+    attention_calls,
+    build_trainer,
+    gradient_error,
+    gradients,
+    message,
+    one_step,
+    outcome,
+)
 from tiny_models import Float64Throughout
 from tiny_vision_models import LEFT_OUT, families, tiny_vision_model
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from vision_models_page import ALLOWED_OF_TRL, TOKENS_PER_PASS
 
 from packsft.data.pictures import PictureRows
-from packsft.model import attention
 
 
 def measure(family: str) -> Result:
@@ -92,33 +101,26 @@ def alone(model: Any, batches: list[Result]) -> tuple[float, Any]:
 
 def ours(model: Any, processor: Any, rows: Any, loss: float, truth: Any) -> Result:
     """One optimizer step of all rows through `PackedSFTTrainer`."""
-    calls: Counter[str] = Counter()
     planners, plan = [], PictureRows._from_headers
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls["attention"] += 1
-        return varlen_attention(*args, **kwargs)
 
     def noted(self: Any, max_length: Any) -> Any:
         planners.append(plan(self, max_length))
         return planners[-1]
 
-    varlen_attention = attention.varlen_attention
     try:
         with (
             tempfile.TemporaryDirectory() as folder,
             mock.patch.object(PictureRows, "_from_headers", noted),
-            mock.patch.object(attention, "varlen_attention", counted),
         ):
             trainer = build_trainer(
                 EXACT, copy.deepcopy(model), processor, rows, folder, bf16=False, max_length=TOKENS_PER_PASS,
                 per_device_train_batch_size=len(rows), logging_nan_inf_filter=False, router_aux_loss_coef=0.0,
                 remove_unused_columns=False,
             )  # fmt: skip
-            calls.clear()
-            found = one_step(trainer)
+            with attention_calls() as calls:
+                found = one_step(trainer)
         planned = "headers" if planners[0]._planned else "processed"
-        return {"planned": planned} | outcome(trainer, calls["attention"], found, loss, truth)
+        return {"planned": planned} | outcome(trainer, len(calls), found, loss, truth)
     except Exception as error:
         return {"error": message(error)}
 

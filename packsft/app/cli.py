@@ -140,7 +140,7 @@ def _check(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         print(json.dumps(result.as_dict(), indent=2))
     else:
         console = Console()
-        print_table(console, options.model, result.rows())
+        print_table(console, options.model, result.rows(), texts=(0, 4))
         for name, text in result.facts.items():
             console.print(f"{name}: {text}", highlight=False, markup=False, emoji=False)
     return 0 if result.holds else 1

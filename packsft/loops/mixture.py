@@ -65,6 +65,8 @@ class Mixture:
         bounds = np.cumsum([0, *sizes.values()])
         set_of_item = np.searchsorted(bounds, examples, side="right") - 1
         self._items = [np.flatnonzero(set_of_item == index) for index in range(len(sizes))]
+        if shuffle:  # one order for all epochs: no document of an epoch comes twice before all came once
+            self._items = [np.random.default_rng([seed, i]).permutation(items) for i, items in enumerate(self._items)]
         self._shuffle, self._seed = shuffle, seed
         if empty := [name for name, items in zip(sizes, self._items, strict=True) if not len(items)]:
             raise ValueError(f"the set {empty[0]} has no document with a token to score")
@@ -98,10 +100,7 @@ class Mixture:
 
     def _of_set(self, index: int, epoch: int) -> NDArray[np.int64]:
         items, count = self._items[index], int(self._counts[index])
-        places = np.arange(epoch * count, (epoch + 1) * count) % len(items)
-        if self._shuffle:  # one order for all epochs: no document of an epoch comes twice before all came once
-            items = items[np.random.default_rng([self._seed, index]).permutation(len(items))]
-        return items[places]
+        return items[np.arange(epoch * count, (epoch + 1) * count) % len(items)]
 
     def rows(self) -> list[tuple[str, str]]:
         """The sets as rows of a report."""

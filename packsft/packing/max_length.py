@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from .plan import pack_segments
-from .segments import IntArray, Segments, cut_examples
+from .segments import IntArray, cut_examples
 
 CANDIDATES = (1024, 2048, 4096, 8192, 16_384, 32_768)
 CUT_AT_MOST = 0.005  # of the tokens
@@ -40,24 +42,27 @@ def compare_max_lengths(
         count_scored: (examples, starts, stops) to the scored tokens of each segment; what has none is lost, as in
             training. None: every token counts as scored.
     """
-
-    def scored(max_length: int) -> Segments:
-        segments = cut_examples(lengths, max_length, strategy="bfd")
-        if count_scored is None:
-            return segments
-        return segments.keep_scored(count_scored(segments.examples, segments.starts, segments.stops))
-
-    total = max(1, int(lengths.sum()))
-    never_scored = scored(max(1, int(lengths.max(initial=0)))).account.tokens_lost
+    count = count_scored or _all_scored
+    whole = count(np.arange(len(lengths)), np.zeros_like(lengths), lengths)
+    total, never_scored = max(1, int(lengths.sum())), int(lengths[whole == 0].sum())
     compared = []
     for max_length in sorted(set(candidates)):
-        plan, _ = pack_segments(scored(max_length))
+        segments = cut_examples(lengths, max_length, strategy="bfd")
+        scored = whole[segments.examples]
+        shorter = np.flatnonzero(segments.stops < lengths[segments.examples])  # the others are whole
+        scored[shorter] = count(*(array[shorter] for array in (segments.examples, segments.starts, segments.stops)))
+        segments = segments.keep_scored(scored)
+        plan, _ = pack_segments(segments)
         lost = plan.account.tokens_lost
         cut = (lost - never_scored) / total
         compared.append(
             MaxLength(max_length, plan.account.examples_truncated, lost, lost / total, cut, len(plan), plan.fill)
         )
     return compared
+
+
+def _all_scored(examples: IntArray, starts: IntArray, stops: IntArray) -> IntArray:
+    return stops - starts
 
 
 def recommended_max_length(compared: Sequence[MaxLength], cut_at_most: float = CUT_AT_MOST) -> int | None:

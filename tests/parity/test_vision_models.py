@@ -2,14 +2,13 @@
 
 import pytest
 import transformers
-import trl
 from models_page import latest_report
+from table_of_models import check_is_recorded, check_is_whole, is_of_this_version
 from tiny_vision_models import families
 from vision_models import measure
 from vision_models_page import DOCUMENT, RESULTS, is_right, page
 
 REPORT = latest_report(RESULTS)
-SAME_VERSION = REPORT["versions"]["transformers"] == transformers.__version__
 # Of those whose processors need no torchvision
 MEASURED = {
     "llava": "the simplest",
@@ -24,20 +23,16 @@ MEASURED = {
 
 @pytest.mark.parametrize("family", MEASURED)
 def test_a_family_measured_anew_is_what_the_table_says(family):
-    found, recorded = measure(family), REPORT["families"][family]
+    found = measure(family)
     assert is_right(found)
-    if not SAME_VERSION:  # another release of transformers may take another way
-        return
-    kept = ("way", "why_padded", "head", "why_compact", "attention", "attention_calls", "planned")
-    assert {key: found["packsft"][key] for key in kept} == {key: recorded["packsft"][key] for key in kept}
-    if trl.__version__ == REPORT["versions"]["trl"]:
-        assert found["trl"]["verdict"] == recorded["trl"]["verdict"]
+    check_is_recorded(found, family, REPORT, "planned")
 
 
-@pytest.mark.skipif(not SAME_VERSION, reason=f"the table is not of transformers {transformers.__version__}")
+@pytest.mark.skipif(
+    not is_of_this_version(REPORT), reason=f"the table is not of transformers {transformers.__version__}"
+)
 def test_every_vision_language_model_of_transformers_is_in_the_table():
-    assert list(REPORT["families"]) == families()
-    assert all(result.get("error") != "" for result in REPORT["families"].values())  # left out only with a reason
+    check_is_whole(REPORT, families())
 
 
 def test_the_page_is_written_from_the_results():
