@@ -113,7 +113,8 @@ class TokenRows:
     def count_scored(self, examples: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
         """`[S]` integers: scored labels in `start + 1 : stop` of each segment (nothing predicts its first token)."""
         begins = self._starts[examples]
-        return self._labels.count_not(IGNORE_INDEX, examples, begins + starts + 1, begins + stops)
+        second = np.minimum(starts + 1, stops)  # an empty segment has none
+        return self._labels.count_not(IGNORE_INDEX, examples, begins + second, begins + stops)
 
     def sample(self) -> str:
         """SHA-256 in hex over the number of rows and the tokens and labels of some of them."""

@@ -9,7 +9,7 @@ from tiny import ROWS, VOCAB, tiny_model, tiny_tokenizer
 from trl import SFTConfig, SFTTrainer
 
 from packsft.data.document import documents_of
-from packsft.data.packs import pack_dataset
+from packsft.data.packs import TokenRows, pack_dataset
 
 
 def documents(items):
@@ -158,6 +158,13 @@ def test_scored_tokens_are_counted_by_segment_over_chunks_and_blocks(monkeypatch
     ]
     assert packs.scored.tolist() == expected
     assert packs.scored.dtype == np.uint8
+
+
+@pytest.mark.parametrize("labels", [[[7, 7], []], [[], [7, 7]], [[7], [], [7, 7]], [[], []], [[7, -100, 7], [], []]])
+def test_an_empty_row_has_no_scored_token_wherever_it_lies(labels):
+    rows = TokenRows(Dataset.from_dict({"input_ids": [[7] * len(row) for row in labels], "labels": labels}))
+    counted = rows.count_scored(np.arange(len(labels)), np.zeros(len(labels), np.int64), rows.lengths)
+    assert counted.tolist() == [sum(label != -100 for label in row[1:]) for row in labels]
 
 
 @pytest.mark.parametrize("strategy", ["none", "step", "bfd", "bfd_split"])
