@@ -8,5 +8,5 @@ from setuptools import find_packages, setup
 setup(
     packages=find_packages(include=["packsft", "packsft.*"]) + find_packages("kernels"),
     package_dir={"packsft": "packsft", "packsft_kernels": "kernels/packsft_kernels"},
-    package_data={"packsft": ["py.typed"], "packsft_kernels": ["py.typed"]},
+    package_data={"packsft": ["py.typed", "app/page.html"], "packsft_kernels": ["py.typed"]},
 )

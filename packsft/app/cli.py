@@ -68,26 +68,32 @@ def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     import datasets
     from rich.console import Console
 
-    from packsft.app import drawing
-    from packsft.app.inspect import inspect_data
+    from packsft.app import drawing, page
+    from packsft.app.inspect import decoder_of, inspect_data
 
-    if options.plot is not None:
-        drawing.check_matplotlib("--plot")
-        if options.plot.suffix != ".png":  # a slip, such as the data file, would be overwritten
-            raise ValueError(f"--plot {options.plot}: expected a name that ends in .png")
-        if not options.plot.parent.is_dir():
-            raise ValueError(f"--plot {options.plot}: there is no folder {options.plot.parent}")
-    if options.tokens_per_pass is not None and options.strategy != "step":
-        raise ValueError(f"--tokens-per-pass needs --strategy step, not {options.strategy}")
+    for name, suffix, check in (("plot", ".png", drawing.check_matplotlib), ("html", ".html", page.check_page)):
+        if (file := getattr(options, name)) is not None:
+            check(f"--{name}")
+            if file.suffix != suffix:  # a slip, such as the data file, would be overwritten
+                raise ValueError(f"--{name} {file}: expected a name that ends in {suffix}")
+            if not file.parent.is_dir():
+                raise ValueError(f"--{name} {file}: there is no folder {file.parent}")
+    strategy = options.strategy or ("bfd" if len(options.data) == 1 else "step")
+    if options.tokens_per_pass is not None and strategy != "step":
+        raise ValueError(f"--tokens-per-pass needs --strategy step, not {strategy}")
+    if len(options.data) == 1:
+        for name in ("weights", "weights_of", "stopping_strategy"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} is for several data sets, and there is one")
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it raises what it logs about a bad file
     inspection = inspect_data(
-        options.data,
+        *options.data,
         model=options.model,
         split=options.split,
         max_length=options.max_length,
-        strategy=options.strategy,
+        strategy=strategy,
         overlong=options.overlong,
         tokens_per_pass=options.tokens_per_pass,
         per_device_train_batch_size=options.batch_size,
@@ -97,7 +103,16 @@ def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         seed=options.seed,
         assistant_only_loss=options.assistant_only_loss,
         completion_only_loss=options.completion_only_loss,
+        weights=options.weights,
+        weights_of=options.weights_of or "token",
+        stopping_strategy=options.stopping_strategy or "first_exhausted",
     )
+    if options.html is not None:
+        decode = decoder_of(inspection, options.model)
+        command = shlex.join(["packsft", *arguments])
+        options.html.write_text(
+            page.html_page(inspection, decode, command), encoding="utf-8", errors="backslashreplace"
+        )
     if options.plot is not None:
         options.plot.write_bytes(
             drawing.draw_plan(inspection.lengths, options.max_length, inspection.plan, inspection.picture_tokens)
@@ -249,8 +264,9 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     inspect.add_argument(
         "data",
+        nargs="+",
         help="JSONL, JSON, Parquet, CSV or Arrow file, folder of datasets.save_to_disk, or hub name; has `input_ids`, "
-        "`text`, `prompt` and `completion`, or `messages`",
+        "`text`, `prompt` and `completion`, or `messages`; or several, which are mixed as by `packsft.pack`",
     )
     inspect.add_argument(
         "--model", help='local folder or hub name of the tokenizer, or "smollm2"; not needed with `input_ids`'
@@ -259,7 +275,9 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     inspect.add_argument(
         "--max-length", type=_at_least(1), default=1024, help="tokens in a pack (default: %(default)s)"
     )
-    inspect.add_argument("--strategy", choices=STRATEGIES, default="bfd", help="how to pack (default: %(default)s)")
+    inspect.add_argument(
+        "--strategy", choices=STRATEGIES, help="how to pack (default: bfd; of several data sets, step)"
+    )
     inspect.add_argument("--overlong", choices=OVERLONG, help="what to do with examples longer than max_length")
     inspect.add_argument(
         "--tokens-per-pass", type=_at_least(1), help="with --strategy step: tokens in a pass (default: max_length)"
@@ -281,8 +299,24 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action=argparse.BooleanOptionalAction,
         help="score only completions (default: if the columns `prompt` and `completion` exist)",
     )
+    inspect.add_argument(
+        "--weights", type=_above_0, nargs="+", metavar="W",
+        help="of several data sets, in their order (default: an epoch is every document once)",
+    )  # fmt: skip
+    inspect.add_argument("--weights-of", help='whether weights are shares of "token"s (default) or "document"s')
+    inspect.add_argument(
+        "--stopping-strategy",
+        help='whether an epoch ends before a document comes twice ("first_exhausted", default), or when every one came '
+        'once ("all_exhausted")',
+    )
     inspect.add_argument("--json", action="store_true", help="print JSON instead of tables")
     inspect.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the lengths and the packs")
+    inspect.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE.html",
+        help="write one page with the tables, charts, and packs with their texts",
+    )
 
 
 def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

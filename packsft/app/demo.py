@@ -1,8 +1,8 @@
 """`packsft demo`: fine-tunes a real model on packed sequences, and compares with TRL on the same examples.
 
-Runs the whole job: rows, model, packing plan, training, samples, losses, saved model, picture, report. It uses only the
-public interface of packsft. `python -m packsft.app.demo` runs one competitor of the comparison. Each competitor is a
-new process, because the peak memory of a process never falls.
+Runs the whole job: rows, model, packing plan, training, samples, losses, saved model, picture, page, report. It uses
+only the public interface of packsft. `python -m packsft.app.demo` runs one competitor of the comparison. Each
+competitor is a new process, because the peak memory of a process never falls.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from packsft.app.drawing import block_colours, check_matplotlib, draw_packs
-from packsft.app.inspect import could_not_load
+from packsft.app.drawing import block_colours, draw_packs
+from packsft.app.inspect import could_not_load, inspection_of
 from packsft.app.json_lines import check_json, parse_json
+from packsft.app.page import check_page, html_page
 from packsft.app.tables import markdown, print_table
 from packsft.arguments import check_model_name
 
@@ -56,7 +57,7 @@ SAMPLE_PROMPT_TOKENS = 256
 # Most tokens to train on and to compare on: the demo then takes under five minutes on two cores. Without bfloat16
 # hardware it uses float32, and each token takes about twice as long.
 TOKENS_BF16, TOKENS_FLOAT32 = (20_000, 3_500), (10_000, 1_000)
-WRITTEN = ("model", "training.png", "report.md")
+WRITTEN = ("model", "training.png", "packs.html", "report.md")
 REPORT_HEADING = "# packsft demo\n"  # the mark of a folder that the demo wrote
 UNPACKED = "its weights unpacked from 4 bits (somewhat worse than the published ones)"
 METHODS = {"trl_padded": "TRL, padded, batch 8", "trl_packed": "TRL, packed", "packsft": "packsft"}
@@ -196,7 +197,7 @@ def prepare(
     Raises ValueError or OSError for anything that the user can fix.
     """
     _check_output_dir(output_dir)
-    check_matplotlib("the demo")
+    check_page("the demo")
     if model_name is None and importlib.util.find_spec("gguf") is None:
         raise ValueError('the demo needs the package gguf: pip install "packsft[demo]"')
     from packsft import PackedSFTConfig, PackedSFTTrainer, stdlib_docstrings
@@ -323,7 +324,7 @@ def _within(lengths: Sequence[int], tokens: int) -> int:
 
 
 def run(job: Job) -> None:
-    """Train, evaluate, compare. Prints the results and writes model, picture and report into `output_dir`."""
+    """Train, evaluate, compare. Prints the results and writes model, picture, page and report into `output_dir`."""
     console = Console(markup=False, emoji=False)  # names and texts stay as they are
     trainer = job.trainer
     precision = "bf16 autocast over float32 weights" if job.settings["bf16"] else "float32"
@@ -377,10 +378,14 @@ def run(job: Job) -> None:
     plan = [trainer.train_dataset.plan.seq_lengths(pack).tolist() for pack in range(len(trainer.train_dataset.plan))]
     trainer.save_model(str(job.output_dir / "model"))
     draw(job.output_dir / "training.png", job.lengths, plan, job.settings["max_length"], logs, loss_before, loss_after)
+    packs = trainer.train_dataset
+    inspection = inspection_of(job.data_name, packs.rows, packs.plan, trainer.packing_report)
+    page = html_page(inspection, job.tokenizer.decode, job.command)
+    (job.output_dir / "packs.html").write_text(page, encoding="utf-8", errors="backslashreplace")
     sections = [
         f"{REPORT_HEADING}\n{job.model_name}, fine-tuned on {job.data_name}.\n\n"
         f"Command: `{job.command}`. Machine: {machine}. Date: {date.today()}.",
-        "## Packing plan\n\n" + markdown(plan_table),
+        "## Packing plan\n\n" + markdown(plan_table) + "\n\n[The packs, block by block](packs.html), with their texts.",
         f"## Training\n\n{summary}.\n\n" + markdown(loss_table) + "\n\n![Losses and packs](training.png)",
         "## A held-out example\n\n" + "\n\n".join(f"{title}:\n\n````\n{text}\n````" for title, text in sample),
     ]

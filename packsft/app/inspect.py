@@ -9,9 +9,10 @@ from __future__ import annotations
 import glob
 import os
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
@@ -21,7 +22,7 @@ from rich.console import Console
 from packsft.app.json_lines import check_json, parse_json
 from packsft.app.tables import print_table
 from packsft.data.messages import tokenizer_without_nulls, warn_of_unseen_roles
-from packsft.data.packs import TokenRows, pack_dataset
+from packsft.data.packs import PackedDataset, TokenRows, pack_dataset
 from packsft.data.pictures import PictureRows, has_pictures, with_hidden_pictures
 from packsft.data.raw import checked_rows, label_rows, once_of, one_form
 from packsft.packing import (
@@ -35,6 +36,9 @@ from packsft.packing import (
 from packsft.packing.max_length import CANDIDATES, CUT_AT_MOST, recommended_max_length
 from packsft.packing.strategies import strategy_named
 
+if TYPE_CHECKING:
+    from packsft.loops.mixture import Mixture
+
 FILE_KINDS = {
     ".jsonl": "json",
     ".json": "json",
@@ -47,19 +51,29 @@ ROWS_PER_PROCESS = 2_000  # starting a process takes as long as tokenising about
 
 @dataclass(frozen=True)
 class Inspection:
-    """The plan and the report of a data set.
+    """The rows, the plan and the report of a data set, or of several.
 
-    - `lengths` `[examples]`: in tokens, before cutting
-    - `picture_tokens` `[examples]`: those of pictures; None for rows of text
+    - `plan`: the packs; of exact steps, the passes of some steps
+    - `mixture`: of several data sets, what an epoch takes of each
     """
 
     data: str
     report: PackingReport
     max_lengths: list[MaxLength]
     recommended_max_length: int | None
-    lengths: np.ndarray
     plan: PackPlan
-    picture_tokens: np.ndarray | None = None
+    rows: TokenRows | PictureRows
+    mixture: Mixture | None = None
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """`[examples]` in tokens, before cutting."""
+        return self.rows.lengths
+
+    @property
+    def picture_tokens(self) -> np.ndarray | None:
+        """`[examples]`, the tokens of pictures; None for rows of text."""
+        return self.rows.picture_tokens if isinstance(self.rows, PictureRows) else None
 
     @property
     def of_pictures(self) -> dict[str, int | float]:
@@ -70,43 +84,72 @@ class Inspection:
         return {"tokens": count, "share": count / max(1, int(self.lengths.sum()))}
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: `data`, `report`, `max_lengths` and `recommended_max_length`; `pictures`, if any."""
+        """Plain values for JSON: `data`, `report`, `max_lengths` and `recommended_max_length`; `pictures`, `sets`, if
+        any."""
         pictures = {} if self.picture_tokens is None else {"pictures": self.of_pictures}
+        sets = {} if self.mixture is None else {"sets": [asdict(each) for each in self.mixture.sets]}
         return {
             "data": self.data,
             "report": self.report.as_dict(),
             "max_lengths": [asdict(each) for each in self.max_lengths],
             "recommended_max_length": self.recommended_max_length,
             **pictures,
+            **sets,
         }
 
-    def show(self, console: Console) -> None:
-        """Two tables and a recommendation."""
-        pictures = []
+    def tables(self) -> dict[str, list[tuple[str, ...]]]:
+        """Each table by its title, with headings."""
+        rows: list[tuple[str, ...]] = [("what", "value"), *self.report.rows()]
         if self.picture_tokens is not None:
-            pictures = [("tokens of pictures", "{tokens:,} ({share:.2%})".format(**self.of_pictures))]
-        print_table(console, f"Packing of {self.data}", [("what", "value"), *self.report.rows(), *pictures])
-        lines = [("max_length", "examples cut", "tokens lost", "packs", "fill")]
-        lines += [
-            (f"{c.max_length:,}", f"{c.examples_truncated:,}", f"{c.share_lost:.2%}", f"{c.packs:,}", f"{c.fill:.2%}")
-            for c in self.max_lengths
+            rows.append(("tokens of pictures", "{tokens:,} ({share:.2%})".format(**self.of_pictures)))
+        tables = {f"Packing of {self.data}": rows}
+        if self.mixture is not None:
+            tables["What an epoch takes of each data set"] = self.mixture.rows()
+        tables["Each max_length, if longer examples are cut (bfd)"] = [
+            ("max_length", "examples cut", "tokens lost", "packs", "fill"),
+            *(
+                (
+                    f"{c.max_length:,}",
+                    f"{c.examples_truncated:,}",
+                    f"{c.share_lost:.2%}",
+                    f"{c.packs:,}",
+                    f"{c.fill:.2%}",
+                )
+                for c in self.max_lengths
+            ),
         ]
-        print_table(console, "Each max_length, if longer examples are cut (bfd)", lines)
-        best = self.recommended_max_length
-        share = f"{CUT_AT_MOST:.1%} of the tokens"
+        return tables
+
+    def name_of(self, example: int) -> str:
+        """A row, of several data sets in its own."""
+        if self.mixture is None:
+            return f"row {example:,}"
+        for one in self.mixture.sets:
+            if example < one.rows:
+                break
+            example -= one.rows
+        return f"row {example:,} of {one.name}"
+
+    @property
+    def recommendation(self) -> str:
+        share, best = f"{CUT_AT_MOST:.1%} of the tokens", self.recommended_max_length
         if best is None:
-            console.print(f"Each max_length above cuts more than {share}.")
-        else:
-            console.print(f"Recommended: max_length={best}, the smallest above that cuts at most {share}.")
+            return f"Each max_length above cuts more than {share}."
+        return f"Recommended: max_length={best}, the smallest above that cuts at most {share}."
+
+    def show(self, console: Console) -> None:
+        """The tables and the recommendation."""
+        for title, rows in self.tables().items():
+            print_table(console, title, rows)
+        console.print(self.recommendation)
 
 
 def inspect_data(
-    data: str,
-    *,
+    *data: str,
     model: str | None = None,
     split: str = "train",
     max_length: int = 1024,
-    strategy: str = "bfd",
+    strategy: str | None = None,
     overlong: str | None = None,
     tokens_per_pass: int | None = None,
     per_device_train_batch_size: int = 8,
@@ -116,47 +159,88 @@ def inspect_data(
     seed: int = 42,
     assistant_only_loss: bool = False,
     completion_only_loss: bool | None = None,
+    weights: Sequence[float] | None = None,
+    weights_of: str = "token",
+    stopping_strategy: str = "first_exhausted",
 ) -> Inspection:
-    """Plan `data` as the trainer does with these arguments, and report.
+    """Plan `data` as the trainer does with these arguments, and report; several data sets as `packsft.pack` does.
 
     Args:
         data: see `load_rows`.
         model: local folder or hub name of the model whose tokenizer (for pictures: processor) is used, or "smollm2";
             only for text and pictures.
+        strategy: default "bfd"; of several data sets "step".
         seed: the seed of the training; in the best-fit strategies it decides which examples meet in a pack.
+        weights: of several data sets, in their order; with `weights_of` and `stopping_strategy` as in `packsft.pack`.
 
     Raises:
         ValueError, OSError: anything that the user can fix; the message names it.
     """
-    rows, once = prepared_rows(data, model, split, assistant_only_loss, completion_only_loss, max_length)
-    packed = pack_dataset(
-        rows,
-        max_length,
-        strategy=strategy,
-        overlong=overlong,
-        name=split,
-        seed=seed if strategy_named(strategy).repacks else None,
-        once=once,
-    )
-    # of rows with pictures, what is scored is known for one length
-    count_scored = packed.rows.count_scored if isinstance(packed.rows, TokenRows) else None
-    compared = compare_max_lengths(packed.rows.lengths, {*CANDIDATES, max_length}, count_scored)
+    batch_size = per_device_train_batch_size * gradient_accumulation_steps * devices
+    strategy = strategy or ("bfd" if len(data) == 1 else "step")
+    prepared = {
+        one: prepared_rows(one, model, split, assistant_only_loss, completion_only_loss, max_length) for one in data
+    }
+    own: dict[str, Any] = {"strategy": strategy, "overlong": overlong}
+    mixture = None
+    if len(data) == 1:
+        ((rows, once),) = prepared.values()
+        seeded = seed if strategy_named(strategy).repacks else None
+        packed = pack_dataset(rows, max_length, name=split, seed=seeded, once=once, **own)
+    else:
+        packed, mixture = _mixed(prepared, data, weights, {
+            **own, "max_length": max_length, "batch_size": batch_size, "seed": seed, "weights_of": weights_of,
+            "stopping_strategy": stopping_strategy,
+        })  # fmt: skip
+    plan = packed.plan if mixture is None else mixture.first_epoch(packed.plan)
     report = packing_report(
-        packed.plan,
-        effective_batch_size=per_device_train_batch_size * gradient_accumulation_steps * devices,
+        plan,
+        effective_batch_size=batch_size,
         num_train_epochs=num_train_epochs,
         ranks=devices,
         packs_at_once=per_device_train_batch_size * devices if packed.repacks else None,
         tokens_per_pass=tokens_per_pass,
     )
-    plan = packed.plan
     if packed.strategy.exact_steps:  # the picture shows the passes of some steps
-        size = per_device_train_batch_size * gradient_accumulation_steps * devices
         tokens_per_pass = tokens_per_pass or max_length
-        plan = _as_packs(plan, tokens_per_pass, simulate_steps(packed.lengths, size, tokens_per_pass, devices, 64))
-    of_pictures = rows.picture_tokens if isinstance(rows, PictureRows) else None
-    best = recommended_max_length(compared)
-    return Inspection(data, report, compared, best, packed.rows.lengths, plan, of_pictures)
+        lengths = plan.stops.astype(np.int64) - plan.starts
+        plan = _as_packs(plan, tokens_per_pass, simulate_steps(lengths, batch_size, tokens_per_pass, devices, 64))
+    return inspection_of(" + ".join(data), packed.rows, plan, report, mixture)
+
+
+def inspection_of(
+    data: str, rows: TokenRows | PictureRows, plan: PackPlan, report: PackingReport, mixture: Mixture | None = None
+) -> Inspection:
+    """Compares several `max_length` for rows that are planned and reported on."""
+    # of rows with pictures, what is scored is known for one length
+    count_scored = rows.count_scored if isinstance(rows, TokenRows) else None
+    compared = compare_max_lengths(rows.lengths, {*CANDIDATES, report.max_length}, count_scored)
+    return Inspection(data, report, compared, recommended_max_length(compared), plan, rows, mixture)
+
+
+def _mixed(
+    prepared: Mapping[str, Any], data: Sequence[str], weights: Sequence[float] | None, settings: dict[str, Any]
+) -> tuple[PackedDataset, Mixture]:
+    """Several data sets, by `packsft.pack`."""
+    from packsft.loops.data import COLUMNS, pack
+
+    if len(prepared) < len(data):
+        raise ValueError(f"{', '.join(data)}: a data set is named twice")
+    if weights is not None and len(weights) != len(data):
+        raise ValueError(f"--weights has {len(weights)} numbers for {len(data)} data sets")
+    names = [Path(one).name for one in data]
+    if len(set(names)) < len(data):
+        names = list(data)
+    sets = {}
+    for name, (source, (rows, _)) in zip(names, prepared.items(), strict=True):
+        if isinstance(rows, PictureRows):
+            raise ValueError(f"{source} holds pictures, which are not mixed with other data sets: inspect it alone")
+        sets[name] = rows.select_columns([column for column in COLUMNS if column in rows.column_names])
+    by_name = None if weights is None else dict(zip(sets, weights, strict=True))
+    mixed = pack(sets, weights=by_name, **settings)
+    assert isinstance(mixed.packs, PackedDataset)
+    assert mixed.mixture is not None
+    return mixed.packs, mixed.mixture
 
 
 def _as_packs(plan: PackPlan, tokens_per_pass: int, steps: list[list[list[np.ndarray]]]) -> PackPlan:
@@ -360,6 +444,14 @@ def _with_pictures(
 def could_not_load(model: str, error: Exception, what: str = "") -> str:
     where = "" if os.path.exists(model) else "there is no such folder, and from the hub: "
     return f"could not load {what}{model}: {where}{error}"
+
+
+def decoder_of(inspection: Inspection, model: str | None) -> Callable[[Sequence[int]], str] | None:
+    """Token ids to text, by the tokenizer of the model or of the processor; None if there is no model."""
+    rows = inspection.rows
+    if isinstance(rows, PictureRows):
+        return rows.processor.tokenizer.decode
+    return None if model is None else _load_tokenizer(model).decode
 
 
 def _load_tokenizer(model: str) -> Any:

@@ -331,6 +331,11 @@ class PictureRows:
         logger.warning("%s data set: every picture is processed once, to plan it: %s", self._name, why_not)
         return self._process
 
+    @property
+    def picture_token(self) -> int:
+        """What most tokens of a picture are."""
+        return self._process.picture_token
+
     def document(self, row: int, start: int, stop: int, weight: float | None = None) -> Document:
         """Tokens `start:stop` of a row, with all its pictures."""
         where = f"row {row} of the {self._name} data set"

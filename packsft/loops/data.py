@@ -69,14 +69,18 @@ class PackedData:
         """What packing does, and of several data sets what an epoch takes of each."""
         if isinstance(self.packs, PackedStream):
             return f"a stream, packed as its rows arrive ({self.strategy}, max_length {self.max_length:,})"
-        rows = self.report.rows() + ([] if self.mixture is None else self.mixture.rows())
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+        tables: list[Sequence[tuple[str, ...]]] = [self.report.rows()]
+        if self.mixture is not None:
+            tables.append(self.mixture.rows())
+        return "\n".join(map(_aligned, tables))
 
     @property
     def report(self) -> PackingReport:
-        """What packing does to the rows and to the number of steps. Raises ValueError for a stream."""
+        """What packing does to the rows and to the number of steps of an epoch. Of several data sets, the account is of
+        all rows, and what follows is of the first epoch. Raises ValueError for a stream."""
         plan, size = self._planned().plan, self.batch_size
+        if self.mixture is not None:
+            plan = self.mixture.first_epoch(plan)
         return packing_report(plan, effective_batch_size=size, num_train_epochs=1, tokens_per_pass=self.tokens_per_pass)
 
     def _planned(self) -> PackedDataset:
@@ -166,6 +170,12 @@ class PackedData:
             packs.plan.save(begun / PLAN)
             (begun / SAVED).write_text(as_text, encoding="utf-8")
             begun.replace(folder)
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 class _ForTrainers(PackingCollator):
@@ -261,7 +271,7 @@ def pack(
     )
     if isinstance(rows, Mapping):
         own = {name: settings[name] for name in ("weights", "weights_of", "stopping_strategy", "shuffle", "seed")}
-        mixture = Mixture(settings["sets"], packs.plan.examples, packs.lengths, **own)
+        mixture = Mixture(settings["sets"], packs.rows.lengths, packs.plan, **own)
     for loss in packs.plan.account.describe_losses(max_length):
         logger.warning("packed rows: %s", loss)
     if drop_last and (count := len(packs if mixture is None else mixture)) < settings["batch_size"]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
+
+from packsft.packing import PackPlan
 
 WEIGHTS_OF = ("token", "document")
 STOPPING = ("first_exhausted", "all_exhausted")  # the names of `datasets.interleave_datasets`
@@ -19,11 +21,14 @@ class MixedSet:
     """What an epoch takes of one data set: `documents` of its `documents_in_all`, and how many tokens that is.
 
     The next epoch goes on where this one ended, in one order of the set, so that over epochs every document comes
-    equally often. `tokens` is the mean over epochs, and `share` its share of the epoch.
+    equally often. `tokens` is the mean over epochs, and `share` its share of the epoch. `tokens_in` and `tokens_lost`
+    are of all rows.
     """
 
     name: str
     rows: int
+    tokens_in: int
+    tokens_lost: int
     documents_in_all: int
     documents: int
     tokens: float
@@ -35,8 +40,8 @@ class Mixture:
 
     Args:
         sizes: the rows of each set by name; rows are numbered through all sets.
-        examples: `[items]` integers, the row of each item.
-        lengths: `[items]` integers, the tokens of each item.
+        row_lengths: `[rows]` integers, their tokens.
+        plan: of all rows; an item is one document.
         weights: of each set; None: an epoch is every document once.
         weights_of: whether weights are shares of an epoch's tokens or of its documents.
         stopping_strategy: an epoch ends before a document comes twice ("first_exhausted"), or when every document
@@ -53,8 +58,8 @@ class Mixture:
     def __init__(
         self,
         sizes: Mapping[str, int],
-        examples: NDArray[Any],
-        lengths: NDArray[Any],
+        row_lengths: NDArray[Any],
+        plan: PackPlan,
         *,
         weights: Mapping[str, float] | None,
         weights_of: str,
@@ -63,7 +68,8 @@ class Mixture:
         seed: int,
     ) -> None:
         bounds = np.cumsum([0, *sizes.values()])
-        set_of_item = np.searchsorted(bounds, examples, side="right") - 1
+        set_of_item = np.searchsorted(bounds, plan.examples, side="right") - 1
+        lengths = plan.stops.astype(np.int64) - plan.starts
         self._items = [np.flatnonzero(set_of_item == index) for index in range(len(sizes))]
         if shuffle:  # one order for all epochs: no document of an epoch comes twice before all came once
             self._items = [np.random.default_rng([seed, i]).permutation(items) for i, items in enumerate(self._items)]
@@ -80,10 +86,12 @@ class Mixture:
             counts = np.maximum(np.round(end * shares / (amount / have)), 1)
         self._counts = counts.astype(np.int64)
         taken = tokens / have * self._counts
-        self.sets = [
-            MixedSet(name, sizes[name], len(items), int(count), float(part), float(part / taken.sum()))
-            for name, items, count, part in zip(sizes, self._items, self._counts, taken, strict=True)
-        ]
+        self.sets = []
+        for index, (name, size) in enumerate(sizes.items()):
+            tokens_in = int(row_lengths[bounds[index] : bounds[index + 1]].sum())
+            lost, part = tokens_in - int(tokens[index]), float(taken[index])
+            count, share = int(self._counts[index]), part / float(taken.sum())
+            self.sets.append(MixedSet(name, size, tokens_in, lost, len(self._items[index]), count, part, share))
 
     def __len__(self) -> int:
         """Documents in an epoch."""
@@ -102,15 +110,21 @@ class Mixture:
         items, count = self._items[index], int(self._counts[index])
         return items[np.arange(epoch * count, (epoch + 1) * count) % len(items)]
 
-    def rows(self) -> list[tuple[str, str]]:
-        """The sets as rows of a report."""
-        return [
-            (
-                f"of {one.name}",
-                f"{one.share:.1%} of the tokens: {one.documents:,} of {one.documents_in_all:,} documents an epoch",
-            )
-            for one in self.sets
-        ]
+    def first_epoch(self, plan: PackPlan) -> PackPlan:
+        """The documents of the first epoch, in their order. The account stays that of all rows."""
+        items = self.order(0)
+        parts = {name: getattr(plan, name)[items] for name in ("examples", "starts", "stops")}
+        return replace(plan, offsets=np.arange(len(items) + 1), **parts)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The sets as a table, with headings: their rows, and what an epoch uses of them."""
+        headings = ("data set", "examples", "tokens", "tokens lost", "documents used", "token share")
+        return [headings, *map(_row, self.sets)]
+
+
+def _row(of: MixedSet) -> tuple[str, ...]:
+    lost, documents = of.tokens_lost / max(1, of.tokens_in), f"{of.documents:,} of {of.documents_in_all:,}"
+    return of.name, f"{of.rows:,}", f"{of.tokens_in:,}", f"{lost:.2%}", documents, f"{of.share:.1%}"
 
 
 def check_weights(sets: Any, weights: Any, weights_of: str, stopping_strategy: str) -> None:
@@ -145,4 +159,5 @@ def joined(sets: Mapping[str, Dataset], columns: tuple[str, ...]) -> Dataset:
         if missing := [column for column in used if column not in rows.column_names]:
             raise ValueError(f"the set {name} has no column {missing[0]}, which another set has")
     first, *others = (rows.with_format(None).select_columns(used) for rows in sets.values())
-    return concatenate_datasets([first, *(rows.cast(first.features) for rows in others)])
+    same = (rows if rows.features == first.features else rows.cast(first.features) for rows in others)
+    return concatenate_datasets([first, *same])

@@ -26,6 +26,7 @@ class PackingReport:
     """Counts before and after packing. Tokens are tokens of the examples, without padding.
 
     - `account`: what went in, and what was lost and why
+    - `tokens_per_pass`: under "step" the most tokens of a pass, otherwise `max_length`
     - `packs`: under "step" the passes of an epoch on all ranks, estimated from 64 steps; `fill`: tokens / (packs *
       max_length), or tokens_per_pass; `packs_lower_bound`: ceil(tokens / max_length)
     - `examples_per_pack_*`: documents in a pack; 0 without packs
@@ -40,6 +41,7 @@ class PackingReport:
 
     strategy: str
     max_length: int
+    tokens_per_pass: int
     account: Account
     packs: int
     packs_lower_bound: int
@@ -67,8 +69,8 @@ class PackingReport:
         """The row that says how full packs are; under "step" in tokens, since a pass holds at most its step."""
         if not exact or not self.packs:
             return "fill", f"{self.fill:.2%}"
-        mean = self.account.tokens_kept / self.packs
-        return "tokens per pass", f"{mean:,.0f} on average, at most {round(mean / self.fill):,}"
+        mean = self.fill * self.tokens_per_pass
+        return "tokens per pass", f"{mean:,.0f} on average, at most {self.tokens_per_pass:,}"
 
     def rows(self) -> list[tuple[str, str]]:
         """Labels and texts for a two-column table. Most counts of 0 are left out."""
@@ -156,14 +158,16 @@ def packing_report(
     # an unpacked run takes segments one by one, except that the segments of "wrapped" exist only through its packs
     strategy = STRATEGIES[plan.strategy]
     samples = plan.account.examples_packed if strategy.end_to_end else len(plan.examples)
+    tokens_per_pass = (strategy.exact_steps and tokens_per_pass) or plan.max_length
     if strategy.exact_steps:
-        packs = _exact_steps(plan, effective_batch_size, ranks, tokens_per_pass or plan.max_length)
+        packs = _exact_steps(plan, effective_batch_size, ranks, tokens_per_pass)
     else:
         packs = _packs(plan, effective_batch_size, ranks, packs_at_once)
     num_packs = packs["packs"]
     return PackingReport(
         strategy=plan.strategy,
         max_length=plan.max_length,
+        tokens_per_pass=tokens_per_pass,
         account=plan.account,
         effective_batch_size=effective_batch_size,
         num_train_epochs=num_train_epochs,

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from packsft.app import smollm2
 from packsft.app.cli import main
-from packsft.app.demo import REPORT_HEADING, _check_output_dir, prompt_ids, read_jsonl, token_ids
+from packsft.app.demo import REPORT_HEADING, WRITTEN, _check_output_dir, prompt_ids, read_jsonl, token_ids
 
 WORDS = [*"abcdefghijklmno", "the", "cat", "sits"]
 
@@ -93,6 +93,8 @@ def test_demo_trains_compares_and_writes_model_picture_and_report(tiny_model, tm
         assert difference == "reference" if method == "TRL, padded, batch 8" else float(difference) < 0.02
 
     assert (output / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert "(packs.html)" in report
+    assert "the cat sits" in (output / "packs.html").read_text()
     tokenizer = AutoTokenizer.from_pretrained(output / "model")
     model = AutoModelForCausalLM.from_pretrained(output / "model")
     prompt = tokenizer("b a\n the cat", return_tensors="pt")["input_ids"]
@@ -120,7 +122,7 @@ def test_names_are_printed_as_they_are_and_a_second_demo_replaces_the_first(tiny
         assert main(["demo", *options, "--max-tokens", "8"]) == 0
         printed = capsys.readouterr().out
         assert "[/y]*:cat:.jsonl" in printed.replace("\n", "")
-        assert f"Written: {output}/model, {output}/training.png, {output}/report.md\n" in printed
+        assert f"Written: {', '.join(f'{output}/{name}' for name in WRITTEN)}\n" in printed
 
 
 # ---- bad input ----
@@ -205,7 +207,7 @@ def test_bad_input_is_one_line_and_code_2_and_nothing_written(tiny_model, tmp_pa
     assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("name", ["model", "training.png", "report.md"])
+@pytest.mark.parametrize("name", ["model", "training.png", "packs.html", "report.md"])
 def test_what_the_demo_did_not_write_is_refused_by_name(name, tmp_path):
     (tmp_path / "of others").touch()  # which stays, and is no reason
     _check_output_dir(tmp_path)

@@ -52,16 +52,24 @@ def test_weights_are_shares(shares, weights_of, stopping_strategy):
         assert times.max() == 1 if stopping_strategy == "first_exhausted" else times.min() >= 1
 
 
-def test_what_an_epoch_takes_is_said():
+def test_what_an_epoch_takes_is_said_and_reported():
     data = mixed({"short": 1, "long": 1})
-    said = str(data)
-    assert "of short" in said
-    assert "50." in said or "49." in said
     short, long = data.mixture.sets
     assert short.documents == 40
     assert long.documents < 30
-    assert f"{long.documents} of 30 documents an epoch" in said
-    assert len(data.loader()) == -(-(short.documents + long.documents) // 4)
+    header, *of_sets = [line.split("  ") for line in str(data).splitlines()[-3:]]
+    assert header[0].strip() == "data set"
+    for one, line, count in zip((short, long), of_sets, (40, 30), strict=True):
+        cells = [cell.strip() for cell in line if cell.strip()]
+        assert cells == [
+            one.name, str(count), f"{one.tokens_in:,}", "0.00%", f"{one.documents} of {count}", f"{one.share:.1%}"
+        ]  # fmt: skip
+        assert one.share == pytest.approx(0.5, abs=0.02)
+    steps = len(data.loader())
+    assert data.report.steps_exact == steps == -(-(short.documents + long.documents) // 4)
+    assert data.report.packs == pytest.approx(sum(map(len, data.loader())), rel=0.2)  # in another order
+    tokens = lengths()[drawn(data)[0]].sum()
+    assert data.report.fill == pytest.approx(tokens / (data.report.packs * data.tokens_per_pass))
 
 
 def test_without_shuffling_the_sets_take_turns():

@@ -22,6 +22,7 @@ def test_counts_of_the_example_of_trl():
     assert got == {
         "strategy": "bfd",
         "max_length": 4,
+        "tokens_per_pass": 4,
         "examples_in": 6,
         "examples_packed": 4,
         "examples_truncated": 1,
