@@ -11,6 +11,7 @@ from mkdocs.structure.files import File, InclusionLevel
 ROOT = Path(__file__).parents[1]
 # in the repository: in the site
 MOVED = {"README.md": "index.md", "CHANGELOG.md": "changes.md", "CONTRIBUTING.md": "contributing.md"}
+NOT_RUN = re.compile("<!-- not run: (.+) -->")
 LINK = re.compile(r"\[([^\[\]]*)\]\(((?!https?:)[\w./-]+)(#[\w-]+)?\)")
 
 
@@ -31,8 +32,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **context: Any) -> str:
-    """Links out of docs/ go to the added pages, or are plain text; a hook of mkdocs."""
-    return LINK.sub(_in_the_site, markdown)
+    """Links out of docs/ go to the added pages, or are plain text. It is said what is not run. A hook of mkdocs."""
+    return LINK.sub(_in_the_site, NOT_RUN.sub(r"*Not run by the tests: \1.*\n", markdown))
 
 
 def _in_the_site(link: re.Match[str]) -> str:
