@@ -69,7 +69,8 @@ def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from rich.console import Console
 
     from packsft.app import drawing, page
-    from packsft.app.inspect import decoder_of, inspect_data
+    from packsft.app.inspect import decoder_of, inspect_data, load_tokenizer
+    from packsft.app.page import write_whole
 
     for name, suffix, check in (("plot", ".png", drawing.check_matplotlib), ("html", ".html", page.check_page)):
         if (file := getattr(options, name)) is not None:
@@ -85,6 +86,8 @@ def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         for name in ("weights", "weights_of", "stopping_strategy"):
             if getattr(options, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} is for several data sets, and there is one")
+    named = options.html is not None and options.model is not None
+    decode = decoder_of(load_tokenizer(options.model)) if named else None  # before the work: the name may be wrong
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it raises what it logs about a bad file
@@ -107,16 +110,16 @@ def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         weights_of=options.weights_of or "token",
         stopping_strategy=options.stopping_strategy or "first_exhausted",
     )
+    made: dict[Path, bytes] = {}
     if options.html is not None:
-        decode = decoder_of(inspection, options.model)
-        command = shlex.join(["packsft", *arguments])
-        options.html.write_text(
-            page.html_page(inspection, decode, command), encoding="utf-8", errors="backslashreplace"
-        )
+        text = page.html_page(inspection, decode, shlex.join(["packsft", *arguments]))
+        made[options.html] = text.encode(errors="backslashreplace")
     if options.plot is not None:
-        options.plot.write_bytes(
-            drawing.draw_plan(inspection.lengths, options.max_length, inspection.plan, inspection.picture_tokens)
+        made[options.plot] = drawing.draw_plan(
+            inspection.lengths, options.max_length, inspection.plan, inspection.picture_tokens
         )
+    for file, content in made.items():
+        write_whole(file, content)
     if options.json:
         print(json.dumps(inspection.as_dict(), indent=2))
     else:

@@ -39,9 +39,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from packsft.app.drawing import block_colours, draw_packs
-from packsft.app.inspect import could_not_load, inspection_of
+from packsft.app.inspect import could_not_load, decoder_of, inspection_of
 from packsft.app.json_lines import check_json, parse_json
-from packsft.app.page import check_page, html_page
+from packsft.app.page import check_page, html_page, write_whole
 from packsft.app.tables import markdown, print_table
 from packsft.arguments import check_model_name
 
@@ -380,8 +380,8 @@ def run(job: Job) -> None:
     draw(job.output_dir / "training.png", job.lengths, plan, job.settings["max_length"], logs, loss_before, loss_after)
     packs = trainer.train_dataset
     inspection = inspection_of(job.data_name, packs.rows, packs.plan, trainer.packing_report)
-    page = html_page(inspection, job.tokenizer.decode, job.command)
-    (job.output_dir / "packs.html").write_text(page, encoding="utf-8", errors="backslashreplace")
+    page = html_page(inspection, decoder_of(job.tokenizer), job.command)
+    write_whole(job.output_dir / "packs.html", page.encode(errors="backslashreplace"))
     sections = [
         f"{REPORT_HEADING}\n{job.model_name}, fine-tuned on {job.data_name}.\n\n"
         f"Command: `{job.command}`. Machine: {machine}. Date: {date.today()}.",

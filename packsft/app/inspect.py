@@ -6,7 +6,9 @@ through `compat.py`. Knows a model's tokenizer but no model, and draws nothing i
 
 from __future__ import annotations
 
+import functools
 import glob
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -177,6 +179,12 @@ def inspect_data(
         ValueError, OSError: anything that the user can fix; the message names it.
     """
     batch_size = per_device_train_batch_size * gradient_accumulation_steps * devices
+    if not data:
+        raise ValueError("data: expected one or more data sets")
+    if len(data) == 1 and weights is not None:
+        raise ValueError("weights are of several data sets, and there is one")
+    if len({os.path.realpath(one) for one in data}) < len(data):
+        raise ValueError(f"{', '.join(data)}: a data set is named twice")
     strategy = strategy or ("bfd" if len(data) == 1 else "step")
     prepared = {
         one: prepared_rows(one, model, split, assistant_only_loss, completion_only_loss, max_length) for one in data
@@ -202,9 +210,9 @@ def inspect_data(
         tokens_per_pass=tokens_per_pass,
     )
     if packed.strategy.exact_steps:  # the picture shows the passes of some steps
-        tokens_per_pass = tokens_per_pass or max_length
         lengths = plan.stops.astype(np.int64) - plan.starts
-        plan = _as_packs(plan, tokens_per_pass, simulate_steps(lengths, batch_size, tokens_per_pass, devices, 64))
+        steps = simulate_steps(lengths, batch_size, tokens_per_pass or max_length, devices, 64)
+        plan = _as_packs(plan, report.tokens_per_pass, steps)
     return inspection_of(" + ".join(data), packed.rows, plan, report, mixture)
 
 
@@ -224,23 +232,31 @@ def _mixed(
     """Several data sets, by `packsft.pack`."""
     from packsft.loops.data import COLUMNS, pack
 
-    if len(prepared) < len(data):
-        raise ValueError(f"{', '.join(data)}: a data set is named twice")
     if weights is not None and len(weights) != len(data):
         raise ValueError(f"--weights has {len(weights)} numbers for {len(data)} data sets")
-    names = [Path(one).name for one in data]
+    names = [Path(os.path.realpath(one)).name for one in data]
     if len(set(names)) < len(data):
         names = list(data)
     sets = {}
-    for name, (source, (rows, _)) in zip(names, prepared.items(), strict=True):
+    for name, (source, (rows, once)) in zip(names, prepared.items(), strict=True):
         if isinstance(rows, PictureRows):
             raise ValueError(f"{source} holds pictures, which are not mixed with other data sets: inspect it alone")
+        rows = _without_doubles(rows, once)
         sets[name] = rows.select_columns([column for column in COLUMNS if column in rows.column_names])
     by_name = None if weights is None else dict(zip(sets, weights, strict=True))
     mixed = pack(sets, weights=by_name, **settings)
     assert isinstance(mixed.packs, PackedDataset)
     assert mixed.mixture is not None
     return mixed.packs, mixed.mixture
+
+
+def _without_doubles(rows: Dataset, once: tuple[int | None, int | None]) -> Dataset:
+    """The rows without the tokens that `TokenRows` leaves out of them."""
+    found = TokenRows(rows, once)
+    if not found.texts_with_doubles:
+        return rows
+    pairs = [found.tokens(row, 0, length) for row, length in enumerate(found.lengths)]
+    return Dataset.from_dict(dict(zip(("input_ids", "labels"), zip(*pairs, strict=True), strict=True)))
 
 
 def _as_packs(plan: PackPlan, tokens_per_pass: int, steps: list[list[list[np.ndarray]]]) -> PackPlan:
@@ -386,8 +402,9 @@ def _tokenise(
 
     from packsft.compat import prepare_rows
 
-    tokenizer = _load_tokenizer(model)
-    eos_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(model)
+    if (eos_token := tokenizer.eos_token) is None:
+        raise ValueError(f"the tokenizer of {model} has no EOS token to end an example with")
     rows = checked_rows(rows, text_field="text", completion_only=completion_only, eos_token=eos_token, name=data)
     num_processes = min((os.cpu_count() or 1), len(rows) // ROWS_PER_PROCESS)
     with warnings.catch_warnings():
@@ -446,15 +463,18 @@ def could_not_load(model: str, error: Exception, what: str = "") -> str:
     return f"could not load {what}{model}: {where}{error}"
 
 
-def decoder_of(inspection: Inspection, model: str | None) -> Callable[[Sequence[int]], str] | None:
-    """Token ids to text, by the tokenizer of the model or of the processor; None if there is no model."""
-    rows = inspection.rows
-    if isinstance(rows, PictureRows):
-        return rows.processor.tokenizer.decode
-    return None if model is None else _load_tokenizer(model).decode
+def decoder_of(tokenizer: Any) -> Callable[[Sequence[int]], str]:
+    """Token ids to text; an id that the tokenizer does not know is shown as a number."""
+
+    def decode(ids: Sequence[int]) -> str:
+        runs = itertools.groupby(ids, lambda token: 0 <= token < len(tokenizer))
+        return "".join(tokenizer.decode(list(run)) if known else "".join(f"[{i}]" for i in run) for known, run in runs)
+
+    return decode
 
 
-def _load_tokenizer(model: str) -> Any:
+@functools.lru_cache(1)
+def load_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     from packsft.app.smollm2 import load_smollm2_tokenizer
@@ -465,6 +485,4 @@ def _load_tokenizer(model: str) -> Any:
         tokenizer = load_smollm2_tokenizer() if model == "smollm2" else AutoTokenizer.from_pretrained(model)
     except Exception as error:  # transformers raises anything about a damaged folder
         raise ValueError(could_not_load(model, error, "the tokenizer of ")) from error
-    if tokenizer.eos_token is None:
-        raise ValueError(f"the tokenizer of {model} has no EOS token to end an example with")
     return tokenizer

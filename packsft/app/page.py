@@ -21,6 +21,7 @@ from packsft.data.pictures import PictureRows
 
 SHOWN_PACKS = 60
 SHOWN_CHARACTERS, SHOWN_PARTS = 400, 16  # of each part of a document, and of its parts
+SHOWN_BLOCKS = 100  # of each pack
 BETWEEN_PARTS = 4  # tokens; a picture may be cut into parts, with marks between them
 
 Decode = Callable[[Sequence[int]], str]
@@ -43,7 +44,7 @@ class Block:
     colour: str
     title: str
     parts: list[Part]
-    parts_left_out: int
+    parts_left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,17 @@ def html_page(inspection: Inspection, decode: Decode | None, command: str) -> st
 
 def _row(inspection: Inspection, pack: int, decode: Decode | None) -> Row:
     plan = inspection.plan
-    segments, tokens = plan.segments(pack), int(plan.seq_lengths(pack).sum())
+    segments, lengths = plan.segments(pack), plan.seq_lengths(pack)
     colours = itertools.cycle(drawing.hex_colours())
     blocks = [
         _block(inspection, colour, decode, *segment)
-        for colour, segment in zip(colours, segments.tolist(), strict=False)
+        for colour, segment in zip(colours, segments[:SHOWN_BLOCKS].tolist(), strict=False)
     ]
-    documents = f"{len(blocks)} document{'s' * (len(blocks) != 1)}"
-    return Row(f"{pack:,}: {documents}, {tokens:,} of {plan.max_length:,} tokens", blocks)
+    if left_out := len(segments) - len(blocks):
+        width = 100 * int(lengths[SHOWN_BLOCKS:].sum()) / plan.max_length
+        blocks.append(Block(width, 0.0, "#888888", f"{left_out:,} more documents", []))
+    documents = f"{len(segments):,} document{'s' * (len(segments) != 1)}"
+    return Row(f"{pack:,}: {documents}, {int(lengths.sum()):,} of {plan.max_length:,} tokens", blocks)
 
 
 def _block(inspection: Inspection, colour: str, decode: Decode | None, example: int, start: int, stop: int) -> Block:
@@ -122,8 +126,8 @@ def _block(inspection: Inspection, colour: str, decode: Decode | None, example: 
         if pictures[first]:
             text = f"[{len(part):,} tokens of pictures]"
         else:
-            text = " ".join(map(str, part)) if decode is None else decode(part)
-        parts.append(Part(bool(scored[first]), _shortened(text)))
+            text = _text(part, ids[max(0, first - 1) : first].tolist(), decode)
+        parts.append(Part(bool(scored[first]), text))
     cut = "" if stop - start == length else f", tokens {start:,} to {stop:,} of {length:,}"
     return Block(
         width=100 * len(ids) / inspection.plan.max_length,
@@ -143,8 +147,26 @@ def _closed(pictures: np.ndarray) -> np.ndarray:
     return closed
 
 
-def _shortened(text: str) -> str:
-    if len(text) <= SHOWN_CHARACTERS:
-        return text
+def _text(ids: Sequence[int], before: Sequence[int], decode: Decode | None) -> str:
+    """The text of some tokens behind the token `before`, whose beginning and end are shown if it is long."""
     half = SHOWN_CHARACTERS // 2
-    return f"{text[:half]} […] {text[-half:]}"
+    if long := len(ids) > 4 * half:  # most tokens have more than a character
+        ids, end = ids[: 2 * half], ids[-2 * half :]
+    if decode is None:
+        texts = [" ".join(map(str, part)) for part in ([ids, end] if long else [ids])]
+    else:
+        # some tokenizers leave out the space before the first token that they are given
+        texts = [decode([*before, *ids])[len(decode(before)) :], *([decode(end)] if long else [])]
+    if not long and len(texts[0]) <= SHOWN_CHARACTERS:
+        return texts[0]
+    return f"{texts[0][:half]} […] {texts[-1][-half:]}"
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    part = file.with_name(f".{file.name}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)

@@ -22,12 +22,12 @@ from packsft.config import NORMALIZATIONS, integer
 from packsft.data.batch import for_model
 from packsft.data.collator import PackingCollator
 from packsft.data.document import short
-from packsft.data.packs import PackedDataset, pack_dataset
+from packsft.data.packs import PackedDataset, TokenRows, pack_dataset
 from packsft.data.ranks import Ranks
 from packsft.data.streams import PackedStream
 from packsft.loops.loader import Order, StepLoader
 from packsft.loops.mixture import Mixture, check_weights, joined
-from packsft.packing import PackingReport, PackPlan, packing_report
+from packsft.packing import PackingReport, PackPlan, cut_examples, packing_report
 from packsft.packing.strategies import strategy_named
 
 logger = logging.getLogger("packsft")
@@ -286,13 +286,19 @@ def _refuse_unread(columns: Any, where: str) -> None:
 
 def _joined(rows: Mapping[str, Any], settings: dict[str, Any]) -> Dataset:
     """The rows of several data sets; their sizes become a setting."""
-    if "input_ids" in rows:
+    if "input_ids" in rows and not isinstance(rows["input_ids"], Dataset):
         raise ValueError("rows is a mapping of columns, and must be one of data sets: use datasets.Dataset.from_dict")
     if (strategy := settings["strategy"]) not in ("step", "none"):
         raise ValueError(f"strategy={strategy!r} makes packs before it is known what an epoch takes: use 'step'")
     sets = {name: _dataset_of(one, f"the set {name}") for name, one in rows.items()}
     settings["sets"] = {name: len(one) for name, one in sets.items()}
-    return joined(sets, COLUMNS)
+    longest, split = settings["max_length"], {"strategy": strategy, "overlong": settings["overlong"]}
+
+    def check(rows: TokenRows) -> None:
+        rows.check_ids(settings["vocab_size"] or ANY_VOCABULARY)
+        cut_examples(rows.lengths, longest, **split)
+
+    return joined(sets, check)
 
 
 def _dataset_of(rows: Any, where: str) -> Dataset:

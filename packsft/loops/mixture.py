@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from numpy.typing import NDArray
 
+from packsft.data.packs import TokenRows
 from packsft.packing import PackPlan
 
 WEIGHTS_OF = ("token", "document")
+MOST_ROUNDS = 1_000  # in an epoch, of a set
 STOPPING = ("first_exhausted", "all_exhausted")  # the names of `datasets.interleave_datasets`
 
 
@@ -82,8 +84,11 @@ class Mixture:
         if weights is not None:
             shares = np.array([weights[name] for name in sizes], np.float64)
             amount = tokens if weights_of == "token" else have
-            end = (np.min if stopping_strategy == "first_exhausted" else np.max)(amount / shares)
+            with np.errstate(over="ignore"):  # of a tiny weight; refused below, if it is used
+                rounds = amount / shares
+            end = rounds.min() if stopping_strategy == "first_exhausted" else rounds.max()
             counts = np.maximum(np.round(end * shares / (amount / have)), 1)
+            _check_rounds(list(sizes), counts / have)
         self._counts = counts.astype(np.int64)
         taken = tokens / have * self._counts
         self.sets = []
@@ -127,6 +132,14 @@ def _row(of: MixedSet) -> tuple[str, ...]:
     return of.name, f"{of.rows:,}", f"{of.tokens_in:,}", f"{lost:.2%}", documents, f"{of.share:.1%}"
 
 
+def _check_rounds(names: list[str], times: NDArray[np.float64]) -> None:
+    if not times.max() <= MOST_ROUNDS:
+        raise ValueError(
+            f"weights: an epoch would take each document of {names[int(times.argmax())]} {times.max():,.0f} times, at "
+            f"most {MOST_ROUNDS:,} are allowed: choose nearer weights, or stopping_strategy='first_exhausted'"
+        )
+
+
 def check_weights(sets: Any, weights: Any, weights_of: str, stopping_strategy: str) -> None:
     """Raises ValueError for weights that do not fit the data sets (None: there is one), or another argument."""
     for name, value, allowed in (
@@ -137,6 +150,12 @@ def check_weights(sets: Any, weights: Any, weights_of: str, stopping_strategy: s
     if sets is not None and (not sets or not all(isinstance(name, str) for name in sets)):
         raise ValueError(f"rows is a mapping from {list(sets)}, expected one or more names of data sets")
     if weights is None:
+        for name, value, default in (
+            ("weights_of", weights_of, "token"),
+            ("stopping_strategy", stopping_strategy, STOPPING[0]),
+        ):
+            if value != default:
+                raise ValueError(f"{name}={value!r} has no effect without weights")
         return
     if sets is None:
         raise ValueError("weights are of several data sets: give rows as a mapping from names to them")
@@ -149,15 +168,28 @@ def check_weights(sets: Any, weights: Any, weights_of: str, stopping_strategy: s
             raise ValueError(f"weights[{name!r}]={weight!r}: must be a number above 0, and finite")
 
 
-def joined(sets: Mapping[str, Dataset], columns: tuple[str, ...]) -> Dataset:
-    """All rows, one set after the other, with those of `columns` that there are.
+def joined(sets: Mapping[str, Dataset], check: Callable[[TokenRows], None]) -> Dataset:
+    """All rows, one set after the other: `input_ids`, `labels`, and `attention_mask` if a set has it.
 
-    Raises ValueError if a set lacks a column that another one has.
+    Args:
+        check: raises ValueError for rows that cannot be trained on.
+
+    Raises ValueError, naming the set, for such rows.
     """
-    used = [column for column in columns if any(column in rows.column_names for rows in sets.values())]
     for name, rows in sets.items():
-        if missing := [column for column in used if column not in rows.column_names]:
-            raise ValueError(f"the set {name} has no column {missing[0]}, which another set has")
-    first, *others = (rows.with_format(None).select_columns(used) for rows in sets.values())
-    same = (rows if rows.features == first.features else rows.cast(first.features) for rows in others)
-    return concatenate_datasets([first, *same])
+        try:
+            check(TokenRows(rows))
+        except ValueError as error:
+            raise ValueError(f"the set {name}: {error}") from None
+    masked = any("attention_mask" in rows.column_names for rows in sets.values())
+    parts = [_with_columns(rows.with_format(None), masked) for rows in sets.values()]
+    if any(part.features != parts[0].features for part in parts):
+        same = Features({name: List(Value("int64")) for name in parts[0].column_names})
+        parts = [part.cast(same) for part in parts]
+    return concatenate_datasets(parts)
+
+
+def _with_columns(rows: Dataset, masked: bool) -> Dataset:
+    if masked and "attention_mask" not in rows.column_names:
+        rows = rows.map(lambda row: {"attention_mask": np.ones(len(row["input_ids"]), np.int64)})
+    return rows.select_columns(["input_ids", "labels", *(["attention_mask"] if masked else [])])

@@ -2,16 +2,19 @@
 
 import json
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 from datasets import Dataset
 from tiny import tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models, processors
+from transformers import PreTrainedTokenizerFast
 from vision import rows_with_pictures, vision_model
 
 from packsft.app.cli import main
 from packsft.app.inspect import inspect_data
-from packsft.app.page import SHOWN_CHARACTERS, SHOWN_PACKS, SHOWN_PARTS
+from packsft.app.page import SHOWN_BLOCKS, SHOWN_CHARACTERS, SHOWN_PACKS, SHOWN_PARTS, write_whole
 
 VOID = ("meta", "br", "path", "use")
 
@@ -97,7 +100,8 @@ def test_blocks_and_texts_are_those_of_the_plan(tmp_path, tokenizer_folder):
             ids, labels = rows.tokens(example, start, stop)
             scored = np.flatnonzero(labels[1:] != -100) + 1
             first = scored[0]  # the completion
-            assert block["parts"] == [["span", decode(ids[:first])], ["mark", decode(ids[first:])]]
+            prompt = decode(ids[:first])
+            assert block["parts"] == [["span", prompt], ["mark", decode(ids)[len(prompt) :]]]
             assert block["width"] == pytest.approx(100 * (stop - start) / 16, abs=1e-3)
             of_all = "" if stop == rows.lengths[example] else f", tokens {start} to {stop} of {rows.lengths[example]}"
             assert block["title"] == f"row {example}: {stop - start} tokens{of_all}, {len(scored)} scored"
@@ -140,6 +144,44 @@ def test_many_packs_long_texts_and_many_turns_are_shown_in_part(tmp_path, tokeni
     (part,) = page_of(tmp_path, str(tmp_path / "long"), "--max-length", "4096").packs[0]["blocks"][0]["parts"][1:]
     assert len(part[1]) < SHOWN_CHARACTERS + 10
     assert "[…]" in part[1]
+
+
+def test_a_pack_of_many_documents_is_shown_in_part(tmp_path):
+    Dataset.from_dict({"input_ids": [[7, 8]] * 300}).save_to_disk(tmp_path / "rows")
+    (pack,) = page_of(tmp_path, str(tmp_path / "rows"), "--max-length", "800").packs
+    *shown, rest = pack["blocks"]
+    assert (len(shown), rest["title"]) == (SHOWN_BLOCKS, f"{300 - SHOWN_BLOCKS} more documents")
+    assert sum(block["width"] for block in pack["blocks"]) == pytest.approx(75, abs=0.01)
+
+
+def test_an_id_that_the_tokenizer_does_not_know_is_a_number(tmp_path, tokenizer_folder):
+    Dataset.from_dict({"input_ids": [[4, -1, 5, 6, 1 << 40]]}).save_to_disk(tmp_path / "rows")
+    (pack,) = page_of(tmp_path, str(tmp_path / "rows"), "--model", tokenizer_folder).packs
+    text = "".join(text for _, text in pack["blocks"][0]["parts"])
+    assert "[-1]" in text
+    assert f"[{1 << 40}]" in text
+
+
+@pytest.mark.parametrize("scheme", ["metaspace", "byte level"])
+def test_spaces_between_the_parts_stay(tmp_path, scheme):
+    pieces = {"metaspace": ["\u2581the", "\u2581cat", "\u2581sits"], "byte level": ["the", "\u0120cat", "\u0120sits"]}[
+        scheme
+    ]
+    vocabulary = {piece: number for number, piece in enumerate(["<unk>", "<eos>", *pieces])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.decoder = {"metaspace": decoders.Metaspace(), "byte level": decoders.ByteLevel()}[scheme]
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(tmp_path / "tokenizer")
+    Dataset.from_dict({"input_ids": [[2, 3, 4]], "labels": [[-100, -100, 4]]}).save_to_disk(tmp_path / "rows")
+    (pack,) = page_of(tmp_path, str(tmp_path / "rows"), "--model", str(tmp_path / "tokenizer")).packs
+    assert pack["blocks"][0]["parts"] == [["span", "the cat"], ["mark", " sits"]]
+
+
+def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    (tmp_path / "page.html").write_text("of before")
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+    with pytest.raises(OSError, match="no space"):
+        write_whole(tmp_path / "page.html", b"new")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("page.html", "of before")]
 
 
 def test_exact_steps_show_passes(tmp_path):
@@ -223,6 +265,30 @@ def test_blocks_of_several_data_sets_are_named_by_set(tmp_path):
     assert sorted(blocks) == sorted(expected)
 
 
+def test_a_text_has_as_many_tokens_as_alone(tmp_path):
+    backend = tiny_tokenizer()
+    eos = backend.eos_token_id
+    backend._tokenizer.post_processor = processors.TemplateProcessing("$A <eos>", special_tokens=[("<eos>", eos)])
+    backend.save_pretrained(tmp_path / "tokenizer")
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "the capital of france"}\n' * 3)
+    files, options = [str(tmp_path / f"{name}.jsonl") for name in "ab"], {"model": str(tmp_path / "tokenizer")}
+    alone, both = inspect_data(files[0], strategy="step", **options), inspect_data(*files, **options)
+    assert alone.report.account.texts_with_doubles == 3
+    assert [one.tokens_in for one in both.mixture.sets] == [alone.report.account.tokens_in] * 2
+
+
+def test_a_pass_holds_its_longest_document(tmp_path):
+    Dataset.from_dict({"input_ids": [[5] * n for n in (3, 30, 4)]}).save_to_disk(tmp_path / "rows")
+    arguments = ["--strategy", "step", "--tokens-per-pass", "8", "--batch-size", "3"]
+    page = page_of(tmp_path, str(tmp_path / "rows"), *arguments)
+    assert sorted(pack["title"].split(": ")[1] for pack in page.packs) == [
+        "1 document, 30 of 30 tokens", "2 documents, 7 of 30 tokens"
+    ]  # fmt: skip
+    report = inspect_data(str(tmp_path / "rows"), strategy="step", tokens_per_pass=8).report
+    assert (report.tokens_per_pass, report.packs, report.packs_lower_bound) == (30, 2, 2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -241,5 +307,8 @@ def test_what_is_of_several_data_sets_is_refused_for_one(tmp_path, capsys):
     one, _ = sets(tmp_path)
     assert main(["inspect", one, "--weights", "1"]) == 2
     assert "--weights is for several data sets, and there is one" in capsys.readouterr().err
-    assert main(["inspect", one, one]) == 2
-    assert "a data set is named twice" in capsys.readouterr().err
+    for other in (one, f"{one}/", f"{one}/../short"):
+        assert main(["inspect", one, other]) == 2
+        assert "a data set is named twice" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="weights are of several data sets, and there is one"):
+        inspect_data(one, weights=[1])

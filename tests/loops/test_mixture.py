@@ -4,10 +4,12 @@ import itertools
 
 import numpy as np
 import pytest
+from datasets import Dataset, Features, List, Value
 from tiny import token_rows
 
 import packsft
 
+FAR = {"stopping_strategy": "all_exhausted"}
 SETS = {"short": token_rows(40, max_length=4), "long": token_rows(30, max_length=24, seed=1)}
 
 
@@ -109,9 +111,17 @@ def test_a_mixture_goes_on_where_it_was_and_can_be_saved(tmp_path):
         (SETS, {"stopping_strategy": "never"}, "stopping_strategy='never': must be one of first_exhausted"),
         (SETS, {"strategy": "bfd"}, "strategy='bfd' makes packs before it is known what an epoch takes"),
         (SETS | {"empty": [[1], [2]]}, {}, "the set empty has no document with a token to score"),
-        (SETS | {"bare": SETS["long"].remove_columns("labels")}, {}, "the set bare has no column labels"),
+        (SETS | {"bare": SETS["long"].remove_columns("labels")}, {}, "the set bare: .* has no column 'labels'"),
         ({"input_ids": [[1, 2]], "labels": [[1, 2]]}, {}, "rows is a mapping of columns"),
         ([[1, 2]], {"weights": {"a": 1}}, "weights are of several data sets"),
+        (SETS, {"weights_of": "document"}, "weights_of='document' has no effect without weights"),
+        (SETS, {"stopping_strategy": "all_exhausted"}, "stopping_strategy='all_exhausted' has no effect without"),
+        (SETS, FAR | {"weights": {"short": 1e9, "long": 1e-9}}, "take each document of short .* times, at most 1,000"),
+        (SETS, FAR | {"weights": {"short": 5e-324, "long": 1}}, "take each document of .* at most 1,000"),
+        (SETS | {"uneven": Dataset.from_list([{"input_ids": [1], "labels": []}])}, {}, "the set uneven: row 0 of"),
+        (SETS | {"negative": [[1, 2], [1, -2]]}, {}, "the set negative: row 1 of the data set"),
+        (SETS | {"other": [[1, 2], [3] * 40]}, {"overlong": "error"}, "the set other: row 1 has 40 tokens"),
+        (SETS | {"text": Dataset.from_dict({"input_ids": ["a"], "labels": ["a"]})}, {}, "the set text: .* string"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_error(rows, options, said):
@@ -122,3 +132,37 @@ def test_bad_input_is_one_error(rows, options, said):
 def test_a_stream_cannot_be_mixed():
     with pytest.raises(TypeError, match=r"the set live is of the type IterableDataset, expected .*, no stream"):
         packsft.pack(SETS | {"live": SETS["long"].to_iterable_dataset()}, 32, batch_size=2)
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_sets_of_other_types_are_joined_in_any_order(first):
+    kinds = [Value("uint16"), Value("int64"), Value("int32")]
+    sets = {}
+    for number, kind in enumerate(kinds):
+        ids = [[number + 1] * n for n in (3, 5)]
+        labels = ids if number == 0 else [[-100, *row[1:]] for row in ids]
+        length = 4 if number == 2 else -1  # lists of one length
+        if number == 2:
+            ids = labels = [[3] * 4] * 2
+        column = List(kind, length=length)
+        sets[str(number)] = Dataset.from_dict(
+            {"input_ids": ids, "labels": labels}, features=Features({"input_ids": column, "labels": column})
+        )
+    names = [*list(sets)[first:], *list(sets)[:first]]
+    data = packsft.pack({name: sets[name] for name in names}, 8, batch_size=6, shuffle=False)
+    found = sorted((pack[0].input_ids.tolist(), pack[0].labels.tolist()) for pack in data.packs.packs())
+    expected = [(row["input_ids"], [-100, *row["labels"][1:]]) for rows in sets.values() for row in rows]
+    assert found == sorted(expected)
+
+
+def test_a_set_with_a_mask_is_joined_to_one_without():
+    padded = Dataset.from_list([{"input_ids": [0, 7, 8], "labels": [0, 7, 8], "attention_mask": [0, 1, 1]}])
+    for sets in ({"plain": SETS["short"], "padded": padded}, {"padded": padded, "plain": SETS["short"]}):
+        data = packsft.pack(sets, 8, batch_size=50, shuffle=False)
+        found = sorted(pack[0].input_ids.tolist() for pack in data.packs.packs())
+        scored = [row for row in SETS["short"]["input_ids"] if len(row) > 1]
+        assert found == sorted([[7, 8], *scored])
+
+
+def test_a_data_set_may_be_named_like_a_column():
+    assert packsft.pack({"input_ids": SETS["short"], "long": SETS["long"]}, 32, batch_size=4).mixture.sets[0].rows == 40
