@@ -1,4 +1,5 @@
-"""Every code block of the README and of `docs/` is run, here or in the test that is named, or says why not.
+"""Every code block of the README, CONTRIBUTING and `docs/` is run, or says why not: here, or in the test that
+`RUN_ELSEWHERE` names, which reads the page.
 
 `<!-- not run: why -->` stands in the line before a block that is not run. What a block needs and does not make (a
 model, rows, tensors) is made here, small.

@@ -33,7 +33,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, **context: Any) -> str:
     """Links out of docs/ go to the added pages, or are plain text. It is said what is not run. A hook of mkdocs."""
-    return LINK.sub(_in_the_site, NOT_RUN.sub(r"*Not run by the tests: \1.*\n", markdown))
+    return LINK.sub(_in_the_site, NOT_RUN.sub(r"*Not run as it stands: \1.*\n", markdown))
 
 
 def _in_the_site(link: re.Match[str]) -> str:

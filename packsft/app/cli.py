@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -70,7 +71,6 @@ def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
     from packsft.app import drawing, page
     from packsft.app.inspect import decoder_of, inspect_data, load_tokenizer
-    from packsft.app.page import write_whole
 
     for name, suffix, check in (("plot", ".png", drawing.check_matplotlib), ("html", ".html", page.check_page)):
         if (file := getattr(options, name)) is not None:
@@ -82,10 +82,6 @@ def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     strategy = options.strategy or ("bfd" if len(options.data) == 1 else "step")
     if options.tokens_per_pass is not None and strategy != "step":
         raise ValueError(f"--tokens-per-pass needs --strategy step, not {strategy}")
-    if len(options.data) == 1:
-        for name in ("weights", "weights_of", "stopping_strategy"):
-            if getattr(options, name) is not None:
-                raise ValueError(f"--{name.replace('_', '-')} is for several data sets, and there is one")
     named = options.html is not None and options.model is not None
     decode = decoder_of(load_tokenizer(options.model)) if named else None  # before the work: the name may be wrong
     if not sys.stderr.isatty():
@@ -107,19 +103,18 @@ def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         assistant_only_loss=options.assistant_only_loss,
         completion_only_loss=options.completion_only_loss,
         weights=options.weights,
-        weights_of=options.weights_of or "token",
-        stopping_strategy=options.stopping_strategy or "first_exhausted",
+        weights_of=options.weights_of,
+        stopping_strategy=options.stopping_strategy,
     )
     made: dict[Path, bytes] = {}
     if options.html is not None:
-        text = page.html_page(inspection, decode, shlex.join(["packsft", *arguments]))
-        made[options.html] = text.encode(errors="backslashreplace")
+        made[options.html] = page.html_page(inspection, decode, shlex.join(["packsft", *arguments]))
     if options.plot is not None:
         made[options.plot] = drawing.draw_plan(
             inspection.lengths, options.max_length, inspection.plan, inspection.picture_tokens
         )
     for file, content in made.items():
-        write_whole(file, content)
+        page.write_whole(file, content)
     if options.json:
         print(json.dumps(inspection.as_dict(), indent=2))
     else:
@@ -231,7 +226,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--output-dir",
         type=Path,
         default=Path("packsft-demo"),
-        help="folder for the model, the picture and the report (default: %(default)s)",
+        help="folder for the model, the picture, the page and the report (default: %(default)s)",
     )
     demo.add_argument("--model", help="local folder or hub name of a causal language model (default: SmolLM2)")
     demo.add_argument(
@@ -304,11 +299,14 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     inspect.add_argument(
         "--weights", type=_above_0, nargs="+", metavar="W",
-        help="of several data sets, in their order (default: an epoch is every document once)",
+        help="after several data sets, in their order (default: an epoch is every document once)",
     )  # fmt: skip
-    inspect.add_argument("--weights-of", help='whether weights are shares of "token"s (default) or "document"s')
+    inspect.add_argument(
+        "--weights-of", default="token", help='whether weights are shares of "token"s (default) or "document"s'
+    )
     inspect.add_argument(
         "--stopping-strategy",
+        default="first_exhausted",
         help='whether an epoch ends before a document comes twice ("first_exhausted", default), or when every one came '
         'once ("all_exhausted")',
     )
@@ -368,9 +366,10 @@ def _at_least(minimum: int, at_most: int = 2**31 - 1) -> Callable[[str], int]:
 
 
 def _above_0(text: str) -> float:
-    if not 0 < (value := float(text)) <= 1e9:  # also of NaN
-        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0, at most 1e9")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) <= 1e9:  # also of NaN
+            return value
+    raise argparse.ArgumentTypeError(f"{text}: expected a number above 0, at most 1e9")
 
 
 if __name__ == "__main__":

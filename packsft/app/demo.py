@@ -1,8 +1,8 @@
 """`packsft demo`: fine-tunes a real model on packed sequences, and compares with TRL on the same examples.
 
-Runs the whole job: rows, model, packing plan, training, samples, losses, saved model, picture, page, report. It uses
-only the public interface of packsft. `python -m packsft.app.demo` runs one competitor of the comparison. Each
-competitor is a new process, because the peak memory of a process never falls.
+Runs the whole job: rows, model, packing plan, training, samples, losses, saved model, picture, page, report.
+`python -m packsft.app.demo` runs one competitor of the comparison. Each competitor is a new process, because the peak
+memory of a process never falls.
 """
 
 from __future__ import annotations
@@ -380,8 +380,7 @@ def run(job: Job) -> None:
     draw(job.output_dir / "training.png", job.lengths, plan, job.settings["max_length"], logs, loss_before, loss_after)
     packs = trainer.train_dataset
     inspection = inspection_of(job.data_name, packs.rows, packs.plan, trainer.packing_report)
-    page = html_page(inspection, decoder_of(job.tokenizer), job.command)
-    write_whole(job.output_dir / "packs.html", page.encode(errors="backslashreplace"))
+    write_whole(job.output_dir / "packs.html", html_page(inspection, decoder_of(job.tokenizer), job.command))
     sections = [
         f"{REPORT_HEADING}\n{job.model_name}, fine-tuned on {job.data_name}.\n\n"
         f"Command: `{job.command}`. Machine: {machine}. Date: {date.today()}.",

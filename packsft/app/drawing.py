@@ -100,17 +100,17 @@ def draw_max_lengths(axes: Any, compared: Sequence[MaxLength], max_length: int) 
     axes.set_xscale("log", base=2)
     axes.set_xticks([each.max_length for each in compared], [f"{each.max_length:,}" for each in compared], rotation=30)
     axes.minorticks_off()
-    axes.set(xlabel="max_length", ylabel="tokens lost (%)", ylim=(0, None), title="max_length against loss")
+    axes.set(xlabel="max_length", ylabel="tokens lost (%)", ylim=(0, None), title="Tokens lost at each max_length")
 
 
 def kind_of(plan: PackPlan) -> str:
     """What the packs of a plan are called."""
-    return "passes of some steps" if STRATEGIES[plan.strategy].exact_steps else "packs"
+    return "passes" if STRATEGIES[plan.strategy].exact_steps else "packs"
 
 
 def shown_packs(plan: PackPlan, count: int = SHOWN_PACKS) -> list[int]:
     """Packs from all of the plan."""
-    return np.unique(np.linspace(0, len(plan) - 1, count).astype(int)).tolist() if len(plan) else []
+    return np.unique(np.linspace(0, len(plan) - 1, count).astype(int)).tolist()
 
 
 def draw_plan(lengths: np.ndarray, max_length: int, plan: PackPlan, picture_tokens: np.ndarray | None = None) -> bytes:

@@ -6,15 +6,15 @@ through `compat.py`. Knows a model's tokenizer but no model, and draws nothing i
 
 from __future__ import annotations
 
-import functools
 import glob
 import itertools
+import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
@@ -27,6 +27,7 @@ from packsft.data.messages import tokenizer_without_nulls, warn_of_unseen_roles
 from packsft.data.packs import PackedDataset, TokenRows, pack_dataset
 from packsft.data.pictures import PictureRows, has_pictures, with_hidden_pictures
 from packsft.data.raw import checked_rows, label_rows, once_of, one_form
+from packsft.loops.mixture import Mixture, check_mixable, check_weights
 from packsft.packing import (
     MaxLength,
     PackingReport,
@@ -38,8 +39,7 @@ from packsft.packing import (
 from packsft.packing.max_length import CANDIDATES, CUT_AT_MOST, recommended_max_length
 from packsft.packing.strategies import strategy_named
 
-if TYPE_CHECKING:
-    from packsft.loops.mixture import Mixture
+logger = logging.getLogger("packsft")
 
 FILE_KINDS = {
     ".jsonl": "json",
@@ -104,10 +104,13 @@ class Inspection:
         rows: list[tuple[str, ...]] = [("what", "value"), *self.report.rows()]
         if self.picture_tokens is not None:
             rows.append(("tokens of pictures", "{tokens:,} ({share:.2%})".format(**self.of_pictures)))
-        tables = {f"Packing of {self.data}": rows}
-        if self.mixture is not None:
+        if self.mixture is None:
+            tables, what = {f"Packing of {self.data}": rows}, "Each max_length"
+        else:
+            tables = {f"All rows of {self.data}, and the steps of an epoch": rows}
             tables["What an epoch takes of each data set"] = self.mixture.rows()
-        tables["Each max_length, if longer examples are cut (bfd)"] = [
+            what = "Each max_length, of the rows of an epoch"
+        tables[f"{what}, if longer examples are cut (bfd)"] = [
             ("max_length", "examples cut", "tokens lost", "packs", "fill"),
             *(
                 (
@@ -181,14 +184,16 @@ def inspect_data(
     batch_size = per_device_train_batch_size * gradient_accumulation_steps * devices
     if not data:
         raise ValueError("data: expected one or more data sets")
-    if len(data) == 1 and weights is not None:
-        raise ValueError("weights are of several data sets, and there is one")
-    if len({os.path.realpath(one) for one in data}) < len(data):
-        raise ValueError(f"{', '.join(data)}: a data set is named twice")
+    names = _names_of(data)
+    if weights is not None and len(weights) != len(data):
+        raise ValueError(f"weights: {len(weights)} given for {len(data)} data sets")
+    by_name = None if weights is None else dict(zip(names, weights, strict=True))
+    check_weights(names if len(data) > 1 else None, by_name, weights_of, stopping_strategy)
     strategy = strategy or ("bfd" if len(data) == 1 else "step")
-    prepared = {
-        one: prepared_rows(one, model, split, assistant_only_loss, completion_only_loss, max_length) for one in data
-    }
+    if len(data) > 1:
+        check_mixable(strategy)
+    options = model, split, assistant_only_loss, completion_only_loss, max_length
+    prepared = {name: prepared_rows(one, *options) for name, one in zip(names, data, strict=True)}
     own: dict[str, Any] = {"strategy": strategy, "overlong": overlong}
     mixture = None
     if len(data) == 1:
@@ -196,9 +201,9 @@ def inspect_data(
         seeded = seed if strategy_named(strategy).repacks else None
         packed = pack_dataset(rows, max_length, name=split, seed=seeded, once=once, **own)
     else:
-        packed, mixture = _mixed(prepared, data, weights, {
-            **own, "max_length": max_length, "batch_size": batch_size, "seed": seed, "weights_of": weights_of,
-            "stopping_strategy": stopping_strategy,
+        packed, mixture = _mixed(prepared, {
+            **own, "max_length": max_length, "batch_size": batch_size, "seed": seed, "weights": by_name,
+            "weights_of": weights_of, "stopping_strategy": stopping_strategy,
         })  # fmt: skip
     plan = packed.plan if mixture is None else mixture.first_epoch(packed.plan)
     report = packing_report(
@@ -212,7 +217,7 @@ def inspect_data(
     if packed.strategy.exact_steps:  # the picture shows the passes of some steps
         lengths = plan.stops.astype(np.int64) - plan.starts
         steps = simulate_steps(lengths, batch_size, tokens_per_pass or max_length, devices, 64)
-        plan = _as_packs(plan, report.tokens_per_pass, steps)
+        plan = _as_packs(plan, max(report.tokens_per_pass, int(lengths.max())), steps)
     return inspection_of(" + ".join(data), packed.rows, plan, report, mixture)
 
 
@@ -222,29 +227,40 @@ def inspection_of(
     """Compares several `max_length` for rows that are planned and reported on."""
     # of rows with pictures, what is scored is known for one length
     count_scored = rows.count_scored if isinstance(rows, TokenRows) else None
-    compared = compare_max_lengths(rows.lengths, {*CANDIDATES, report.max_length}, count_scored)
+    lengths = rows.lengths
+    if mixture is not None:
+        counted = mixture.rows_of_epoch()
+        lengths = lengths[counted]
+        count_scored = lambda examples, *segments: rows.count_scored(counted[examples], *segments)  # noqa: E731
+    compared = compare_max_lengths(lengths, {*CANDIDATES, report.max_length}, count_scored)
     return Inspection(data, report, compared, recommended_max_length(compared), plan, rows, mixture)
 
 
-def _mixed(
-    prepared: Mapping[str, Any], data: Sequence[str], weights: Sequence[float] | None, settings: dict[str, Any]
-) -> tuple[PackedDataset, Mixture]:
+def _names_of(data: Sequence[str]) -> list[str]:
+    """The last part of each path, if they differ."""
+    paths = [os.path.realpath(one) for one in data]
+    if len(set(paths)) < len(data):
+        raise ValueError(f"{', '.join(data)}: a data set is named twice")
+    names = [Path(path).name for path in paths]
+    return names if len(set(names)) == len(data) else list(data)
+
+
+def _mixed(prepared: Mapping[str, Any], settings: dict[str, Any]) -> tuple[PackedDataset, Mixture]:
     """Several data sets, by `packsft.pack`."""
     from packsft.loops.data import COLUMNS, pack
 
-    if weights is not None and len(weights) != len(data):
-        raise ValueError(f"--weights has {len(weights)} numbers for {len(data)} data sets")
-    names = [Path(os.path.realpath(one)).name for one in data]
-    if len(set(names)) < len(data):
-        names = list(data)
     sets = {}
-    for name, (source, (rows, once)) in zip(names, prepared.items(), strict=True):
+    for name, (rows, once) in prepared.items():
         if isinstance(rows, PictureRows):
-            raise ValueError(f"{source} holds pictures, which are not mixed with other data sets: inspect it alone")
+            raise ValueError(f"{name} holds pictures, which are not mixed with other data sets: inspect it alone")
         rows = _without_doubles(rows, once)
         sets[name] = rows.select_columns([column for column in COLUMNS if column in rows.column_names])
-    by_name = None if weights is None else dict(zip(sets, weights, strict=True))
-    mixed = pack(sets, weights=by_name, **settings)
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # `pack` logs what the tables show
+    try:
+        mixed = pack(sets, **settings)
+    finally:
+        logger.setLevel(level)
     assert isinstance(mixed.packs, PackedDataset)
     assert mixed.mixture is not None
     return mixed.packs, mixed.mixture
@@ -473,8 +489,8 @@ def decoder_of(tokenizer: Any) -> Callable[[Sequence[int]], str]:
     return decode
 
 
-@functools.lru_cache(1)
 def load_tokenizer(model: str) -> Any:
+    """Raises ValueError if there is none."""
     from transformers import AutoTokenizer
 
     from packsft.app.smollm2 import load_smollm2_tokenizer

@@ -18,6 +18,7 @@ from packsft.app import drawing
 from packsft.app.inspect import Inspection
 from packsft.data.document import IGNORE_INDEX
 from packsft.data.pictures import PictureRows
+from packsft.packing import STRATEGIES
 
 SHOWN_PACKS = 60
 SHOWN_CHARACTERS, SHOWN_PARTS = 400, 16  # of each part of a document, and of its parts
@@ -62,8 +63,8 @@ def check_page(what: str) -> None:
         raise ValueError(f'{what} needs the package jinja2: pip install "packsft[demo]"')
 
 
-def html_page(inspection: Inspection, decode: Decode | None, command: str) -> str:
-    """The page.
+def html_page(inspection: Inspection, decode: Decode | None, command: str) -> bytes:
+    """The page, in UTF-8.
 
     Args:
         decode: token ids to their text; None shows the ids.
@@ -74,7 +75,7 @@ def html_page(inspection: Inspection, decode: Decode | None, command: str) -> st
     plan, max_length = inspection.plan, inspection.report.max_length
     charts = [
         drawing.as_svg(drawing.draw_lengths, inspection.lengths, max_length),
-        drawing.as_svg(drawing.draw_unused, plan) if len(plan) else "",
+        drawing.as_svg(drawing.draw_unused, plan),
         drawing.as_svg(drawing.draw_max_lengths, inspection.max_lengths, max_length),
     ]
     # what comes from the data is escaped
@@ -82,7 +83,7 @@ def html_page(inspection: Inspection, decode: Decode | None, command: str) -> st
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     source = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    return template.from_string(source).render(
+    text = template.from_string(source).render(
         data=inspection.data,
         tables=inspection.tables(),
         recommendation=inspection.recommendation,
@@ -90,11 +91,13 @@ def html_page(inspection: Inspection, decode: Decode | None, command: str) -> st
         packs=[_row(inspection, pack, decode) for pack in drawing.shown_packs(plan, SHOWN_PACKS)],
         count=len(plan),
         kind=drawing.kind_of(plan),
+        exact=STRATEGIES[plan.strategy].exact_steps,
         with_pictures=inspection.picture_tokens is not None,
         with_texts=decode is not None,
         command=command,
         version=__version__,
     )
+    return text.encode(errors="backslashreplace")  # a path may hold bytes that are no text
 
 
 def _row(inspection: Inspection, pack: int, decode: Decode | None) -> Row:
@@ -128,22 +131,23 @@ def _block(inspection: Inspection, colour: str, decode: Decode | None, example: 
         else:
             text = _text(part, ids[max(0, first - 1) : first].tolist(), decode)
         parts.append(Part(bool(scored[first]), text))
-    cut = "" if stop - start == length else f", tokens {start:,} to {stop:,} of {length:,}"
+    cut = "" if stop - start == length else f" of {length:,} (from token {start:,})"
     return Block(
         width=100 * len(ids) / inspection.plan.max_length,
         pictures=100 * float(pictures.mean()),
         colour=colour,
-        title=f"{inspection.name_of(example)}: {stop - start:,} tokens{cut}, {int(scored.sum()):,} scored",
+        title=f"{inspection.name_of(example)}: {stop - start:,}{cut} tokens, {int(scored.sum()):,} scored",
         parts=parts,
         parts_left_out=max(0, len(bounds) - SHOWN_PARTS),
     )
 
 
 def _closed(pictures: np.ndarray) -> np.ndarray:
-    """`[T]` bool, with the few tokens between parts of a picture."""
+    """`[T]` bool, with the few tokens between parts of a picture, or between two pictures."""
     closed, places = pictures.copy(), np.flatnonzero(pictures)
     for first, last in itertools.pairwise(places.tolist()):
-        closed[first:last] = last - first <= BETWEEN_PARTS + 1 or closed[first:last]
+        if last - first <= BETWEEN_PARTS + 1:
+            closed[first:last] = True
     return closed
 
 
@@ -155,11 +159,16 @@ def _text(ids: Sequence[int], before: Sequence[int], decode: Decode | None) -> s
     if decode is None:
         texts = [" ".join(map(str, part)) for part in ([ids, end] if long else [ids])]
     else:
-        # some tokenizers leave out the space before the first token that they are given
-        texts = [decode([*before, *ids])[len(decode(before)) :], *([decode(end)] if long else [])]
+        texts = [_behind(before, ids, decode), *([decode(end)] if long else [])]
     if not long and len(texts[0]) <= SHOWN_CHARACTERS:
         return texts[0]
     return f"{texts[0][:half]} […] {texts[-1][-half:]}"
+
+
+def _behind(before: Sequence[int], ids: Sequence[int], decode: Decode) -> str:
+    """The text of `ids` behind others: some tokenizers leave out the space before the first token they are given."""
+    both, first = decode([*before, *ids]), decode(before)
+    return both.removeprefix(first) if both.startswith(first) else decode(ids)  # `before` ends within a character
 
 
 def write_whole(file: Path, content: bytes) -> None:

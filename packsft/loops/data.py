@@ -26,7 +26,7 @@ from packsft.data.packs import PackedDataset, TokenRows, pack_dataset
 from packsft.data.ranks import Ranks
 from packsft.data.streams import PackedStream
 from packsft.loops.loader import Order, StepLoader
-from packsft.loops.mixture import Mixture, check_weights, joined
+from packsft.loops.mixture import Mixture, check_mixable, check_weights, joined
 from packsft.packing import PackingReport, PackPlan, cut_examples, packing_report
 from packsft.packing.strategies import strategy_named
 
@@ -288,11 +288,10 @@ def _joined(rows: Mapping[str, Any], settings: dict[str, Any]) -> Dataset:
     """The rows of several data sets; their sizes become a setting."""
     if "input_ids" in rows and not isinstance(rows["input_ids"], Dataset):
         raise ValueError("rows is a mapping of columns, and must be one of data sets: use datasets.Dataset.from_dict")
-    if (strategy := settings["strategy"]) not in ("step", "none"):
-        raise ValueError(f"strategy={strategy!r} makes packs before it is known what an epoch takes: use 'step'")
+    check_mixable(settings["strategy"])
     sets = {name: _dataset_of(one, f"the set {name}") for name, one in rows.items()}
     settings["sets"] = {name: len(one) for name, one in sets.items()}
-    longest, split = settings["max_length"], {"strategy": strategy, "overlong": settings["overlong"]}
+    longest, split = settings["max_length"], {name: settings[name] for name in ("strategy", "overlong")}
 
     def check(rows: TokenRows) -> None:
         rows.check_ids(settings["vocab_size"] or ANY_VOCABULARY)

@@ -14,7 +14,7 @@ from packsft.data.packs import TokenRows
 from packsft.packing import PackPlan
 
 WEIGHTS_OF = ("token", "document")
-MOST_ROUNDS = 1_000  # in an epoch, of a set
+MOST_ROUNDS = 1_000  # of a set in an epoch; more is a slip in the weights, and would fill the memory
 STOPPING = ("first_exhausted", "all_exhausted")  # the names of `datasets.interleave_datasets`
 
 
@@ -54,7 +54,7 @@ class Mixture:
         sets: one `MixedSet` for each.
 
     Raises:
-        ValueError: a set has no document to score.
+        ValueError: a set has no document to score, or an epoch takes its documents more than 1,000 times.
     """
 
     def __init__(
@@ -83,11 +83,12 @@ class Mixture:
         counts = have
         if weights is not None:
             shares = np.array([weights[name] for name in sizes], np.float64)
+            shares /= shares.max()
             amount = tokens if weights_of == "token" else have
-            with np.errstate(over="ignore"):  # of a tiny weight; refused below, if it is used
+            with np.errstate(all="ignore"):  # a weight that is next to nothing: refused below, or one document
                 rounds = amount / shares
-            end = rounds.min() if stopping_strategy == "first_exhausted" else rounds.max()
-            counts = np.maximum(np.round(end * shares / (amount / have)), 1)
+                end = rounds.min() if stopping_strategy == "first_exhausted" else rounds.max()
+                counts = np.maximum(np.round(end * shares / (amount / have)), 1)
             _check_rounds(list(sizes), counts / have)
         self._counts = counts.astype(np.int64)
         taken = tokens / have * self._counts
@@ -121,22 +122,37 @@ class Mixture:
         parts = {name: getattr(plan, name)[items] for name in ("examples", "starts", "stops")}
         return replace(plan, offsets=np.arange(len(items) + 1), **parts)
 
+    def rows_of_epoch(self) -> NDArray[np.int64]:
+        """As many rows of each set as an epoch takes of its documents, those that are lost among them."""
+        bounds = np.cumsum([0, *(one.rows for one in self.sets)])
+        taken = [
+            np.resize(
+                np.random.default_rng(0).permutation(one.rows), round(one.rows * one.documents / one.documents_in_all)
+            )
+            for one in self.sets
+        ]
+        return np.concatenate([first + rows for first, rows in zip(bounds, taken, strict=False)])
+
     def rows(self) -> list[tuple[str, ...]]:
-        """The sets as a table, with headings: their rows, and what an epoch uses of them."""
-        headings = ("data set", "examples", "tokens", "tokens lost", "documents used", "token share")
-        return [headings, *map(_row, self.sets)]
+        """The sets as a table, with headings: their tokens, and what an epoch uses of them."""
+        sets = self.sets
+        names = ("rows", "tokens_in", "tokens_lost", "documents_in_all", "documents", "tokens", "share")
+        total = MixedSet("all", *(sum(getattr(one, name) for one in sets) for name in names))
+        headings = ("data set", "tokens", "tokens lost", "documents used", "tokens used")
+        return [headings, *map(_row, [*sets, total])]
 
 
 def _row(of: MixedSet) -> tuple[str, ...]:
     lost, documents = of.tokens_lost / max(1, of.tokens_in), f"{of.documents:,} of {of.documents_in_all:,}"
-    return of.name, f"{of.rows:,}", f"{of.tokens_in:,}", f"{lost:.2%}", documents, f"{of.share:.1%}"
+    return of.name, f"{of.tokens_in:,}", f"{lost:.2%}", documents, f"{of.tokens:,.0f} ({of.share:.1%})"
 
 
 def _check_rounds(names: list[str], times: NDArray[np.float64]) -> None:
-    if not times.max() <= MOST_ROUNDS:
+    times = np.where(np.isnan(times), 0, times)  # 0 times infinity
+    if times.max() > MOST_ROUNDS:
         raise ValueError(
-            f"weights: an epoch would take each document of {names[int(times.argmax())]} {times.max():,.0f} times, at "
-            f"most {MOST_ROUNDS:,} are allowed: choose nearer weights, or stopping_strategy='first_exhausted'"
+            f"weights: an epoch would take each document of {names[int(times.argmax())]} more than {MOST_ROUNDS:,} "
+            "times: choose nearer weights, or stopping_strategy='first_exhausted'"
         )
 
 
@@ -147,18 +163,14 @@ def check_weights(sets: Any, weights: Any, weights_of: str, stopping_strategy: s
     ):  # fmt: skip
         if value not in allowed:
             raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
+        if weights is None and value != allowed[0]:
+            raise ValueError(f"{name}={value!r} has no effect without weights")
     if sets is not None and (not sets or not all(isinstance(name, str) for name in sets)):
         raise ValueError(f"rows is a mapping from {list(sets)}, expected one or more names of data sets")
     if weights is None:
-        for name, value, default in (
-            ("weights_of", weights_of, "token"),
-            ("stopping_strategy", stopping_strategy, STOPPING[0]),
-        ):
-            if value != default:
-                raise ValueError(f"{name}={value!r} has no effect without weights")
         return
     if sets is None:
-        raise ValueError("weights are of several data sets: give rows as a mapping from names to them")
+        raise ValueError("weights are of several data sets, a mapping from names to them, and there is one")
     if not isinstance(weights, Mapping) or set(weights) != set(sets):
         given = list(weights) if isinstance(weights, Mapping) else weights
         raise ValueError(f"weights are of {given}, and the sets are {list(sets)}")
@@ -166,6 +178,12 @@ def check_weights(sets: Any, weights: Any, weights_of: str, stopping_strategy: s
         number = isinstance(weight, (int, float, np.number)) and not isinstance(weight, bool)
         if not number or not 0 < weight < np.inf:
             raise ValueError(f"weights[{name!r}]={weight!r}: must be a number above 0, and finite")
+
+
+def check_mixable(strategy: str) -> None:
+    """Raises ValueError for a strategy that makes packs."""
+    if strategy not in ("step", "none"):
+        raise ValueError(f"strategy={strategy!r} makes packs before it is known what an epoch takes: use 'step'")
 
 
 def joined(sets: Mapping[str, Dataset], check: Callable[[TokenRows], None]) -> Dataset:
@@ -190,6 +208,12 @@ def joined(sets: Mapping[str, Dataset], check: Callable[[TokenRows], None]) -> D
 
 
 def _with_columns(rows: Dataset, masked: bool) -> Dataset:
-    if masked and "attention_mask" not in rows.column_names:
-        rows = rows.map(lambda row: {"attention_mask": np.ones(len(row["input_ids"]), np.int64)})
-    return rows.select_columns(["input_ids", "labels", *(["attention_mask"] if masked else [])])
+    names = [name for name in ("input_ids", "labels", "attention_mask") if name in rows.column_names]
+    rows = rows.select_columns(names)
+    if masked and "attention_mask" not in names:
+        rows = rows.map(_ones, input_columns=["input_ids"], batched=True)
+    return rows
+
+
+def _ones(input_ids: list[list[int]]) -> dict[str, list[list[int]]]:
+    return {"attention_mask": [[1] * len(ids) for ids in input_ids]}

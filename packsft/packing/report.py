@@ -26,10 +26,10 @@ class PackingReport:
     """Counts before and after packing. Tokens are tokens of the examples, without padding.
 
     - `account`: what went in, and what was lost and why
-    - `tokens_per_pass`: under "step" the most tokens of a pass (a longer example has one of its own), otherwise
-      `max_length`
+    - `tokens_per_pass`: under "step" the limit of a pass, otherwise `max_length`
     - `packs`: under "step" the passes of an epoch on all ranks, estimated from 64 steps; `fill`: tokens / (packs *
-      max_length), or tokens_per_pass; `packs_lower_bound`: ceil(tokens / max_length)
+      tokens_per_pass); `packs_lower_bound`: ceil(tokens / tokens_per_pass); for both, a longer example counts as
+      `tokens_per_pass`: it is a pass of its own
     - `examples_per_pack_*`: documents in a pack; 0 without packs
     - `steps_packed`, `steps_unpacked`: optimizer steps, `ceil(samples / effective_batch_size) * num_train_epochs`;
       samples are packs, or packed examples (segments of examples that are split)
@@ -70,8 +70,11 @@ class PackingReport:
         """The row that says how full packs are; under "step" in tokens, since a pass holds at most its step."""
         if not exact or not self.packs:
             return "fill", f"{self.fill:.2%}"
-        mean = self.fill * self.tokens_per_pass
-        return "tokens per pass", f"{mean:,.0f} on average, at most {self.tokens_per_pass:,}"
+        mean, longer = self.fill * self.tokens_per_pass, self.max_length > self.tokens_per_pass
+        return (
+            "tokens per pass",
+            f"{mean:,.0f} on average, at most {self.tokens_per_pass:,}" + ", or one longer example" * longer,
+        )
 
     def rows(self) -> list[tuple[str, str]]:
         """Labels and texts for a two-column table. Most counts of 0 are left out."""
@@ -159,18 +162,16 @@ def packing_report(
     # an unpacked run takes segments one by one, except that the segments of "wrapped" exist only through its packs
     strategy = STRATEGIES[plan.strategy]
     samples = plan.account.examples_packed if strategy.end_to_end else len(plan.examples)
-    most = plan.max_length
+    tokens_per_pass = (strategy.exact_steps and tokens_per_pass) or plan.max_length
     if strategy.exact_steps:
-        limit = tokens_per_pass or plan.max_length
-        most = max(limit, int((plan.stops.astype(np.int64) - plan.starts).max(initial=0)))
-        packs = _exact_steps(plan, effective_batch_size, ranks, limit, most)
+        packs = _exact_steps(plan, effective_batch_size, ranks, tokens_per_pass)
     else:
         packs = _packs(plan, effective_batch_size, ranks, packs_at_once)
     num_packs = packs["packs"]
     return PackingReport(
         strategy=plan.strategy,
         max_length=plan.max_length,
-        tokens_per_pass=most,
+        tokens_per_pass=tokens_per_pass,
         account=plan.account,
         effective_batch_size=effective_batch_size,
         num_train_epochs=num_train_epochs,
@@ -204,10 +205,11 @@ def _packs(plan: PackPlan, effective_batch_size: int, ranks: int, packs_at_once:
     }
 
 
-def _exact_steps(plan: PackPlan, effective_batch_size: int, ranks: int, limit: int, most: int) -> dict[str, Any]:
-    """The passes of an epoch, estimated from some steps in a random order. `most`: the tokens of the longest one."""
+def _exact_steps(plan: PackPlan, effective_batch_size: int, ranks: int, tokens_per_pass: int) -> dict[str, Any]:
+    """The passes of an epoch, estimated from some steps in a random order."""
     lengths = plan.stops.astype(np.int64) - plan.starts
-    steps = simulate_steps(lengths, effective_batch_size, limit, ranks, SIMULATED_STEPS)
+    sizes = int(np.minimum(lengths, tokens_per_pass).sum())
+    steps = simulate_steps(lengths, effective_batch_size, tokens_per_pass, ranks, SIMULATED_STEPS)
     passes = [documents for shares in steps for share in shares for documents in share]
     num_packs = round(len(passes) * len(lengths) / max(1, sum(map(len, passes))))
     imbalance = shuffled = None
@@ -220,8 +222,8 @@ def _exact_steps(plan: PackPlan, effective_batch_size: int, ranks: int, limit: i
         shuffled = cost_imbalance(squares[taken].reshape(-1, effective_batch_size // ranks).sum(axis=1), ranks)
     return {
         "packs": num_packs,
-        "packs_lower_bound": -(-plan.num_tokens // most),
-        "fill": plan.num_tokens / (num_packs * most) if num_packs else 0.0,
+        "packs_lower_bound": -(-sizes // tokens_per_pass),
+        "fill": sizes / (num_packs * tokens_per_pass) if num_packs else 0.0,
         "examples_per_pack_min": min(map(len, passes), default=0),
         "examples_per_pack_max": max(map(len, passes), default=0),
         "cost_imbalance": imbalance,

@@ -14,7 +14,7 @@ from vision import rows_with_pictures, vision_model
 
 from packsft.app.cli import main
 from packsft.app.inspect import inspect_data
-from packsft.app.page import SHOWN_BLOCKS, SHOWN_CHARACTERS, SHOWN_PACKS, SHOWN_PARTS, write_whole
+from packsft.app.page import SHOWN_BLOCKS, SHOWN_CHARACTERS, SHOWN_PACKS, SHOWN_PARTS, _text, write_whole
 
 VOID = ("meta", "br", "path", "use")
 
@@ -103,8 +103,8 @@ def test_blocks_and_texts_are_those_of_the_plan(tmp_path, tokenizer_folder):
             prompt = decode(ids[:first])
             assert block["parts"] == [["span", prompt], ["mark", decode(ids)[len(prompt) :]]]
             assert block["width"] == pytest.approx(100 * (stop - start) / 16, abs=1e-3)
-            of_all = "" if stop == rows.lengths[example] else f", tokens {start} to {stop} of {rows.lengths[example]}"
-            assert block["title"] == f"row {example}: {stop - start} tokens{of_all}, {len(scored)} scored"
+            of_all = "" if stop == rows.lengths[example] else f" of {rows.lengths[example]} (from token {start})"
+            assert block["title"] == f"row {example}: {stop - start}{of_all} tokens, {len(scored)} scored"
             cut += bool(of_all)
     assert cut == found.report.account.examples_truncated == 4
     tables = [row for _, *rows in found.tables().values() for row in rows]
@@ -176,6 +176,17 @@ def test_spaces_between_the_parts_stay(tmp_path, scheme):
     assert pack["blocks"][0]["parts"] == [["span", "the cat"], ["mark", " sits"]]
 
 
+def test_a_character_that_is_split_between_parts_loses_no_text():
+    pieces = {1: b"\xf0\x9f", 2: b"\x98\x80", 3: b" hi"}
+
+    def decode(ids):
+        return b"".join(pieces[i] for i in ids).decode(errors="replace")
+
+    assert _text([2, 3], [1], decode).endswith(" hi")
+    assert len(_text([2, 3], [1], decode)) > 3
+    assert _text([3], [1, 2], decode) == " hi"
+
+
 def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     (tmp_path / "page.html").write_text("of before")
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
@@ -188,7 +199,7 @@ def test_exact_steps_show_passes(tmp_path):
     Dataset.from_dict({"input_ids": [[5] * n for n in (3, 9, 4, 8)] * 9}).save_to_disk(tmp_path / "rows")
     arguments = ["--strategy", "step", "--max-length", "16", "--tokens-per-pass", "20", "--batch-size", "4"]
     page = page_of(tmp_path, str(tmp_path / "rows"), *arguments)
-    assert "Passes of some steps, block by block" in (tmp_path / "page.html").read_text()
+    assert "passes of some steps. A block" in (tmp_path / "page.html").read_text()
     assert all(pack["title"].endswith(" of 20 tokens") for pack in page.packs)
     assert sum(len(pack["blocks"]) for pack in page.packs) == 36
 
@@ -253,6 +264,28 @@ def test_several_data_sets_are_those_of_pack(tmp_path, capsys):
     assert "documents used" in capsys.readouterr().out
 
 
+def test_max_lengths_are_compared_on_what_an_epoch_takes(tmp_path):
+    Dataset.from_dict({"input_ids": [[5] * 100] * 5_000}).save_to_disk(tmp_path / "short")
+    Dataset.from_dict({"input_ids": [[5] * n for n in (1_025, 1_025, 3_000)]}).save_to_disk(tmp_path / "long")
+    names = [str(tmp_path / name) for name in ("short", "long")]
+    even, tilted = inspect_data(*names), inspect_data(*names, weights=[0.1, 0.9])
+    assert even.recommended_max_length == 1024  # 2,000 of 505,050 tokens are cut
+    assert tilted.recommended_max_length == 4096
+    long, epoch = 1_025 + 1_025 + 3_000, tilted.mixture.sets[0].documents * 100
+    for each in tilted.max_lengths:
+        lost = sum(max(0, length - each.max_length) for length in (1_025, 1_025, 3_000))
+        assert each.tokens_lost == lost
+        assert each.share_lost == lost / (long + epoch)
+
+
+def test_wrong_weights_are_refused_before_any_data_is_read(tmp_path, capsys):
+    assert main(["inspect", "a.jsonl", "b.jsonl", "--weights", "1"]) == 2
+    assert "weights: 1 given for 2 data sets" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["inspect", "--weights", "1", "2", "a.jsonl", "b.jsonl"])
+    assert "a.jsonl: expected a number above 0" in capsys.readouterr().err
+
+
 def test_blocks_of_several_data_sets_are_named_by_set(tmp_path):
     names = sets(tmp_path)
     page = page_of(tmp_path, *names, "--max-length", "64", "--tokens-per-pass", "64", "--batch-size", "110")
@@ -285,14 +318,12 @@ def test_a_pass_holds_its_longest_document(tmp_path):
     assert sorted(pack["title"].split(": ")[1] for pack in page.packs) == [
         "1 document, 30 of 30 tokens", "2 documents, 7 of 30 tokens"
     ]  # fmt: skip
-    report = inspect_data(str(tmp_path / "rows"), strategy="step", tokens_per_pass=8).report
-    assert (report.tokens_per_pass, report.packs, report.packs_lower_bound) == (30, 2, 2)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--weights", "1"], "--weights has 1 numbers for 2 data sets"),
+        (["--weights", "1"], "weights: 1 given for 2 data sets"),
         (["--weights-of", "row"], "weights_of='row': must be one of token, document"),
         (["--stopping-strategy", "never"], "stopping_strategy='never': must be one of"),
         (["--strategy", "bfd"], "strategy='bfd' makes packs before it is known what an epoch takes: use 'step'"),
@@ -306,9 +337,11 @@ def test_a_bad_mixture_is_named(arguments, message, tmp_path, capsys):
 def test_what_is_of_several_data_sets_is_refused_for_one(tmp_path, capsys):
     one, _ = sets(tmp_path)
     assert main(["inspect", one, "--weights", "1"]) == 2
-    assert "--weights is for several data sets, and there is one" in capsys.readouterr().err
+    assert "weights are of several data sets" in capsys.readouterr().err
+    assert main(["inspect", one, "--stopping-strategy", "x"]) == 2
+    assert "stopping_strategy='x': must be one of" in capsys.readouterr().err
     for other in (one, f"{one}/", f"{one}/../short"):
         assert main(["inspect", one, other]) == 2
         assert "a data set is named twice" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="weights are of several data sets, and there is one"):
+    with pytest.raises(ValueError, match="weights are of several data sets"):
         inspect_data(one, weights=[1])

@@ -59,14 +59,15 @@ def test_what_an_epoch_takes_is_said_and_reported():
     short, long = data.mixture.sets
     assert short.documents == 40
     assert long.documents < 30
-    header, *of_sets = [line.split("  ") for line in str(data).splitlines()[-3:]]
-    assert header[0].strip() == "data set"
-    for one, line, count in zip((short, long), of_sets, (40, 30), strict=True):
-        cells = [cell.strip() for cell in line if cell.strip()]
-        assert cells == [
-            one.name, str(count), f"{one.tokens_in:,}", "0.00%", f"{one.documents} of {count}", f"{one.share:.1%}"
-        ]  # fmt: skip
+    lines = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in str(data).splitlines()[-4:]]
+    assert lines[0] == ["data set", "tokens", "tokens lost", "documents used", "tokens used"]
+    for one, line, count in zip((short, long), lines[1:], (40, 30), strict=False):
+        used = f"{one.tokens:,.0f} ({one.share:.1%})"
+        assert line == [one.name, f"{one.tokens_in:,}", "0.00%", f"{one.documents} of {count}", used]
         assert one.share == pytest.approx(0.5, abs=0.02)
+    assert lines[3][0] == "all"
+    assert lines[3][3] == f"{short.documents + long.documents} of 70"
+    assert lines[3][4] == f"{short.tokens + long.tokens:,.0f} (100.0%)"
     steps = len(data.loader())
     assert data.report.steps_exact == steps == -(-(short.documents + long.documents) // 4)
     assert data.report.packs == pytest.approx(sum(map(len, data.loader())), rel=0.2)  # in another order
@@ -116,8 +117,9 @@ def test_a_mixture_goes_on_where_it_was_and_can_be_saved(tmp_path):
         ([[1, 2]], {"weights": {"a": 1}}, "weights are of several data sets"),
         (SETS, {"weights_of": "document"}, "weights_of='document' has no effect without weights"),
         (SETS, {"stopping_strategy": "all_exhausted"}, "stopping_strategy='all_exhausted' has no effect without"),
-        (SETS, FAR | {"weights": {"short": 1e9, "long": 1e-9}}, "take each document of short .* times, at most 1,000"),
-        (SETS, FAR | {"weights": {"short": 5e-324, "long": 1}}, "take each document of .* at most 1,000"),
+        (SETS, FAR | {"weights": {"short": 1e9, "long": 1e-9}}, "each document of short more than 1,000 times"),
+        (SETS, FAR | {"weights": {"short": 5e-324, "long": 1}}, "each document of long more than 1,000 times"),
+        (SETS, FAR | {"weights": {"short": 1e300, "long": 1e-300}}, "more than 1,000 times"),
         (SETS | {"uneven": Dataset.from_list([{"input_ids": [1], "labels": []}])}, {}, "the set uneven: row 0 of"),
         (SETS | {"negative": [[1, 2], [1, -2]]}, {}, "the set negative: row 1 of the data set"),
         (SETS | {"other": [[1, 2], [3] * 40]}, {"overlong": "error"}, "the set other: row 1 has 40 tokens"),
@@ -166,3 +168,14 @@ def test_a_set_with_a_mask_is_joined_to_one_without():
 
 def test_a_data_set_may_be_named_like_a_column():
     assert packsft.pack({"input_ids": SETS["short"], "long": SETS["long"]}, 32, batch_size=4).mixture.sets[0].rows == 40
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("weights", [{"short": 5e-324, "long": 1}, {"short": 1e300, "long": 1e-300}])
+def test_a_weight_that_is_next_to_nothing_takes_one_document(weights):
+    least = min(weights, key=weights.get)
+    assert [one.documents for one in mixed(weights).mixture.sets if one.name == least] == [1]
+
+
+def test_tiny_weights_are_as_any():
+    assert mixed({"short": 5e-324, "long": 5e-324}).mixture.sets[0].documents == 40

@@ -166,3 +166,9 @@ def test_without_a_whole_step_there_is_no_cost_imbalance():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         report([1], **arguments)
+
+
+def test_a_longer_example_is_a_full_pass_and_not_more():
+    got = report([8] * 1_000 + [30], max_length=64, strategy="step", effective_batch_size=1_001, tokens_per_pass=8)
+    assert (got.packs, got.packs_lower_bound, got.fill, got.tokens_per_pass) == (1_001, 1_001, 1.0, 8)
+    assert ("tokens per pass", "8 on average, at most 8, or one longer example") in got.rows()
