@@ -85,11 +85,15 @@ class Mixture:
             shares = np.array([weights[name] for name in sizes], np.float64)
             shares /= shares.max()
             amount = tokens if weights_of == "token" else have
-            with np.errstate(all="ignore"):  # a weight that is next to nothing: refused below, or one document
-                rounds = amount / shares
-                end = rounds.min() if stopping_strategy == "first_exhausted" else rounds.max()
-                counts = np.maximum(np.round(end * shares / (amount / have)), 1)
-            _check_rounds(list(sizes), counts / have)
+            with np.errstate(divide="ignore", over="ignore"):  # of a weight that is next to nothing
+                ends = amount / shares
+            end = ends.min() if stopping_strategy == "first_exhausted" else ends.max()
+            if end > MOST_ROUNDS * ends.min():
+                raise ValueError(
+                    f"weights: an epoch would take each document of {list(sizes)[ends.argmin()]} more than "
+                    f"{MOST_ROUNDS:,} times: choose nearer weights, or stopping_strategy='first_exhausted'"
+                )
+            counts = np.maximum(np.round(end * shares / (amount / have)), 1)
         self._counts = counts.astype(np.int64)
         taken = tokens / have * self._counts
         self.sets = []
@@ -145,15 +149,6 @@ class Mixture:
 def _row(of: MixedSet) -> tuple[str, ...]:
     lost, documents = of.tokens_lost / max(1, of.tokens_in), f"{of.documents:,} of {of.documents_in_all:,}"
     return of.name, f"{of.tokens_in:,}", f"{lost:.2%}", documents, f"{of.tokens:,.0f} ({of.share:.1%})"
-
-
-def _check_rounds(names: list[str], times: NDArray[np.float64]) -> None:
-    times = np.where(np.isnan(times), 0, times)  # 0 times infinity
-    if times.max() > MOST_ROUNDS:
-        raise ValueError(
-            f"weights: an epoch would take each document of {names[int(times.argmax())]} more than {MOST_ROUNDS:,} "
-            "times: choose nearer weights, or stopping_strategy='first_exhausted'"
-        )
 
 
 def check_weights(sets: Any, weights: Any, weights_of: str, stopping_strategy: str) -> None:
