@@ -1,4 +1,4 @@
-"""LoRA with `PackedSFTTrainer`: `python examples/lora.py MODEL OUTPUT`.
+"""LoRA with `PackedSFTTrainer`: `pip install peft`, then `python examples/lora.py MODEL OUTPUT`.
 
 On several devices: accelerate launch --config_file examples/fsdp2.yaml examples/lora.py MODEL OUTPUT
 """

@@ -25,11 +25,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.utils import is_kernels_available
 from trl import SFTConfig
 
-from packsft.config import PackedSFTConfig
+from packsft.config import PackedSFTConfig, check_packs
 from packsft.data.document import check_row
 from packsft.data.loaders import Packs
 from packsft.data.pictures import has_pictures
-from packsft.packing import PACKING_STRATEGIES, STRATEGIES
+from packsft.packing import STRATEGIES
 from packsft.step.memory import can_measure
 
 logger = logging.getLogger("packsft")
@@ -68,10 +68,7 @@ def own_arguments(arguments: dict[str, Any]) -> SFTConfig:
 
 def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
     """Raises ValueError for anything wrong with the call that can be known before a row is tokenised."""
-    if args.packing and args.max_length is None:
-        raise ValueError("max_length=None: packing=True needs max_length, the number of tokens in a pack")
-    if args.packing and args.packing_strategy not in PACKING_STRATEGIES:
-        raise ValueError(f"packing_strategy={args.packing_strategy!r} is unknown, expected one of {PACKING_STRATEGIES}")
+    check_packs(args)
     if _takes_exact_steps(args):
         _check_exact_steps(args)
     _warn_of_idle_settings(args)

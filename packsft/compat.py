@@ -28,7 +28,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.fsdp import StateDictType
 from torch.distributed.tensor import DTensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerBase
+from transformers import AttentionInterface, AttentionMaskInterface, AutoProcessor, PreTrainedTokenizerBase
 from transformers.utils import is_peft_available
 from trl.trainer import sft_trainer as trl_sft_trainer
 
@@ -109,6 +109,28 @@ def own_head_during_init() -> Iterator[None]:
     finally:
         for name, value in originals.items():
             setattr(trl_sft_trainer, name, value)
+
+
+@contextmanager
+def naming_missing_tokenizer() -> Iterator[None]:
+    """During `SFTTrainer.__init__`, a tokenizer that cannot be loaded is one error that says what to pass.
+
+    TRL loads the one of the model's name, and its error names a repository that the user never asked for.
+    """
+
+    class Named:
+        @staticmethod
+        def from_pretrained(name: str, **options: Any) -> Any:
+            try:
+                return AutoProcessor.from_pretrained(name, **options)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"processing_class=None, and no tokenizer can be loaded from {name!r}, where the model is from: "
+                    f"pass the model's tokenizer as processing_class ({error})"
+                ) from error
+
+    with mock.patch.object(trl_sft_trainer, "AutoProcessor", Named):
+        yield
 
 
 def attention_registries() -> tuple[dict[str, Any], dict[str, Any]]:

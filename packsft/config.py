@@ -192,6 +192,7 @@ class PackedSFTConfig(SFTConfig):
             _say_no_accelerator()
             self.use_cpu = True
         super().__post_init__()
+        check_packs(self)
         if self.attention_backend != "auto" and self.attention_backend not in BACKENDS:
             raise ValueError(
                 f"attention_backend={self.attention_backend!r} is unknown, expected 'auto' or one of {list(BACKENDS)}"
@@ -216,3 +217,13 @@ class PackedSFTConfig(SFTConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown, expected one of {list(allowed)}")
         resolve_overlong(self.packing_strategy if self.packing else "none", self.overlong)  # raises
         check_max_lost_fraction(self.max_lost_fraction)
+
+
+def check_packs(args: SFTConfig) -> None:
+    """Raises ValueError for a strategy that is unknown, or a `max_length` that no pack can have."""
+    if args.packing and args.packing_strategy not in PACKING_STRATEGIES:
+        raise ValueError(f"packing_strategy={args.packing_strategy!r} is unknown, expected one of {PACKING_STRATEGIES}")
+    if args.packing and args.max_length is None:
+        raise ValueError("max_length=None: packing=True needs max_length, the number of tokens in a pack")
+    if args.max_length is not None and args.max_length < 1:
+        raise ValueError(f"max_length={args.max_length}: must be at least 1")

@@ -118,7 +118,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
                 if (rows := call.arguments.get(f"{name}_dataset")) is not None:
                     rows = with_hidden_pictures(rows)
                     call.arguments[f"{name}_dataset"] = in_one_form(rows, args.dataset_text_field, name)
-        with compat.own_head_during_init():
+        with compat.own_head_during_init(), compat.naming_missing_tokenizer():
             super().__init__(*call.args[1:], **call.kwargs)
         self.args.enable_jit_checkpoint = saves_on_sigterm
         if (own_loss := call.arguments.get("compute_loss_func")) is not None:

@@ -118,7 +118,10 @@ def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if options.json:
         print(json.dumps(inspection.as_dict(), indent=2))
     else:
-        inspection.show(Console())
+        console = Console()
+        inspection.show(console)
+        if made:
+            console.print(f"Written: {', '.join(map(str, made))}", markup=False, emoji=False, soft_wrap=True)
     return 0
 
 

@@ -52,6 +52,7 @@ SEED = 0
 HELD_OUT_EXAMPLES = 32
 PADDED_BATCH_SIZE = 8  # TRL's default
 COMPARE_HELD_OUT = 8
+REPEATS, REPEAT_WITHIN = 3, 20.0  # of the step of a competitor, and seconds
 SAMPLE_TOKENS = 64
 SAMPLE_PROMPT_TOKENS = 256
 # Most tokens to train on and to compare on: the demo then takes under five minutes on two cores. Without bfloat16
@@ -501,8 +502,9 @@ def _compare(job: Job, console: Console) -> tuple[str, list[tuple[str, ...]]]:
     note = (
         f"One optimizer step on the same {len(job.compare)} examples ({tokens:,} tokens) from the same weights, each "
         "in its own process, without gradient checkpointing. Tokens/s counts tokens without padding over all of "
-        f"train(). Peak memory is of the {where}. Loss is the loss of the step. The largest difference to the padded "
-        "path is over this loss and, with the weights after the step, the losses of "
+        f"train(), the fastest of at most {REPEATS} within {REPEAT_WITHIN:.0f} s. Peak memory is of the {where}. Loss is "
+        "the loss of the step. The largest difference to the padded path is over this loss and, with the weights after "
+        "the step, the losses of "
         f"{len(held_out)} held-out examples, each run alone in float32."
     )
     return note, table
@@ -521,12 +523,14 @@ def _run_competitor(scratch: Path, method: str) -> dict[str, Any]:
 
 
 def compete(method: str, scratch: Path) -> None:
-    """One optimizer step of one method on the prepared examples; writes its numbers to `<method>.json`."""
+    """One optimizer step of one method on the prepared examples; writes its numbers to `<method>.json`.
+
+    A step that is over soon is repeated from the same weights, and the fastest one counts.
+    """
     from trl import SFTConfig, SFTTrainer
 
     from packsft import PackedSFTConfig, PackedSFTTrainer
 
-    model = AutoModelForCausalLM.from_pretrained(scratch / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(scratch / "model")
     rows = read_jsonl(scratch / "compare.jsonl")
     settings = json.loads((scratch / "settings.json").read_text()) | {
@@ -537,13 +541,16 @@ def compete(method: str, scratch: Path) -> None:
         "gradient_accumulation_steps": len(rows),
         "lr_scheduler_type": "constant",
     }
-    if method == "packsft":
-        trainer = PackedSFTTrainer(model, PackedSFTConfig(**settings), train_dataset=rows, processing_class=tokenizer)
-    else:
-        trainer = SFTTrainer(model, SFTConfig(**settings), train_dataset=rows, processing_class=tokenizer)
-    seconds = trainer.train().metrics["train_runtime"]
-    result = {"seconds": seconds, "peak_bytes": _peak_bytes()}
-    assert trainer.state.global_step == 1
+    trainer_class, config = (PackedSFTTrainer, PackedSFTConfig) if method == "packsft" else (SFTTrainer, SFTConfig)
+    seconds: list[float] = []
+    while len(seconds) < REPEATS and sum(seconds) < REPEAT_WITHIN:
+        model = AutoModelForCausalLM.from_pretrained(scratch / "model", dtype=torch.float32)
+        trainer = trainer_class(model, config(**settings), train_dataset=rows, processing_class=tokenizer)
+        seconds.append(trainer.train().metrics["train_runtime"])
+        assert trainer.state.global_step == 1
+        if len(seconds) == 1:
+            peak_bytes = _peak_bytes()
+    result = {"seconds": min(seconds), "peak_bytes": peak_bytes}
     # Evaluate the trained weights on a plain model: the same evaluation for every method.
     plain = AutoModelForCausalLM.from_pretrained(scratch / "model", dtype=torch.float32)
     plain.load_state_dict(trainer.model.state_dict())

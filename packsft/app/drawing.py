@@ -100,7 +100,8 @@ def draw_max_lengths(axes: Any, compared: Sequence[MaxLength], max_length: int) 
     axes.set_xscale("log", base=2)
     axes.set_xticks([each.max_length for each in compared], [f"{each.max_length:,}" for each in compared], rotation=30)
     axes.minorticks_off()
-    axes.set(xlabel="max_length", ylabel="tokens lost (%)", ylim=(0, None), title="Tokens lost at each max_length")
+    axes.set_ylim(0, max(1.0, 105 * max(each.share_lost for each in compared)))
+    axes.set(xlabel="max_length", ylabel="tokens lost (%)", title="Tokens lost at each max_length")
 
 
 def kind_of(plan: PackPlan) -> str:
@@ -130,6 +131,7 @@ def draw_plan(lengths: np.ndarray, max_length: int, plan: PackPlan, picture_toke
         pictures = [picture_tokens[plan.segments(pack)[:, 0]].tolist() for pack in shown]
     draw_packs(rows, [plan.seq_lengths(pack).tolist() for pack in shown], plan.max_length, pictures)
     rows.set_yticks(range(len(shown)), [f"{pack:,}" for pack in shown], fontsize=7)
+    rows.set_ylabel(kind_of(plan))
     rows.set_title(
         f"{len(shown)} of the {kind_of(plan)}, one block per document\nhatched space is unused"
         + ("; black: pictures" if pictures else "")

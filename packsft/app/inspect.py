@@ -139,8 +139,8 @@ class Inspection:
     def recommendation(self) -> str:
         share, best = f"{CUT_AT_MOST:.1%} of the tokens", self.recommended_max_length
         if best is None:
-            return f"Each max_length above cuts more than {share}."
-        return f"Recommended: max_length={best}, the smallest above that cuts at most {share}."
+            return f"Each max_length in the table cuts more than {share}."
+        return f"Recommended: max_length={best}, the smallest in the table that cuts at most {share}."
 
     def show(self, console: Console) -> None:
         """The tables and the recommendation."""

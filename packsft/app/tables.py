@@ -12,11 +12,12 @@ from rich.text import Text
 def print_table(console: Console, title: str, rows: Sequence[Sequence[str]], texts: Sequence[int] = (0,)) -> None:
     """`texts`: the columns that are set to the left; numbers are set to the right."""
     # Text and not str, in which rich would take `[x]` for markup and `:x:` for an emoji.
-    table = Table(title=Text(title, style="italic"), title_justify="left")
+    table = Table()
     for number, heading in enumerate(rows[0]):
         table.add_column(Text(heading), justify="left" if number in texts else "right", overflow="fold")
     for row in rows[1:]:
         table.add_row(*map(Text, row))
+    console.print(Text(title, style="italic"), soft_wrap=True)  # above the table, not in its width
     console.print(table)
 
 

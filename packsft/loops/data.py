@@ -74,6 +74,10 @@ class PackedData:
             tables.append(self.mixture.rows())
         return "\n".join(map(_aligned, tables))
 
+    def __repr__(self) -> str:
+        names = ("max_length", "batch_size", "strategy", "tokens_per_pass")
+        return f"PackedData({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+
     @property
     def report(self) -> PackingReport:
         """What packing does to the rows and to the number of steps of an epoch. Of several data sets, the account is of
@@ -255,7 +259,7 @@ def pack(
     }
     options: dict[str, Any] = {
         "strategy": strategy,
-        "name": "train",
+        "name": "packed",
         "overlong": overlong,
         "max_lost_fraction": max_lost_fraction,
         "vocab_size": settings["vocab_size"] or ANY_VOCABULARY,
@@ -304,6 +308,10 @@ def _dataset_of(rows: Any, where: str) -> Dataset:
     """A data set with the columns that are read. Raises TypeError and ValueError, naming the row."""
     if isinstance(rows, Dataset):
         _refuse_unread(rows.column_names, where)
+        if "input_ids" not in rows.column_names:
+            raise ValueError(
+                f"{where} has {', '.join(rows.column_names) or 'no columns'}, but no input_ids: tokenise it"
+            )
         return rows
     if isinstance(rows, str) or not isinstance(rows, Sequence):
         streams = "a datasets.IterableDataset" if where == "the data set" else "no stream,"

@@ -68,6 +68,8 @@ def prepare(
         ValueError: an argument, or the model has no language-model head, or has what only the trainer handles: a prompt
             of PEFT, a router's loss; or as `PreparedModel`.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected a causal language model of transformers")
     wrapped = not isinstance(model, PreTrainedModel) and not (is_peft_model(model) and hasattr(model, "get_base_model"))
     if wrapped or isinstance(model, FSDPModule):
         raise TypeError(

@@ -69,7 +69,7 @@ class Account:
             )
         if self.examples_truncated:
             losses.append(
-                f"{self.examples_truncated} examples are cut at max_length={max_length}, "
+                f"{self.examples_truncated} {of_examples} are cut at max_length={max_length}, "
                 f"{self.tokens_truncated} {of_tokens}"
             )
         if self.tokens_padding:

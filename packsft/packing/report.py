@@ -96,9 +96,10 @@ class PackingReport:
         lost = (
             f"{account.tokens_lost:,} ({account.tokens_lost / account.tokens_in:.2%})" if account.tokens_lost else "0"
         )
+        epochs = ("epochs", f"{self.num_train_epochs:g}")
         rows += [("tokens kept", f"{account.tokens_kept:,}"), ("tokens lost", lost)]
         if self.strategy == "none":
-            return [*rows, ("optimizer steps", f"{self.steps_unpacked:,}")]
+            return [*rows, epochs, ("optimizer steps", f"{self.steps_unpacked:,}")]
         exact = STRATEGIES[self.strategy].exact_steps
         kind = "passes of an epoch" if exact else f"packs of {self.max_length:,}"
         rows += [
@@ -122,9 +123,10 @@ class PackingReport:
             text = f"{self.cost_imbalance:.2f} ({self.cost_imbalance_shuffled:.2f} in a random order)"
             rows.append((f"attention cost, busiest of {self.ranks:,} devices / mean", text))
         if exact:
-            return [*rows, ("optimizer steps, as unpacked", f"{self.steps_exact:,}")]
+            return [*rows, epochs, ("optimizer steps, as unpacked", f"{self.steps_exact:,}")]
         return [
             *rows,
+            epochs,
             ("optimizer steps, packed", f"{self.steps_packed:,}"),
             ("optimizer steps, unpacked or exact-step", f"{self.steps_unpacked:,}"),
         ]

@@ -169,7 +169,7 @@ def test_names_are_printed_as_they_are(tmp_path, monkeypatch, capsys):
     Path("[").mkdir()
     (tmp_path / "[/y]:cat:  b.jsonl").write_text('{"input_ids": [3, 4]}')
     assert main(["inspect", "[/y]:cat:  b.jsonl"]) == 0
-    assert "Packing of [/y]:cat:  b.jsonl " in capsys.readouterr().out
+    assert "Packing of [/y]:cat:  b.jsonl\n" in capsys.readouterr().out
     fails_with(["[/z]:cat:  b.jsonl"], "no such file or folder: [/z]:cat:  b.jsonl", capsys)
 
 
@@ -211,9 +211,10 @@ def test_table_names_losses_steps_and_the_recommendation(tokens, capsys):
         assert text in printed
 
 
-def test_picture_is_written(tokens, tmp_path):
+def test_picture_is_written(tokens, tmp_path, capsys):
     assert main(["inspect", tokens, "--max-length", "4", "--plot", str(tmp_path / "plan.png")]) == 0
     assert Image.open(tmp_path / "plan.png").size == (1920, 576)
+    assert f"Written: {tmp_path / 'plan.png'}\n" in capsys.readouterr().out
 
 
 def test_documents_of_a_pack_differ_in_black_and_white():

@@ -199,7 +199,7 @@ def test_exact_steps_show_passes(tmp_path):
     Dataset.from_dict({"input_ids": [[5] * n for n in (3, 9, 4, 8)] * 9}).save_to_disk(tmp_path / "rows")
     arguments = ["--strategy", "step", "--max-length", "16", "--tokens-per-pass", "20", "--batch-size", "4"]
     page = page_of(tmp_path, str(tmp_path / "rows"), *arguments)
-    assert "passes of some steps. A block" in (tmp_path / "page.html").read_text()
+    assert "passes, of at most 64 steps. A block" in (tmp_path / "page.html").read_text()
     assert all(pack["title"].endswith(" of 20 tokens") for pack in page.packs)
     assert sum(len(pack["blocks"]) for pack in page.packs) == 36
 

@@ -83,7 +83,7 @@ def test_truncation_keeps_the_end_that_was_asked_for(tmp_path, keep, caplog):
     rows = Dataset.from_list([{"input_ids": [3, 4, 5, 6, 7, 8], "labels": [3, 4, 5, 6, 7, 8]}] * 2)
     ours = trainer(tmp_path, train_dataset=rows, max_length=4, packing=False, truncation_mode=keep)
     assert ours.train_dataset.pack(0)[0].input_ids.tolist() == ([3, 4, 5, 6] if keep == "keep_start" else [5, 6, 7, 8])
-    assert "2 examples are cut at max_length=4, 4 of 12 tokens are lost" in caplog.text
+    assert "2 of 2 examples are cut at max_length=4, 4 of 12 tokens are lost" in caplog.text
 
 
 def test_examples_without_a_scored_token_are_counted_and_left_out(tmp_path, caplog):
@@ -124,7 +124,7 @@ LONG = Dataset.from_list(  # scored: all, the first 3 tokens, the last token
 @pytest.mark.parametrize(
     ("overlong", "kept", "message"),
     [
-        ("truncate", [[3, 4, 5, 6], [9, 10, 11, 12], [16, 17, 18]], "2 examples are cut at max_length=4, 5 of 16"),
+        ("truncate", [[3, 4, 5, 6], [9, 10, 11, 12], [16, 17, 18]], "2 of 3 examples are cut at max_length=4, 5 of 16"),
         ("split", [[3, 4, 5, 6], [7, 8], [9, 10, 11, 12], [16, 17, 18]], "1 segments of other examples have no token"),
         ("drop", [[16, 17, 18]], "2 of 3 examples are longer than max_length=4 and left out, 13 of 16 tokens are lost"),
     ],

@@ -187,7 +187,7 @@ def test_what_is_left_out_or_cut_is_counted_and_said(caplog):
     )  # fmt: skip
     assert stream.num_packs == len(packs)
     assert "2 of 7 examples have no token to score" in caplog.text
-    assert "1 examples are cut at max_length=4, 1 of 20 tokens are lost" in caplog.text
+    assert "1 of 7 examples are cut at max_length=4, 1 of 20 tokens are lost" in caplog.text
     (kept,) = next(iter(PackedStream([rows[0]], 4, keep_end=True)))
     assert kept.input_ids.tolist() == [4, 5, 6, 1]
     with pytest.raises(ValueError, match="none of the 1 examples of the train stream has a token to score"):

@@ -306,9 +306,19 @@ def test_masks_in_mappings_are_read():
     assert batch.num_scored == 2
 
 
+def test_rows_that_are_no_tokens_are_refused():
+    with pytest.raises(ValueError, match="the data set has prompt, completion, but no input_ids: tokenise it"):
+        packsft.pack(Dataset.from_list([{"prompt": "a", "completion": "b"}]), 8, batch_size=1)
+
+
+def test_its_settings_are_its_name():
+    data = packsft.pack([[1, 2]], 8, batch_size=1)
+    assert repr(data) == "PackedData(max_length=8, batch_size=1, strategy='step', tokens_per_pass=8)"
+
+
 def test_what_is_lost_is_said(caplog):
     packsft.pack([[1] * 50, [2] * 5], 16, batch_size=1)
-    assert "packed rows: 1 examples are cut at max_length=16, 34 of 55 tokens are lost" in caplog.text
+    assert "packed rows: 1 of 2 examples are cut at max_length=16, 34 of 55 tokens are lost" in caplog.text
 
 
 def test_token_lists_are_rows():
@@ -329,8 +339,8 @@ def test_token_lists_are_rows():
         ([[1, 2]], {"strategy": "best"}, "best"),
         ([[1, 2]], {"strategy": "bfd", "tokens_per_pass": 8}, "the packs of strategy='bfd' are the passes"),
         ([[1, 2]], {"loss_normalization": "row"}, "loss_normalization='row': must be one of token, example"),
-        ([], {}, "the train data set is empty"),
-        ([[1]], {}, "no example of the train data set has a token to score"),
+        ([], {}, "the packed data set is empty"),
+        ([[1]], {}, "no example of the packed data set has a token to score"),
         ([[1, 99]], {"vocab_size": 9}, "99"),
         ([[1, 2], [[1], [2, 3]]], {}, "row 1 of the data set: input_ids must be a list of integers"),
         ([[1, 2], np.array([1, 2**63 + 5], np.uint64)], {}, "row 1 of the data set: input_ids must be a list of int"),

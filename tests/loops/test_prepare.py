@@ -182,3 +182,8 @@ def test_it_is_prepared_again_after_accelerate(batch):
     model._original_forward, model._is_accelerate_prepared = model.forward, True  # as accelerate does
     packsft.unprepare(model)
     assert packsft.prepare(model)(**batch).loss > 0
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match="model is a str, expected a causal language model of transformers"):
+        packsft.prepare("a name")

@@ -111,6 +111,7 @@ def test_rows_leave_out_what_did_not_happen():
         "fill",
         "examples per pack",
         "examples per optimizer step",
+        "epochs",
         "optimizer steps, packed",
         "optimizer steps, unpacked or exact-step",
     ]

@@ -44,7 +44,7 @@ def rows(*extra):
         (
             {"train_dataset": rows(), "max_length": 4, "max_lost_fraction": 0.1},
             r"the train data set loses 2 of 15 tokens \(13.33%\), more than max_lost_fraction=0.1 allows: 1 of 5 "
-            r"examples have no token to score and are left out, 1 of 15 tokens are lost; 1 examples are cut",
+            r"examples have no token to score and are left out, 1 of 15 tokens are lost; 1 of 5 examples are cut",
         ),
         ({"processing_class": tiny_tokenizer(eos=False)}, "has no eos_token"),
         (
@@ -93,6 +93,9 @@ def test_flash_attention_2_without_its_package_is_named(tmp_path):
         ({"attention_backend": "flash"}, "attention_backend='flash' is unknown"),
         ({"on_unpackable": "stop"}, "on_unpackable"),
         ({"overlong": "cut"}, "overlong='cut' is unknown"),
+        ({"packing_strategy": "bfdd"}, "packing_strategy='bfdd' is unknown, expected one of"),
+        ({"max_length": 0}, "max_length=0: must be at least 1"),
+        ({"max_length": None, "packing": True}, "max_length=None: packing=True needs max_length"),
         ({"overlong": "drop", "packing_strategy": "bfd_split"}, "overlong='drop' contradicts the strategy 'bfd_split'"),
         ({"max_lost_fraction": 1.5}, "max_lost_fraction=1.5: must be a number from 0 to 1"),
     ],
@@ -119,6 +122,14 @@ def test_the_callers_configuration_is_left_as_it_was(tmp_path):
     before = args.to_dict()
     trainer(tmp_path, args=args, train_dataset=token_rows(4))
     assert args.to_dict() == before
+
+
+@pytest.mark.parametrize("name", ["", "/no/such/folder"])
+def test_a_tokenizer_that_cannot_be_loaded_is_one_error(name, tmp_path):
+    model = tiny_model("llama")
+    model.config._name_or_path = name
+    with pytest.raises(ValueError, match=f"processing_class=None, and no tokenizer can be loaded from '{name}'"):
+        PackedSFTTrainer(model, config(tmp_path), train_dataset=token_rows(4))
 
 
 @pytest.mark.parametrize("column", ["input_ids", "labels"])
