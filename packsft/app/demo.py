@@ -503,8 +503,8 @@ def _compare(job: Job, console: Console) -> tuple[str, list[tuple[str, ...]]]:
         f"One optimizer step on the same {len(job.compare)} examples ({tokens:,} tokens) from the same weights, each "
         "in its own process, without gradient checkpointing. Tokens/s counts tokens without padding over all of "
         f"train(), the fastest of at most {REPEATS} within {REPEAT_WITHIN:.0f} s. Peak memory is of the {where}. "
-        "Loss is the loss of the step. The largest difference to the padded path is over this loss and, with the weights after "
-        "the step, the losses of "
+        "Loss is the loss of the step. The largest difference to the padded path is over this loss and, with the "
+        "weights after the step, the losses of "
         f"{len(held_out)} held-out examples, each run alone in float32."
     )
     return note, table
