@@ -18,7 +18,7 @@ from packsft_kernels.varlen_attention import BACKENDS
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import is_peft_available
 
-from packsft.app.inspect import could_not_load, prepared_rows
+from packsft.app.rows import could_not_load, prepared_rows
 from packsft.arguments import check_model_name
 from packsft.compat import is_out_of_memory
 from packsft.config import PackedSFTConfig

@@ -70,7 +70,8 @@ def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from rich.console import Console
 
     from packsft.app import drawing, page
-    from packsft.app.inspect import decoder_of, inspect_data, load_tokenizer
+    from packsft.app.inspect import inspect_data
+    from packsft.app.rows import decoder_of, load_tokenizer
 
     for name, suffix, check in (("plot", ".png", drawing.check_matplotlib), ("html", ".html", page.check_page)):
         if (file := getattr(options, name)) is not None:

@@ -1,18 +1,13 @@
 """`packsft demo`: fine-tunes a real model on packed sequences, and compares with TRL on the same examples.
 
 Runs the whole job: rows, model, packing plan, training, samples, losses, saved model, picture, page, report.
-`python -m packsft.app.demo` runs one competitor of the comparison. Each competitor is a new process, because the peak
-memory of a process never falls.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import platform
-import subprocess
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,10 +33,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from packsft.app.comparison import PADDED_BATCH_SIZE, compare
+from packsft.app.demo_rows import Row, decode, is_text, prompt_ids, read_jsonl, token_ids
 from packsft.app.drawing import block_colours, draw_packs
-from packsft.app.inspect import could_not_load, decoder_of, inspection_of
-from packsft.app.json_lines import check_json, parse_json
+from packsft.app.inspect import inspection_of
 from packsft.app.page import check_page, html_page, write_whole
+from packsft.app.rows import could_not_load, decoder_of
 from packsft.app.tables import markdown, print_table
 from packsft.arguments import check_model_name
 
@@ -50,9 +47,7 @@ if TYPE_CHECKING:
 
 SEED = 0
 HELD_OUT_EXAMPLES = 32
-PADDED_BATCH_SIZE = 8  # TRL's default
 COMPARE_HELD_OUT = 8
-REPEATS, REPEAT_WITHIN = 3, 20.0  # of the step of a competitor, and seconds
 SAMPLE_TOKENS = 64
 SAMPLE_PROMPT_TOKENS = 256
 # Most tokens to train on and to compare on: the demo then takes under five minutes on two cores. Without bfloat16
@@ -61,9 +56,6 @@ TOKENS_BF16, TOKENS_FLOAT32 = (20_000, 3_500), (10_000, 1_000)
 WRITTEN = ("model", "training.png", "packs.html", "report.md")
 REPORT_HEADING = "# packsft demo\n"  # the mark of a folder that the demo wrote
 UNPACKED = "its weights unpacked from 4 bits (somewhat worse than the published ones)"
-METHODS = {"trl_padded": "TRL, padded, batch 8", "trl_packed": "TRL, packed", "packsft": "packsft"}
-
-Row = dict[str, Any]
 
 
 @dataclass
@@ -82,98 +74,6 @@ class Job:
     compare: Dataset  # empty: no comparison
     compare_tokens: int
     settings: dict[str, Any]  # shared by training and comparison
-
-
-# ---- data ----
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_chat(value: object) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(map(_is_message, value))
-
-
-def _is_message(value: object) -> bool:
-    return isinstance(value, dict) and _is_text(value.get("role")) and _is_text(value.get("content"))
-
-
-TYPE_NAMES = {_is_text: "a text", _is_chat: "a list of messages with `role` and `content`"}
-FORMS = {("prompt", "completion"): (_is_text, _is_chat), ("messages",): (_is_chat,), ("text",): (_is_text,)}
-
-
-def read_jsonl(path: Path) -> Dataset:
-    """A JSONL file in one of TRL's forms: `text`, `prompt` + `completion` (texts or messages), or `messages`.
-
-    Skips blank lines and drops other columns.
-
-    Raises:
-        ValueError: a line is not a JSON object, has no known form or another form than the first line, or has a column
-            of the wrong type. The message names the line.
-        OSError: the file cannot be read.
-    """
-    rows: list[Row] = []
-    check_json(path)
-    text = path.read_text(encoding="utf-8-sig")  # without a byte order mark
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        row = parse_json(line, path, number)
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: a JSON {type(row).__name__}, expected an object")
-        form = next((form for form in FORMS if row.keys() >= set(form)), None)
-        if form is None:
-            raise ValueError(
-                f"{where}: columns {sorted(row)}, expected `text`, or `prompt` and `completion`, or `messages`"
-            )
-        row = {column: row[column] for column in form}
-        first = rows[0] if rows else row
-        if first.keys() != row.keys():
-            raise ValueError(f"{where}: columns {sorted(row)}, but the first example has {sorted(first)}")
-        for column in form:
-            if not any(is_type(row[column]) for is_type in FORMS[form]):
-                allowed = " or ".join(TYPE_NAMES[is_type] for is_type in FORMS[form])
-                raise ValueError(f"{where}: `{column}` is not {allowed}")
-        if len({type(value) for value in [*first.values(), *row.values()]}) > 1:
-            raise ValueError(f"{where}: texts and lists of messages cannot be mixed in one file")
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{path} holds no examples")
-    return Dataset.from_list(rows)
-
-
-def token_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The whole example as TRL tokenises it: with the chat template, or as text followed by EOS."""
-    if "text" in row:
-        return tokenizer(row["text"] + tokenizer.eos_token)["input_ids"]
-    if "messages" in row:
-        return _chat_ids(row["messages"], tokenizer)
-    if _is_text(row["prompt"]):
-        return tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]
-    return _chat_ids(row["prompt"] + row["completion"], tokenizer)
-
-
-def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The prompt for generation: the prompt, the turns before the last, or the first half of a plain text."""
-    if "text" in row:
-        ids = tokenizer(row["text"])["input_ids"]
-        return ids[: (len(ids) + 1) // 2]
-    if "messages" in row:
-        return _chat_ids(row["messages"][:-1] or row["messages"], tokenizer, add_generation_prompt=True)
-    if _is_text(row["prompt"]):
-        return tokenizer(row["prompt"])["input_ids"]
-    return _chat_ids(row["prompt"], tokenizer, add_generation_prompt=True)
-
-
-def _chat_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[int]:
-    encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
-    return encoded["input_ids"]
-
-
-def _decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
 # ---- preparation: everything that can be bad input ----
@@ -228,7 +128,7 @@ def prepare(
             tokenizer = AutoTokenizer.from_pretrained(model_name)
         except Exception as error:  # transformers raises anything about a damaged folder
             raise ValueError(could_not_load(model_name, error)) from error
-    if not all(_is_text(row) for row in rows[0].values()) and tokenizer.chat_template is None:
+    if not all(is_text(row) for row in rows[0].values()) and tokenizer.chat_template is None:
         raise ValueError(f"{data} holds messages, but the tokenizer of {model_name} has no chat template")
     if tokenizer.eos_token is None:
         raise ValueError(f"the tokenizer of {model_name} has no EOS token to end an example with")
@@ -366,10 +266,10 @@ def run(job: Job) -> None:
     prompt = prompt_ids(example, job.tokenizer)
     reference = token_ids(example, job.tokenizer)[len(prompt) :]
     sample = [
-        ("prompt", _decode(prompt, job.tokenizer)),
+        ("prompt", decode(prompt, job.tokenizer)),
         ("before", before),
         ("after", after),
-        ("in the data", _decode(reference, job.tokenizer)),
+        ("in the data", decode(reference, job.tokenizer)),
     ]
     console.print("A held-out example", style="bold")
     for title, text in sample:
@@ -391,7 +291,13 @@ def run(job: Job) -> None:
     ]
     _write_report(job, sections)  # the mark, even if the comparison is interrupted
     if len(job.compare) > 0:
-        note, comparison = _compare(job, console)
+        # the trained model is saved: its memory is for the competitors
+        trainer.model.cpu().zero_grad()
+        trainer.optimizer = trainer.lr_scheduler = None
+        trainer.accelerator.free_memory()
+        torch.cuda.empty_cache()
+        held_out = job.held_out.select(range(min(COMPARE_HELD_OUT, len(job.held_out))))
+        note, comparison = compare(console, job.scratch, job.compare, held_out, job.compare_tokens, job.settings)
         print_table(console, "The same examples through TRL and packsft", comparison)
         console.print(note)
         sections.append("## The same examples through TRL and packsft\n\n" + markdown(comparison) + f"\n\n{note}")
@@ -448,7 +354,7 @@ def _sample(model: Any, tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id,
         )
-    return _decode(output[0, prompt.shape[1] :].tolist(), tokenizer)
+    return decode(output[0, prompt.shape[1] :].tolist(), tokenizer)
 
 
 def _machine() -> str:
@@ -461,114 +367,6 @@ def _machine() -> str:
 def _cpuinfo() -> str:
     path = Path("/proc/cpuinfo")
     return path.read_text() if path.exists() else ""
-
-
-# ---- the comparison ----
-
-
-def _compare(job: Job, console: Console) -> tuple[str, list[tuple[str, ...]]]:
-    """The note that describes the comparison, and the table."""
-    # The trained model is saved: free its memory for the competitors.
-    job.trainer.model.cpu().zero_grad()
-    job.trainer.optimizer = job.trainer.lr_scheduler = None
-    job.trainer.accelerator.free_memory()
-    torch.cuda.empty_cache()
-    job.compare.to_json(job.scratch / "compare.jsonl", force_ascii=False)
-    held_out = job.held_out.select(range(min(COMPARE_HELD_OUT, len(job.held_out))))
-    held_out.to_json(job.scratch / "held_out.jsonl", force_ascii=False)
-    (job.scratch / "settings.json").write_text(json.dumps(job.settings))
-    results: dict[str, dict[str, Any]] = {}
-    for method, title in METHODS.items():
-        with console.status(f"comparing: {title}"):
-            results[method] = _run_competitor(job.scratch, method)
-    table: list[tuple[str, ...]] = [("", "tokens/s", "speed", "peak memory", "loss", "largest difference")]
-    base = results["trl_padded"]
-    tokens = job.compare_tokens
-    for method, title in METHODS.items():
-        result = results[method]
-        if "error" in result:
-            table.append((title, "failed", "", "", "", result["error"]))
-            continue
-        # Without the padded path there is no reference.
-        speed = difference = "-"
-        if "error" not in base:
-            speed = f"{base['seconds'] / result['seconds']:.2f}x"
-            gap = f"{max(abs(a - b) for a, b in zip(result['losses'], base['losses'], strict=True)):.1e}"
-            difference = "reference" if method == "trl_padded" else gap
-        memory = f"{result['peak_bytes'] / 2**30:.2f} GiB"
-        rate, loss = f"{tokens / result['seconds']:,.0f}", f"{result['losses'][0]:.4f}"
-        table.append((title, rate, speed, memory, loss, difference))
-    where = "GPU" if torch.cuda.is_available() else "process"
-    note = (
-        f"One optimizer step on the same {len(job.compare)} examples ({tokens:,} tokens) from the same weights, each "
-        "in its own process, without gradient checkpointing. Tokens/s counts tokens without padding over all of "
-        f"train(), the fastest of at most {REPEATS} within {REPEAT_WITHIN:.0f} s. Peak memory is of the {where}. "
-        "Loss is the loss of the step. The largest difference to the padded path is over this loss and, with the "
-        "weights after the step, the losses of "
-        f"{len(held_out)} held-out examples, each run alone in float32."
-    )
-    return note, table
-
-
-def _run_competitor(scratch: Path, method: str) -> dict[str, Any]:
-    child = subprocess.run(
-        [sys.executable, "-m", "packsft.app.demo", method, str(scratch)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    if child.returncode != 0:
-        return {"error": (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]}
-    return json.loads((scratch / f"{method}.json").read_text())
-
-
-def compete(method: str, scratch: Path) -> None:
-    """One optimizer step of one method on the prepared examples; writes its numbers to `<method>.json`.
-
-    A step that is over soon is repeated from the same weights, and the fastest one counts.
-    """
-    from trl import SFTConfig, SFTTrainer
-
-    from packsft import PackedSFTConfig, PackedSFTTrainer
-
-    tokenizer = AutoTokenizer.from_pretrained(scratch / "model")
-    rows = read_jsonl(scratch / "compare.jsonl")
-    settings = json.loads((scratch / "settings.json").read_text()) | {
-        "output_dir": str(scratch / "trainer"),
-        "packing": method != "trl_padded",
-        "per_device_train_batch_size": PADDED_BATCH_SIZE if method == "trl_padded" else 1,
-        # No method has more batches than examples, so all its batches make one step.
-        "gradient_accumulation_steps": len(rows),
-        "lr_scheduler_type": "constant",
-    }
-    trainer_class, config = (PackedSFTTrainer, PackedSFTConfig) if method == "packsft" else (SFTTrainer, SFTConfig)
-    seconds: list[float] = []
-    while len(seconds) < REPEATS and sum(seconds) < REPEAT_WITHIN:
-        model = AutoModelForCausalLM.from_pretrained(scratch / "model", dtype=torch.float32)
-        trainer = trainer_class(model, config(**settings), train_dataset=rows, processing_class=tokenizer)
-        seconds.append(trainer.train().metrics["train_runtime"])
-        assert trainer.state.global_step == 1
-        if len(seconds) == 1:
-            peak_bytes = _peak_bytes()
-    result = {"seconds": min(seconds), "peak_bytes": peak_bytes}
-    # Evaluate the trained weights on a plain model: the same evaluation for every method.
-    plain = AutoModelForCausalLM.from_pretrained(scratch / "model", dtype=torch.float32)
-    plain.load_state_dict(trainer.model.state_dict())
-    plain.eval()
-    losses = [trainer.state.log_history[0]["loss"]]
-    for row in read_jsonl(scratch / "held_out.jsonl"):
-        ids = torch.tensor([token_ids(row, tokenizer)[: settings["max_length"]]])
-        with torch.no_grad():
-            losses.append(plain(input_ids=ids, labels=ids).loss.item())
-    (scratch / f"{method}.json").write_text(json.dumps(result | {"losses": losses}))
-
-
-def _peak_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    # Not getrusage: its peak includes that of the parent process.
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 # ---- showing ----
@@ -614,7 +412,3 @@ def draw(
     losses.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-if __name__ == "__main__":
-    compete(sys.argv[1], Path(sys.argv[2]))

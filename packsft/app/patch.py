@@ -84,7 +84,7 @@ def _load_splits(path: str, name: str | None = None, *, streaming: bool = False,
     import datasets
     from datasets.load import load_dataset  # not the name that this function replaces
 
-    from packsft.app.inspect import FILE_KINDS, is_saved, load_rows
+    from packsft.app.rows import FILE_KINDS, is_saved, load_rows
 
     where = Path(path)
     if where.is_file() or where.suffix.lower() in FILE_KINDS:

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from packsft.app import smollm2
 from packsft.app.cli import main
-from packsft.app.demo import REPORT_HEADING, WRITTEN, _check_output_dir, prompt_ids, read_jsonl, token_ids
+from packsft.app.demo import REPORT_HEADING, WRITTEN, _check_output_dir
+from packsft.app.demo_rows import prompt_ids, read_jsonl, token_ids
 
 WORDS = [*"abcdefghijklmno", "the", "cat", "sits"]
 

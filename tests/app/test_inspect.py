@@ -18,10 +18,11 @@ from tiny import ROWS, tiny_tokenizer
 from vision import rows_with_pictures, vision_model
 
 from packsft import compat
-from packsft.app import inspect as inspection
+from packsft.app import rows as rows_of_files
 from packsft.app.cli import main
 from packsft.app.drawing import draw_plan
-from packsft.app.inspect import inspect_data, load_rows
+from packsft.app.inspect import inspect_data
+from packsft.app.rows import load_rows
 from packsft.compat import prepare_rows
 from packsft.packing import plan_packs
 
@@ -79,7 +80,7 @@ def test_masks_of_tokenised_rows_become_the_labels_that_trl_makes(tmp_path, comp
             {"input_ids": [9], "completion_mask": [1], "assistant_masks": [1]},
         ]
     ).select([2, 0, 1])
-    got = inspection.label_rows(rows, completion_only_loss)
+    got = rows_of_files.label_rows(rows, completion_only_loss)
     expected = trainer(tmp_path, train_dataset=rows, completion_only_loss=completion_only_loss).train_dataset.rows
     for row in range(3):
         ids, labels = expected.tokens(row, 0, 4)
@@ -99,8 +100,8 @@ def test_several_processes_tokenise_as_one(tmp_path, tokenizer_folder, monkeypat
     dataset.to_json(tmp_path / "rows.jsonl")
     alone = inspect_data(str(tmp_path / "rows.jsonl"), model=tokenizer_folder)
     seen = []
-    monkeypatch.setattr(inspection, "ROWS_PER_PROCESS", 2)
-    monkeypatch.setattr(inspection.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(rows_of_files, "ROWS_PER_PROCESS", 2)
+    monkeypatch.setattr(rows_of_files.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(
         compat,
         "prepare_rows",

@@ -16,10 +16,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from runs import trainer
 
-from packsft.app.inspect import label_rows
 from packsft.data.document import documents_of
 from packsft.data.packs import pack_dataset
-from packsft.data.raw import checked_rows
+from packsft.data.raw import checked_rows, label_rows
 from packsft.data.streams import PackedStream
 
 property_test = settings(max_examples=150, deadline=None)
