@@ -1,12 +1,25 @@
-"""One optimizer step of the trainer, and its truth: plain PyTorch on one document at a time."""
+"""One optimizer step of the trainer or of TRL's, and its truth: plain PyTorch on one document at a time."""
 
 import copy
 
 import torch
 import torch.nn.functional as F
 from tiny import tiny_tokenizer
+from trl import SFTConfig, SFTTrainer
 
 from packsft import PackedSFTConfig, PackedSFTTrainer
+
+TRL_TOLERANCE = 8 * torch.finfo(torch.float32).eps  # TRL takes log-probabilities in float32, also of float64
+
+
+def moved(model):
+    """All that is trained, a step away from where it starts."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 def copied(model, dtype=None):
@@ -51,6 +64,14 @@ def one_step(trainer):
     trainer.current_gradient_accumulation_steps = len(batches)
     loss = sum(trainer.training_step(trainer.model, batch, num_items) for batch in batches)
     return loss, {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def trl_step(model, rows, path):
+    args = SFTConfig(
+        str(path), packing=False, per_device_train_batch_size=len(rows), max_length=32, bf16=False, use_cpu=True,
+        gradient_checkpointing=False, report_to="none",
+    )  # fmt: skip
+    return one_step(SFTTrainer(copy.deepcopy(model), args, train_dataset=rows, processing_class=tiny_tokenizer()))
 
 
 def assert_gradients_equal(grads, exact, tolerance):
