@@ -115,7 +115,8 @@ def own_head_during_init() -> Iterator[None]:
 def naming_missing_tokenizer() -> Iterator[None]:
     """During `SFTTrainer.__init__`, a tokenizer that cannot be loaded is one error that says what to pass.
 
-    TRL loads the one of the model's name, and its error names a repository that the user never asked for.
+    TRL loads the one of the model's name, and its error names a repository that the user never asked for. An error of
+    TRL's that names `processing_class` would free us.
     """
 
     class Named:

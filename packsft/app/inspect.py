@@ -27,6 +27,7 @@ from packsft.packing import (
     simulate_steps,
 )
 from packsft.packing.max_length import CANDIDATES, CUT_AT_MOST, recommended_max_length
+from packsft.packing.report import SIMULATED_STEPS
 from packsft.packing.strategies import strategy_named
 
 logger = logging.getLogger("packsft")
@@ -197,7 +198,7 @@ def inspect_data(
     )
     if packed.strategy.exact_steps:  # the picture shows the passes of some steps
         lengths = plan.stops.astype(np.int64) - plan.starts
-        steps = simulate_steps(lengths, batch_size, tokens_per_pass or max_length, devices, 64)
+        steps = simulate_steps(lengths, batch_size, report.tokens_per_pass, devices, SIMULATED_STEPS)
         plan = _as_packs(plan, max(report.tokens_per_pass, int(lengths.max())), steps)
     return inspection_of(" + ".join(data), packed.rows, plan, report, mixture)
 

@@ -18,7 +18,7 @@ from packsft.app import drawing
 from packsft.app.inspect import Inspection
 from packsft.data.document import IGNORE_INDEX
 from packsft.data.pictures import PictureRows
-from packsft.packing import STRATEGIES
+from packsft.packing.report import SIMULATED_STEPS
 
 SHOWN_PACKS = 60
 SHOWN_CHARACTERS, SHOWN_PARTS = 400, 16  # of each part of a document, and of its parts
@@ -73,6 +73,7 @@ def html_page(inspection: Inspection, decode: Decode | None, command: str) -> by
     import jinja2
 
     plan, max_length = inspection.plan, inspection.report.max_length
+    colours = drawing.hex_colours()
     charts = [
         drawing.as_svg(drawing.draw_lengths, inspection.lengths, max_length),
         drawing.as_svg(drawing.draw_unused, plan),
@@ -88,10 +89,10 @@ def html_page(inspection: Inspection, decode: Decode | None, command: str) -> by
         tables=inspection.tables(),
         recommendation=inspection.recommendation,
         charts=charts,
-        packs=[_row(inspection, pack, decode) for pack in drawing.shown_packs(plan, SHOWN_PACKS)],
+        packs=[_row(inspection, pack, decode, colours) for pack in drawing.shown_packs(plan, SHOWN_PACKS)],
         count=len(plan),
         kind=drawing.kind_of(plan),
-        exact=STRATEGIES[plan.strategy].exact_steps,
+        most_steps=SIMULATED_STEPS,
         with_pictures=inspection.picture_tokens is not None,
         with_texts=decode is not None,
         command=command,
@@ -100,13 +101,12 @@ def html_page(inspection: Inspection, decode: Decode | None, command: str) -> by
     return text.encode(errors="backslashreplace")  # a path may hold bytes that are no text
 
 
-def _row(inspection: Inspection, pack: int, decode: Decode | None) -> Row:
+def _row(inspection: Inspection, pack: int, decode: Decode | None, colours: Sequence[str]) -> Row:
     plan = inspection.plan
     segments, lengths = plan.segments(pack), plan.seq_lengths(pack)
-    colours = itertools.cycle(drawing.hex_colours())
     blocks = [
         _block(inspection, colour, decode, *segment)
-        for colour, segment in zip(colours, segments[:SHOWN_BLOCKS].tolist(), strict=False)
+        for colour, segment in zip(itertools.cycle(colours), segments[:SHOWN_BLOCKS].tolist(), strict=False)
     ]
     if left_out := len(segments) - len(blocks):
         width = 100 * int(lengths[SHOWN_BLOCKS:].sum()) / plan.max_length

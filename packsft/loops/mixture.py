@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,8 @@ from packsft.data.packs import TokenRows
 from packsft.packing import PackPlan
 
 WEIGHTS_OF = ("token", "document")
-MOST_ROUNDS = 1_000  # of a set in an epoch; more is a slip in the weights, and would fill the memory
 STOPPING = ("first_exhausted", "all_exhausted")  # the names of `datasets.interleave_datasets`
+MOST_ROUNDS = 1_000  # of a set in an epoch; more is a slip in the weights, and would fill the memory
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,9 @@ class Mixture:
         return np.concatenate([first + rows for first, rows in zip(bounds, taken, strict=False)])
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The sets as a table, with headings: their tokens, and what an epoch uses of them."""
+        """The sets and their sum as a table, with headings: their tokens, and what an epoch uses of them."""
         sets = self.sets
-        names = ("rows", "tokens_in", "tokens_lost", "documents_in_all", "documents", "tokens", "share")
+        names = [field.name for field in fields(MixedSet)][1:]
         total = MixedSet("all", *(sum(getattr(one, name) for one in sets) for name in names))
         headings = ("data set", "tokens", "tokens lost", "documents used", "tokens used")
         return [headings, *map(_row, [*sets, total])]
