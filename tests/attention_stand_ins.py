@@ -9,11 +9,12 @@ What they mirror (which checks are made in Python, which in C++, is not kept apa
     flash_attn_2        `flash_attn.flash_attn_varlen_func` with a softcap (since 2.6), in the repository
     flash_attn_3        `flash_attn_interface.flash_attn_varlen_func`, in the repository, `hopper/`
     flash_attn_4        `flash_attn.cute.flash_attn_varlen_func`, in flash-attn-4 4.0.0b36
-    varlen_attn_2_10    `torch.nn.attention.varlen.varlen_attn`; the signatures of torch 2.10, 2.11 and 2.12 (2.13's,
-    varlen_attn_2_11    too) in its documentation and in torch 2.13, the checks in PyTorch's own
-    varlen_attn_2_12    `transformers/cuda/flash_attn/flash_api.cpp`
+    torch_varlen        `aten::_flash_attention_forward`, the operator below `torch.nn.attention.varlen`, and its
+                        backward; the schema of torch 2.10 to 2.13, the checks in PyTorch's own
+                        `transformers/cuda/flash_attn/flash_api.cpp`. The derivative is PyTorch's.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -146,36 +147,48 @@ def flash_attn_4(
     return out, None  # in the second place is the lse
 
 
-def varlen_attn_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
-    require(query.shape[1] == key.shape[1], "grouped heads, which this version does not document")
-    check(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
-    check_flash_2(query, key, cu_seq_q, max_q)
-    return attend(query, key, value, cu_seq_q, max_q, causal=is_causal, window=(-1, -1), scale=None)
-
-
-def varlen_attn_2_11(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
-):
-    """Takes grouped heads without a flag: seen on an H100 with torch 2.11.0."""
-    grouped = query.shape[1] != key.shape[1]
-    return varlen_attn_2_12(
-        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=grouped
-    )
-
-
-def varlen_attn_2_12(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
-    enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
+def torch_varlen(
+    query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale=None,
+    window_size_left=None, window_size_right=None,
 ):  # fmt: skip
-    require(enable_gqa or query.shape[1] == key.shape[1], "grouped heads without enable_gqa", ValueError)
-    check(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
-    check_flash_2(query, key, cu_seq_q, max_q)
-    return attend(query, key, value, cu_seq_q, max_q, causal=False, window=window_size, scale=scale)
+    """Returns (output, logsumexp, rng_state, unused, debug mask)."""
+    check(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k)
+    check_flash_2(query, key, cum_seq_q, max_q, dropout_p)
+    seed = torch.randint(2**31, (2,))
+    with torch.random.fork_rng():
+        torch.manual_seed(int(seed[0]))
+        out = attend(
+            query, key, value, cum_seq_q, max_q, causal=is_causal, window=(window_size_left, window_size_right),
+            scale=scale, dropout=dropout_p,
+        )  # fmt: skip
+    logsumexp, unused = torch.zeros(query.shape[1], len(query)), torch.zeros((), dtype=torch.uint64)
+    return torch.empty_like(query).copy_(out), logsumexp, seed.to(torch.uint64), unused, query.new_empty(0)
+
+
+def torch_varlen_backward(
+    grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, rng_state,
+    unused, *, scale=None, window_size_left=None, window_size_right=None,
+):  # fmt: skip
+    """Gradients of query, key and value: of the stand-in for the forward, with the same weights dropped."""
+
+    def gradients():
+        leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+        torch.manual_seed(int(rng_state[0]))
+        again = attend(
+            *leaves, cum_seq_q, max_q, causal=is_causal, window=(window_size_left, window_size_right), scale=scale,
+            dropout=dropout_p,
+        )  # fmt: skip
+        return torch.autograd.grad(again, leaves, grad_out)
+
+    with torch.random.fork_rng(), ThreadPoolExecutor(1) as other:  # in this one, an operator has no autograd
+        pairs = zip((query, key, value), other.submit(gradients).result(), strict=True)
+        return tuple(torch.empty_like(like).copy_(gradient) for like, gradient in pairs)
 
 
 @dataclass(frozen=True)
 class StandIn:
-    """Where a stand-in goes: the back end of ours that calls it, and the module and name by which it is called."""
+    """Where a stand-in goes: the back end of ours that calls it, and the module in which it is looked up ("": none,
+    it is an operator of PyTorch)."""
 
     function: object
     backend: str
@@ -183,12 +196,7 @@ class StandIn:
     package: str
     features: frozenset = frozenset()
 
-    @property
-    def name(self):
-        return "varlen_attn" if self.backend == "torch_varlen" else "flash_attn_varlen_func"
 
-
-VARLEN = "torch.nn.attention.varlen"
 STAND_INS = [
     StandIn(
         flash_attn_2, "flash_attn_2", "flash_attn", "flash_attn.flash_attn_interface",
@@ -198,7 +206,5 @@ STAND_INS = [
         flash_attn_3, "flash_attn_3", "flash_attn_interface", "flash_attn_interface", frozenset({"window", "softcap"})
     ),
     StandIn(flash_attn_4, "flash_attn_4", "flash_attn.cute", "flash_attn.cute"),
-    StandIn(varlen_attn_2_10, "torch_varlen", VARLEN, VARLEN),
-    StandIn(varlen_attn_2_11, "torch_varlen", VARLEN, VARLEN, frozenset({"window"})),
-    StandIn(varlen_attn_2_12, "torch_varlen", VARLEN, VARLEN, frozenset({"window"})),
+    StandIn(torch_varlen, "torch_varlen", "", "", frozenset({"window", "dropout"})),
 ]  # fmt: skip

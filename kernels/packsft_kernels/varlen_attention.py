@@ -5,7 +5,7 @@ the row (SDPA needs a mask over one document for a window, a softcap or sinks). 
 this order:
 
     flash_attn_4, flash_attn_3, flash_attn_2   the packages, if installed and able
-    torch_varlen                               `torch.nn.attention.varlen` of PyTorch, on Ampere and newer
+    torch_varlen                               PyTorch's own FlashAttention, on Ampere and newer
     sdpa                                       one SDPA call per document: the CPU, float32, and all other calls
 
 `why_not` looks up in a table whether a backend can run a call, and gives the reason. This file knows tensors only.
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -136,14 +135,14 @@ def why_not(name: str, spec: AttentionSpec) -> str | None:
         return "SDPA has no dropout with a softcap or sinks" if spec.dropout and (spec.softcap or spec.sinks) else None
     if spec.device != "cuda":
         return f"it needs a CUDA device, but the tensors are on {spec.device!r}"
+    if spec.dtype not in HALF_DTYPES:
+        return f"it needs bfloat16 or float16, got {spec.dtype}"
     if name == "flash_attn_2" and spec.softcap is not None and spec.dropout:
         return "it does not support dropout with a softcap"
     if backend.package is not None and not _installed(backend.package):
         return f"the package {backend.package!r} is not installed"
-    if backend.package is None and not _installed("torch.nn.attention.varlen"):
-        return f"torch {torch.__version__} has no torch.nn.attention.varlen"
-    if spec.dtype not in HALF_DTYPES:
-        return f"it needs bfloat16 or float16, got {spec.dtype}"
+    if backend.package is None and not torch.backends.cuda.is_flash_attention_available():
+        return f"torch {torch.__version__} was built without FlashAttention"
     capability = torch.cuda.get_device_capability()
     if not backend.min_capability <= capability[0] <= backend.max_capability:
         return f"it does not run on compute capability {capability[0]}.{capability[1]}"
@@ -161,8 +160,6 @@ def why_not(name: str, spec: AttentionSpec) -> str | None:
         "window": spec.window is not None,
         "sinks": spec.sinks,
     }
-    if name == "torch_varlen" and spec.window is not None and not _varlen_attn_takes("window_size"):
-        return f"torch {torch.__version__}'s varlen_attn does not support a window"
     if missing := [feature for feature, wanted in asked.items() if wanted and feature not in backend.features]:
         return f"it does not support {' and '.join(missing)}"
     return None
@@ -284,36 +281,13 @@ def _flash_attn_4(
 def _torch_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, sinks: Tensor | None, spec: AttentionSpec
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    options: dict[str, Any] = {}
-    if _varlen_attn_takes("window_size"):  # since torch 2.11, where causal is the window (-1, 0)
-        options["window_size"] = _window_pair(spec)
-    else:
-        options["is_causal"] = spec.causal
-    if _varlen_attn_takes("scale"):
-        options["scale"] = scale
-    else:  # torch 2.10 always takes K ** -0.5
-        q = q * (scale * q.shape[-1] ** 0.5)
-    if _varlen_attn_takes("enable_gqa"):
-        options["enable_gqa"] = q.shape[1] != k.shape[1]
-    elif not _varlen_attn_takes("window_size") and q.shape[1] != k.shape[1]:  # torch 2.11 takes them without the flag
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    out = varlen_attn(q, k, v, cu, cu, longest, longest, **options)
-    assert isinstance(out, Tensor)  # no auxiliary outputs were requested
-    return out
-
-
-@_asked_once
-def _varlen_attn_takes(parameter: str) -> bool:
-    return parameter in _varlen_attn_parameters()
-
-
-@cache
-def _varlen_attn_parameters() -> frozenset[str]:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return frozenset(inspect.signature(varlen_attn).parameters)
+    # The operator below `torch.nn.attention.varlen`, whose two operators in Python are most of a short call's time. It
+    # has its own backward, and takes grouped heads, a scale, a window and dropout in every release since 2.10.
+    left, right = _window_pair(spec)
+    return torch.ops.aten._flash_attention_forward.default(
+        q, k, v, cu, cu, longest, longest, spec.dropout, (left, right) == (-1, 0), False,
+        scale=scale, window_size_left=left, window_size_right=right,
+    )[0]  # fmt: skip
 
 
 def _window_pair(spec: AttentionSpec) -> tuple[int, int]:
@@ -349,6 +323,6 @@ BACKENDS: dict[str, Backend] = {
     "flash_attn_2": Backend(
         _flash_attn_2, "flash_attn.flash_attn_interface", frozenset({"window", "softcap", "dropout"})
     ),
-    "torch_varlen": Backend(_torch_varlen, None, frozenset({"window"})),
+    "torch_varlen": Backend(_torch_varlen, None, frozenset({"window", "dropout"})),
     "sdpa": Backend(sdpa, None, frozenset({"window", "softcap", "sinks", "dropout"}), 0),
 }

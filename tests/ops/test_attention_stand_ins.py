@@ -8,43 +8,53 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
-import attention_stand_ins
 import pytest
 import torch
-from attention_stand_ins import STAND_INS, VARLEN, StandIn
+from attention_stand_ins import STAND_INS, StandIn, torch_varlen_backward
 from numerics import assert_accurate
 from packsft_kernels import varlen_attention
 from packsft_kernels.reference import varlen_attention as reference
 from packsft_kernels.varlen_attention import BACKENDS, AttentionSpec, choose_backend, why_not
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 MODULE = sys.modules["packsft_kernels.varlen_attention"]  # the function has its name
 LENGTHS = (5, 1, 0, 7, 3, 0, 0)  # the last two as where boundaries are padded for torch.compile
 ALL = pytest.mark.parametrize("stand_in", STAND_INS, ids=lambda s: s.function.__name__)
-FLASH_2, FLASH_3, FLASH_4, TORCH_10, TORCH_11, TORCH_12 = STAND_INS
+FLASH_2, FLASH_3, FLASH_4, TORCH = STAND_INS
 
 
 @pytest.fixture
 def install(monkeypatch):
     """Put stand-ins in the place of all GPU back ends, on a card of the given capability that holds every tensor."""
 
-    def install(*stand_ins: StandIn, capability=(9, 0)):
+    operators = []
+
+    def install(*stand_ins: StandIn, capability=(9, 0), backward=torch_varlen_backward):
         packages = {stand_in.package for stand_in in stand_ins}
         monkeypatch.setattr(MODULE, "_installed", lambda module: module in packages)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         monkeypatch.setattr(MODULE, "AttentionSpec", lambda _, *rest: AttentionSpec("cuda", *rest))
+        monkeypatch.setattr(
+            torch.backends.cuda,
+            "is_flash_attention_available",
+            lambda: "torch_varlen" in {s.backend for s in stand_ins},
+        )
         for stand_in in stand_ins:
-            module = SimpleNamespace(**{stand_in.name: stand_in.function})
-            monkeypatch.setitem(sys.modules, stand_in.module, module)
-        forget()
-
-    def forget():
+            if stand_in.backend != "torch_varlen":
+                module = SimpleNamespace(flash_attn_varlen_func=stand_in.function)
+                monkeypatch.setitem(sys.modules, stand_in.module, module)
+            elif not operators:
+                operators.append(library := torch.library.Library("aten", "IMPL"))
+                library.impl("_flash_attention_forward", stand_in.function, "CPU")
+                library.impl("_flash_attention_backward", backward, "CPU")
         why_not.cache_clear()
-        MODULE._varlen_attn_parameters.cache_clear()
 
     yield install
     monkeypatch.undo()
-    forget()
+    why_not.cache_clear()
+    for library in operators:
+        library._destroy()
 
 
 def inputs(heads=4, key_heads=2, head_dim=32, dtype=torch.bfloat16, lengths=LENGTHS):
@@ -151,17 +161,45 @@ def test_nothing_is_read_from_the_device(install, stand_in):
             )  # which has no operator, and cuts the row on the host
 
 
-def test_dropout_reaches_flash_attention_2(install):
-    install(FLASH_2)
+@pytest.mark.parametrize("stand_in", [FLASH_2, TORCH], ids=lambda s: s.function.__name__)
+def test_dropout_reaches_flash_attention(install, stand_in):
+    install(stand_in)
     q, k, v, cu = inputs()
-    out, plain = (varlen_attention(q, k, v, cu, 7, dropout=p, backend="flash_attn_2") for p in (0.5, 0.0))
+    v.requires_grad_()
+    out, plain = (varlen_attention(q, k, v, cu, 7, dropout=p, backend=stand_in.backend) for p in (0.5, 0.0))
     assert not torch.equal(out, plain)
+    (grad,) = torch.autograd.grad(out.sum(), v)
     for head in range(4):  # of the token that is alone in its document: its one weight is dropped or doubled
         assert not out[5, head].any() or torch.equal(out[5, head], 2 * plain[5, head])
+    for group, heads in enumerate(out[5].view(2, 2, -1)):
+        assert torch.equal(grad[5, group], 2.0 * heads.any(-1).sum().expand(32).bfloat16())
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("options", [{}, {"window": 2}], ids=str)
+def test_pytorchs_flash_attention_is_one_graph_for_packs_of_any_size(install, compiler, options):
+    install(TORCH)
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend(compiler)
+
+    def attend(q, k, v, cu, longest):  # as `compile_layers` passes it
+        return varlen_attention(q, k, v, cu, longest.shape[0], backend="torch_varlen", **options)
+
+    compiled = torch.compile(attend, fullgraph=True, backend=counter)
+    for lengths in ((5, 1, 7), (3, 9, 0, 2), (11, 4)):
+        q, k, v, cu = inputs(lengths=lengths)
+        leaves, longest = [x.requires_grad_() for x in (q, k, v)], torch.empty(max(lengths), 0)
+        for tensor in (*leaves, cu, longest):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        outs = [function(*leaves, cu, longest) for function in (attend, compiled)]
+        expected, got = ([out, *torch.autograd.grad(out.float().square().sum(), leaves)] for out in outs)
+        for one, other in zip(expected, got, strict=True):
+            assert torch.equal(one, other)
+    assert counter.frame_count == 1
 
 
 def test_the_back_ends_are_tried_in_the_order_of_the_table(install):
-    install(FLASH_2, FLASH_3, FLASH_4, TORCH_12)
+    install(FLASH_2, FLASH_3, FLASH_4, TORCH)
     spec = AttentionSpec("cuda", torch.bfloat16, 128)
     wanted = {
         "flash_attn_4": spec,
@@ -170,7 +208,7 @@ def test_the_back_ends_are_tried_in_the_order_of_the_table(install):
         "sdpa": replace(spec, sinks=True),
     }
     assert {name: choose_backend(asked) for name, asked in wanted.items()} == {name: name for name in wanted}
-    install(FLASH_2, FLASH_3, FLASH_4, TORCH_12, capability=(8, 0))
+    install(FLASH_2, FLASH_3, FLASH_4, TORCH, capability=(8, 0))
     assert choose_backend(spec) == "flash_attn_2"
 
 
@@ -214,46 +252,82 @@ def test_what_the_table_refuses_a_card_would_refuse(install, stand_in, change):
 @ALL
 def test_a_feature_that_the_table_lacks_is_no_parameter_of_the_function(stand_in):
     names = {"dropout": "dropout_p", "softcap": "softcap", "window": "window_size", "sinks": "learnable_sink"}
+    names |= {"window": "window_size_left"} if stand_in is TORCH else {}
     if stand_in is not FLASH_4:  # its source has all but dropout; see the table
         has = inspect.signature(stand_in.function).parameters
         assert {feature for feature, name in names.items() if name in has} == stand_in.features
 
 
 @pytest.mark.parametrize(
-    ("stand_in", "change", "message"),
+    ("change", "message"),
     [
-        (TORCH_12, {"cu_seq_q": torch.tensor([0, 5, 6, 6, 13, 16])}, "int32"),
-        (TORCH_12, {"cu_seq_q": torch.tensor([0, 5, 6, 6, 13, 15], dtype=torch.int32)}, "never written"),
-        (TORCH_12, {"cu_seq_q": torch.tensor([0, 5, 4, 6, 13, 16], dtype=torch.int32)}, "fall"),
-        (TORCH_12, {"max_q": 6}, "max_seqlen is 6"),
-        (TORCH_12, {"max_q": torch.tensor(7)}, "no int"),
-        (TORCH_12, {"key": torch.zeros(16, 4, 32)}, "dtypes differ"),
-        (TORCH_12, {"key": torch.zeros(16, 2, 32, dtype=torch.bfloat16)}, "enable_gqa"),
-        (TORCH_12, {"query": torch.zeros(16, 32, 4, dtype=torch.bfloat16).transpose(1, 2)}, "last stride"),
-        (TORCH_12, {"query": torch.zeros(16, 4, 33, dtype=torch.bfloat16)[..., :32]}, "misaligned"),
-        (TORCH_12, {"is_causal": True}, "unexpected keyword"),
-        (TORCH_12, {"window_size": (3, 1)}, "no window"),
-        (TORCH_11, {"enable_gqa": True}, "unexpected keyword"),
-        (TORCH_10, {"scale": 0.1}, "unexpected keyword"),
+        ({"cum_seq_q": torch.tensor([0, 5, 6, 6, 13, 16])}, "int32"),
+        ({"cum_seq_q": torch.tensor([0, 5, 6, 6, 13, 15], dtype=torch.int32)}, "never written"),
+        ({"cum_seq_q": torch.tensor([0, 5, 4, 6, 13, 16], dtype=torch.int32)}, "fall"),
+        ({"max_q": 6}, "max_seqlen is 6"),
+        ({"max_q": torch.tensor(7)}, "no int"),
+        ({"key": torch.zeros(16, 4, 32)}, "dtypes differ"),
+        ({"key": torch.zeros(16, 3, 32, dtype=torch.bfloat16)}, "shapes of q, k and v do not fit"),
+        ({"query": torch.zeros(16, 32, 4, dtype=torch.bfloat16).transpose(1, 2)}, "last stride"),
+        ({"query": torch.zeros(16, 4, 33, dtype=torch.bfloat16)[..., :32]}, "misaligned"),
+        ({"softcap": 2.0}, "unexpected keyword"),
+        ({"window_size_left": 3, "window_size_right": 1}, "no window"),
     ],
 )
-def test_the_stand_ins_are_strict(install, stand_in, change, message):
-    install(stand_in)
+def test_the_stand_ins_are_strict(install, change, message):
+    install(TORCH)
     q, k, v, cu = inputs(key_heads=4)
-    call = {"query": q, "key": k, "value": v, "cu_seq_q": cu, "cu_seq_k": cu, "max_q": 7, "max_k": 7}
-    stand_in.function(**call)
+    call = {"query": q, "key": k, "value": v, "cum_seq_q": cu, "cum_seq_k": cu, "max_q": 7, "max_k": 7}
+    call |= {"dropout_p": 0.0, "is_causal": False, "return_debug_mask": False}
+    call |= {"window_size_left": -1, "window_size_right": 0}
+    TORCH.function(**call)
     with pytest.raises((RuntimeError, TypeError, ValueError), match=message):
-        stand_in.function(**call | change)
+        TORCH.function(**call | change)
 
 
-def test_the_stand_in_of_the_installed_torch_has_its_signature():
-    from torch.nn.attention.varlen import varlen_attn
+@pytest.mark.parametrize("function", [TORCH.function, torch_varlen_backward], ids=["forward", "backward"])
+def test_the_operators_of_the_installed_torch_are_those_of_the_stand_in(function):
+    name = "_flash_attention_backward" if function is torch_varlen_backward else "_flash_attention_forward"
+    schema = getattr(torch.ops.aten, name).default._schema
+    ours = [(p.name, p.kind is p.KEYWORD_ONLY) for p in inspect.signature(function).parameters.values()]
+    theirs = [(argument.name, argument.kwarg_only) for argument in schema.arguments]
+    assert theirs[: len(ours)] == ours
+    assert all(argument.default_value is None for argument in schema.arguments[len(ours) :])
 
-    release = min(int(torch.__version__.split(".")[1]), 12)
-    twin = getattr(attention_stand_ins, f"varlen_attn_2_{release}")
 
-    def shape(function):
-        return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 3}, {"window": 3, "causal": False}], ids=str)
+def test_the_operators_are_called_as_pytorchs_own_function_calls_them(install, options):
+    """`torch.nn.attention.varlen` is what PyTorch tests on its cards."""
+    varlen_attn, recorded = pytest.importorskip("torch.nn.attention.varlen").varlen_attn, []
 
-    assert varlen_attn.__module__ == VARLEN
-    assert shape(twin) == shape(varlen_attn)
+    def recording(function):
+        def record(*args, **kwargs):
+            given = {**dict(zip(inspect.signature(function).parameters, args, strict=False)), **kwargs}
+            # without dropout no kernel reads the random state, and what is not given is None
+            state = {"rng_state", "unused"}
+            given = {name: value for name, value in given.items() if name not in state and value is not None}
+            recorded.append({name: described(value) for name, value in given.items()})
+            return function(*args, **{name: value for name, value in kwargs.items() if value is not None})
+
+        return record
+
+    install(replace(TORCH, function=recording(TORCH.function)), backward=recording(torch_varlen_backward))
+    q, k, v, cu = inputs()
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    left = options.get("window", 0) - 1
+    window = left, 0 if options.get("causal", True) else left
+    for function in (
+        lambda: varlen_attention(q, k, v, cu, 7, backend="torch_varlen", **options),
+        lambda: varlen_attn(q, k, v, cu, cu, 7, 7, scale=32**-0.5, window_size=window, enable_gqa=True),
+    ):
+        out = function()
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+    assert len(recorded) == 4
+    assert recorded[:2] == recorded[2:]
+    assert recorded[0].keys() >= {"query", "cum_seq_k", "max_k", "scale", "window_size_left", "is_causal"}
+
+
+def described(value):
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.dtype, value.shape, value.stride(), value.double().sum().item()

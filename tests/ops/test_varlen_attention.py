@@ -207,7 +207,8 @@ def test_a_back_end_that_cannot_run_says_why(name, spec, reason):
         (ON_CUDA, True),
         (replace(ON_CUDA, softcap=30.0), False),
         (replace(ON_CUDA, sinks=True), False),
-        (replace(ON_CUDA, dropout=0.1), False),
+        (replace(ON_CUDA, dropout=0.1), True),
+        (replace(ON_CUDA, window=3), True),
         (replace(ON_CUDA, head_dim=20), False),
         (replace(ON_CUDA, head_dim=512), False),
         (replace(ON_CUDA, equal_head_dims=False), False),
@@ -215,7 +216,8 @@ def test_a_back_end_that_cannot_run_says_why(name, spec, reason):
 )
 def test_what_torch_varlen_can_do(monkeypatch, spec, able):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
-    monkeypatch.setattr(MODULE, "_installed", lambda module: module == "torch.nn.attention.varlen")
+    monkeypatch.setattr(MODULE, "_installed", lambda _: False)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     why_not.cache_clear()
     try:
         assert (why_not("torch_varlen", spec) is None) == able
