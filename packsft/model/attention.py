@@ -62,7 +62,7 @@ def packed_attention_forward(
         "dropout": dropout,
     }
     sinks, group = kwargs.get("s_aux"), group_of(module)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, K], views
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, heads, K], views; `x[0]` copies grads
     if group is not None:
         q, k, v = group.to_heads(q, k, v)
         sinks = group.own_heads(sinks)

@@ -39,6 +39,7 @@ class ExactSteps(Trainer):
     _configured: dict[str, Any]
     _evaluated_steps: StepDataset | StepStream | None = None
     _tokens_in_evaluation: int = sys.maxsize  # per pass
+    _flops_per_token: int | None = None
 
     def _make_walker(self, tokens_per_pass: int | str, max_length: int) -> PassWalker:
         return PassWalker(
@@ -58,6 +59,7 @@ class ExactSteps(Trainer):
 
     def _inner_training_loop(self, batch_size: int, args: Any, *positional: Any, **named: Any) -> TrainOutput:
         """Adds to the parent: its loop sees one batch per optimizer step."""
+        self._flops_per_token = None
         if not self._takes_exact_steps:
             return super()._inner_training_loop(batch_size, args, *positional, **named)
         with compat.one_batch_per_step(self) as (step_size, step_args):
@@ -100,8 +102,12 @@ class ExactSteps(Trainer):
         self._sums["train"].skip(time.perf_counter() - self._passes_began)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Adds to the parent: the sum over the passes."""
-        return sum(super(ExactSteps, self).floating_point_ops(batch) for batch in inputs.get("passes", [inputs]))
+        """Adds to the parent: the sum over the passes, and parameters that are counted once, not in every step."""
+        name = getattr(self.model, "main_input_name", "input_ids")
+        batches = [batch for batch in inputs.get("passes", [inputs]) if name in batch]
+        if self._flops_per_token is None and batches:
+            self._flops_per_token = super().floating_point_ops(batches[0]) // batches[0][name].numel()
+        return sum(batch[name].numel() for batch in batches) * (self._flops_per_token or 0)
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """Adds to the parent: the sum over the passes. "non_padding" is the host's count: a pad token may be text."""

@@ -321,8 +321,9 @@ def test_float32_on_a_gpu_is_as_exact_as_sdpa_in_float32(options):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", GPU_BACK_ENDS)
-def test_gpu_back_ends_wait_for_nothing(name):
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_back_end_waits_for_nothing_on_a_row_that_it_has_seen(name):
+    """`sdpa` waits for the boundaries of a new row; the others never do (`test_nothing_is_read_from_the_device`)."""
     if (reason := why_not(name, AttentionSpec("cuda", torch.bfloat16, 64))) is not None:
         pytest.skip(reason)
     *qkv, cu = cuda_inputs((100, 1, 64), torch.bfloat16, head_dim=64)
