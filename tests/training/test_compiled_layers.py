@@ -7,7 +7,6 @@ backward as inductor does, but rounds as the model does.
 from __future__ import annotations
 
 import copy
-import functools
 
 import pytest
 import torch
@@ -36,7 +35,10 @@ def _nothing_compiled(request, monkeypatch):
     counters.clear()
     clear_compilation_metrics()
     if "inductor" not in request.node.name:
-        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+        compile_ = torch.compile
+        monkeypatch.setattr(
+            torch, "compile", lambda f, fullgraph, options: compile_(f, backend="aot_eager", fullgraph=fullgraph)
+        )
     yield
     torch._dynamo.reset()
 
@@ -134,6 +136,34 @@ def test_inductor_in_bfloat16_is_as_close_to_float64_as_the_model_itself(autocas
     assert graphs() == 1
     for what, *values in zip(("logits", "gradients"), ours, plain, truth, strict=True):
         assert_accurate(*values, what)
+
+
+@pytest.mark.slow
+def test_inductor_compiles_once_although_it_fuses_long_rows_otherwise_on_a_gpu(tmp_path, monkeypatch):
+    """There it asks whether a norm has 4,096 rows, which becomes a guard of the graph; here it asks for 24."""
+    import sympy
+    from torch._inductor import config, scheduler
+    from torch._inductor.virtualized import V
+
+    order, asked = scheduler.MixOrderReduction, []
+
+    def can_fuse(one, other):
+        if not (one.is_reduction() and other.is_reduction() and order.has_mix_reduction_orders(one, other)):
+            return False
+        asked.append(config.triton.mix_order_reduction)
+        rows, _ = order.get_numel_rnumel(one if order.is_contiguous_node(one) else other)
+        return asked[-1] and V.graph.sizevars.evaluate_expr(sympy.prod(sympy.flatten([rows])) >= 24) and False
+
+    monkeypatch.setattr(order, "can_fuse", can_fuse)
+    monkeypatch.setattr(config, "force_disable_caches", True)  # they keep guards
+    sizes = {
+        passed["input_ids"].shape[1]
+        for step in trainer(tmp_path, None, ROWS, **EPOCH).get_train_dataloader()
+        for passed in step["passes"]
+    }
+    assert min(sizes) < 24 <= max(sizes)
+    assert run(tmp_path, tiny_model("llama", torch.float32), True).graphs == 1
+    assert asked
 
 
 def test_checkpoints_copies_and_later_trainers_know_nothing_of_it(tmp_path):

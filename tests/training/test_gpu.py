@@ -7,6 +7,7 @@ import torch
 from alone import assert_gradients_equal, documents_alone, packed_step
 from runs import losses, trainer
 from tiny import tiny_model, token_rows
+from torch._dynamo.utils import counters
 from transformers import TrainerCallback
 
 pytestmark = pytest.mark.gpu
@@ -63,3 +64,17 @@ def test_a_step_on_the_card_is_that_of_the_documents_alone_on_the_cpu(family, op
     _, ours, grads = packed_step(model, rows, tmp_path, use_cpu=False, per_device_train_batch_size=8, **options)
     assert float(ours) == pytest.approx(float(loss), rel=1e-12)
     assert_gradients_equal(grads, exact, 1e-10)
+
+
+def test_compiled_layers_are_compiled_once_for_packs_of_any_size(tmp_path):
+    """As wide and long as models that are trained: Inductor then considers kernels that it does not for small ones."""
+    wide = {"hidden_size": 2048, "intermediate_size": 512, "num_hidden_layers": 1, "head_dim": 64}
+    model = tiny_model("llama", torch.bfloat16, **wide)
+    ours = trainer(tmp_path, model, bf16=True, compile_layers=True, use_cpu=False)
+    torch._dynamo.reset()
+    counters.clear()
+    for lengths in ([4096], [1000, 2000, 1090], [5, 295], [8192]):
+        row = {"input_ids": [5] * sum(lengths), "seq_lengths": lengths}
+        batch = ours._prepare_inputs(ours.data_collator([row]))
+        ours.compute_loss(model.train(), batch).backward()
+    assert counters["stats"]["unique_graphs"] == 1
