@@ -84,13 +84,14 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
     The constructor is the parent's, argument for argument. `args` may be an `SFTConfig` or a [`PackedSFTConfig`], whose
     default is exact-step packing: every optimizer step takes the examples of an unpacked run, packed into as few
     passes as hold them. With `packing=False` the examples of a batch are laid end to end without padding. Every
-    data set form of the parent can be packed. With `dataset_kwargs={"skip_prepare_dataset": True}` the rows are packs
-    that the user made (`input_ids`, `labels`, `seq_lengths`).
+    data set form of the parent can be packed, but no stream of pictures. With `dataset_kwargs={"skip_prepare_dataset":
+    True}` the rows are packs that the user made (`input_ids`, `labels`, `seq_lengths`).
 
     Attributes:
         isolation: the verdict of the check that packed documents do not see each other on this model.
         why_compact: None if the language-model head is fused, otherwise the reason why it computes the scored logits.
-        packing_report: what packing does to the training set and to the number of steps; None for a stream.
+        packing_report: what packing does to the training set and to the number of steps; None for a stream, and for
+            packs that the user made.
 
     Raises:
         ValueError: bad input; the message names the field or the row.

@@ -59,6 +59,8 @@ def bench(settings: Settings) -> list[Figure]:
     ]  # fmt: skip
     if settings.quick:
         return table
+    if on_gpu:
+        table += launching(trainer)
     if "compiled" in times:
         compiled = times["compiled"]
         table.append(figure(
@@ -81,6 +83,30 @@ def with_compiled_layers(model: Any, step: Callable[[], None]) -> Callable[[], N
         restore_layers(model)
 
     return run
+
+
+def launching(trainer: Any, repeats: int = 15) -> list[Figure]:
+    """Forward and backward of 16 tokens, which no card takes long for: what the host takes to launch a step, beside the
+    model's own forward and backward of as many tokens, with its own attention and loss."""
+    model = trainer.model.train()
+    ids = torch.full((1, 16), 5, device=model.device)
+    step, *_ = training_step(trainer, trainer.data_collator([{"input_ids": ids[0].tolist(), "seq_lengths": [16]}]))
+
+    def own() -> None:
+        model.zero_grad(set_to_none=True)
+        with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+
+    times = interleave({"own": own, "packsft": step}, repeats)
+    limit, ours = times["own"].median, times["packsft"].median
+    return [
+        figure("a step of 16 tokens, the model alone", limit, "s", spread=times["own"].spread, note="launches"),
+        figure(
+            "a step of 16 tokens, packsft", ours, "s", ratio=ours / limit, ratio_of="time / the model alone",
+            at_most=1.1, spread=times["packsft"].spread,
+        ),
+    ]  # fmt: skip
 
 
 def typical_pack(batches: list[dict[str, Any]]) -> dict[str, Any]:

@@ -268,10 +268,13 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "data",
         nargs="+",
         help="JSONL, JSON, Parquet, CSV or Arrow file, folder of datasets.save_to_disk, or hub name; has `input_ids`, "
-        "`text`, `prompt` and `completion`, or `messages`; or several, which are mixed as by `packsft.pack`",
+        "`text`, `prompt` and `completion`, or `messages`, also with pictures; or several, which are mixed as by "
+        "`packsft.pack`",
     )
     inspect.add_argument(
-        "--model", help='local folder or hub name of the tokenizer, or "smollm2"; not needed with `input_ids`'
+        "--model",
+        help='local folder or hub name of the tokenizer, for pictures of the processor, or "smollm2"; not needed with '
+        "`input_ids`",
     )
     inspect.add_argument("--split", default="train", help="split of the data set (default: %(default)s)")
     inspect.add_argument(

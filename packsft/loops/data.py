@@ -227,7 +227,7 @@ def pack(
         weights: of several data sets, by name; None: an epoch is every document once.
         weights_of: "token": weights are shares of an epoch's tokens; "document": of its documents.
         stopping_strategy: with weights, an epoch ends before a document comes twice ("first_exhausted"), or when every
-            document came once ("all_exhausted"; no document more than 1,000 times).
+            document came once ("all_exhausted"; refused if one would come more than 1,000 times).
 
     Raises:
         ValueError, TypeError: bad input; the message names the argument or the row.

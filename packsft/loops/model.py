@@ -51,8 +51,8 @@ def prepare(
 
     In place; `unprepare` gives the model back. Call it before or after PEFT, and before DDP, FSDP or `torch.compile`.
     What else the model is called with, as in generation, gives what it gave before (but no `output_attentions` where it
-    had an eager attention). `model.packing` says what was done and why; is `model.packing.padded` true, documents see
-    each other on this model, and it takes the batches of `data.loader(padded=True)`.
+    had an eager attention). `model.packing` says what was done and why. If `model.packing.padded` is true, documents
+    see each other on this model, and it takes the batches of `data.loader(padded=True)`.
 
     Args:
         model: the model, or a PEFT model around it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from harness.measure import Settings
 from harness.peers import BLOCK_MASK, OURS
 from harness.shapes import random_documents, tiny_llama, tiny_tokenizer
-from suites import memory, parity, scaling
+from harness.trainers import OURS as TRAINER
+from harness.trainers import build_trainer
+from suites import memory, parity, scaling, step
 
 
 @pytest.mark.parametrize(("power", "passed"), [(0.5, True), (1.0, True), (2.0, False)])
@@ -60,6 +63,15 @@ def test_an_axis_of_memory_has_two_lines_of_each_candidate() -> None:
     assert exponents["Memory: packsft, exponent"] == "<= 1.1"
     assert exponents["Memory: peer, exponent"] == ""
     assert not [row for row in table if row.get("limit")]
+
+
+def test_what_the_host_takes_is_of_a_whole_step_and_of_the_models_own(tmp_path: Path) -> None:
+    model = tiny_llama(torch.float32)
+    trainer = build_trainer(TRAINER, model, tiny_tokenizer(), random_documents(8, 64, 64), str(tmp_path), bf16=False)
+    rows = step.launching(trainer, repeats=1)
+    assert [row["name"] for row in rows] == ["a step of 16 tokens, the model alone", "a step of 16 tokens, packsft"]
+    assert rows[1]["ratio"] == rows[1]["value"] / rows[0]["value"]
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_the_memory_suite_needs_no_gpu_and_meets_its_targets() -> None:
