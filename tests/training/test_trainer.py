@@ -41,6 +41,12 @@ def test_what_never_fires_is_said(tmp_path):
     assert never_fires(args, 500, has_eval_dataset=True) == []
 
 
+@pytest.mark.parametrize("on", [True, False])
+def test_layers_that_are_computed_twice_are_said(tmp_path, caplog, on):
+    trainer(tmp_path, gradient_checkpointing=on, use_cpu=True, max_steps=1).train()
+    assert caplog.text.count("every layer is computed twice") == on
+
+
 @pytest.mark.parametrize(
     ("options", "notice"),
     [
