@@ -151,8 +151,11 @@ def test_inductor_compiles_once_although_it_fuses_long_rows_otherwise_on_a_gpu(t
         if not (one.is_reduction() and other.is_reduction() and order.has_mix_reduction_orders(one, other)):
             return False
         asked.append(config.triton.mix_order_reduction)
-        rows, _ = order.get_numel_rnumel(one if order.is_contiguous_node(one) else other)
-        return asked[-1] and V.graph.sizevars.evaluate_expr(sympy.prod(sympy.flatten([rows])) >= 24) and False
+        if asked[-1]:
+            for node in (one, other):
+                rows, _ = order.get_numel_rnumel(node)
+                V.graph.sizevars.evaluate_expr(sympy.prod(sympy.flatten([rows])) >= 24)
+        return False
 
     monkeypatch.setattr(order, "can_fuse", can_fuse)
     monkeypatch.setattr(config, "force_disable_caches", True)  # they keep guards
