@@ -209,11 +209,11 @@ class PreparedModel:
         if self.padded:
             rows = f"padded: {self.isolation.reason}"
         elif self.isolation.reason == NOT_CHECKED:
-            rows = "packed; whether documents see each other was not checked"
+            rows = "in one row; whether they see each other was not checked"
         elif self.isolation.isolated:
-            rows = "packed, and none sees another: checked on this model"
+            rows = "in one row, and none sees another: checked on this model"
         else:
-            rows = f"packed, although {self.isolation.reason}"
+            rows = f"in one row, although {self.isolation.reason}"
         if self.sequence is not None:
             rows += f"; each row is cut over {self.sequence.size} ranks"
         head = "fused" if self.why_compact is None else f"the logits of scored tokens: {self.why_compact}"

@@ -97,7 +97,7 @@ def test_what_only_the_trainer_handles_is_refused():
 def test_what_was_done_is_said(batch):
     lora = packsft.prepare(adapted())
     said = str(lora.packing)
-    assert "documents: packed, and none sees another: checked on this model" in said
+    assert "documents: in one row, and none sees another: checked on this model" in said
     assert "head: fused" in said
     assert lora.get_base_model().packing is lora.packing
     lora(**batch).loss.backward()

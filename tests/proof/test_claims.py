@@ -33,7 +33,7 @@ def failing(check):
 def test_every_claim_holds_on_a_packed_model(family, dtype, tmp_path):
     check = trainer(tmp_path, model=tiny_model(family, dtype)).check_packing()
     assert failing(check) == []
-    assert check.facts["documents"] == "packed, and none sees another: checked on this model"
+    assert check.facts["documents"] == "in one row, and none sees another: checked on this model"
 
 
 def test_a_model_whose_documents_see_each_other_is_right_on_padded_rows(tmp_path):
@@ -151,7 +151,7 @@ def test_the_result_and_the_plan_are_in_every_checkpoint(tmp_path):
 def test_the_run_begins_with_which_way_and_why(tmp_path, caplog):
     trainer(tmp_path, max_steps=1).train()
     for line in (
-        "documents: packed, and none sees another: checked on this model",
+        "documents: in one row, and none sees another: checked on this model",
         "attention: sdpa, float32 on cpu",
         "head: fused",
     ):
