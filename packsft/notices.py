@@ -86,8 +86,8 @@ class PackingNotice(TrainerCallback):
         lines += [steps, *(f"{name}: {text}" for name, text in self._model().items())]
         if args.gradient_checkpointing:
             lines.append(
-                "gradient_checkpointing=True (the default of SFTConfig): every layer is computed twice; False is faster"
-                " where the memory allows it"
+                "gradient_checkpointing=True (the default of SFTConfig): layers are computed again in the backward; "
+                "False is faster where the memory allows it"
             )
         lines += never_fires(args, state.max_steps, has_eval_dataset=self._has_eval_dataset)
         logger.warning("packsft\n  " + "\n  ".join(lines))

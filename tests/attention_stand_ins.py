@@ -10,7 +10,7 @@ What they mirror (which checks are made in Python, which in C++, is not kept apa
     flash_attn_3        `flash_attn_interface.flash_attn_varlen_func`, in the repository, `hopper/`
     flash_attn_4        `flash_attn.cute.flash_attn_varlen_func`, in flash-attn-4 4.0.0b36
     torch_varlen        `aten::_flash_attention_forward`, the operator below `torch.nn.attention.varlen`, and its
-                        backward; the schema of torch 2.10 to 2.13, the checks in PyTorch's own
+                        backward; the schema of torch 2.10 to 2.15, the checks in PyTorch's own
                         `transformers/cuda/flash_attn/flash_api.cpp`. The derivative is PyTorch's.
 """
 

@@ -1,6 +1,6 @@
 """Launch shapes of the loss kernel, timed on this GPU: what `_SHAPES` in `launch.py` could say of it.
 
-    python tools/tune_cross_entropy.py                      # minutes: every shape compiles, one second each
+    python tools/tune_cross_entropy.py                      # some minutes a vocabulary: each shape compiles
     python tools/tune_cross_entropy.py --vocab 128256
 
 Loss and gradient of bfloat16 logits, in their place, beside a copy of them. The shape that the table has now is marked.
@@ -31,22 +31,18 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from harness.measure import device, interleave
 
 Row = tuple[int, int, int, int, int, bool]  # of `launch._SHAPES`
-SHARED_KIB = 96  # that every architecture has for the streamed blocks
 
 
 def candidates(row_bytes: int) -> Iterator[Row]:
-    """Blocks of 8 or 16 columns a thread, of which it holds 16 or 32; none under way, or 16 KiB to what there is."""
+    """A thread has 8 or 16 columns of a block, and holds 16, 32 or 48 columns. 32 to 80 KiB are under way, or none."""
     for lines, width, per_thread in itertools.product((1, 2), (1024, 2048, 4096), (8, 16)):
         warps, kib = lines * width // per_thread // 32, lines * width * 2 // 2**10
-        if not 4 <= warps <= 16:
-            continue
-        for columns, blocks, hints in itertools.product((16, 32), (0, 2, 4, 8), (False, True)):
-            ahead = blocks * kib
-            streams = row_bytes > columns * warps * 64
-            if (not streams and (ahead or hints)) or (ahead and not 16 <= ahead <= SHARED_KIB):
-                continue
-            if hints == (row_bytes > 2**16) or not streams:  # less than that, of all rows under way, stays in L2
-                yield lines, width, warps, columns // per_thread * kib, ahead, hints
+        if warps in ((4, 8, 16) if row_bytes <= 2**13 else (8, 16)):
+            for columns, ahead in itertools.product((16, 32, 48), (0, 32, 40, 64, 80)):
+                streams = row_bytes > columns * warps * 64
+                if columns % per_thread == 0 and ahead % kib == 0 and (streams or not ahead):
+                    # what all rows under way stream stays in L2 if it is less
+                    yield lines, width, warps, columns // per_thread * kib, ahead, streams and row_bytes > 2**16
 
 
 def tune(num_rows: int, vocab: int, repeats: int) -> Table:

@@ -159,7 +159,9 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def interleave(candidates: Mapping[str, Callable[[], object]], repeats: int, *, warmup: int = 1) -> dict[str, Timing]:
+def interleave(
+    candidates: Mapping[str, Callable[[], object]], repeats: int, *, warmup: int = 1, launches: bool = False
+) -> dict[str, Timing]:
     """Time every candidate `repeats` times in the order A B C A B C, so that a slow minute of the machine hits all.
 
     On a GPU between two CUDA events, with nothing of the candidate's in the L2 cache (as Triton's `do_bench` does).
@@ -169,6 +171,7 @@ def interleave(candidates: Mapping[str, Callable[[], object]], repeats: int, *, 
             called before each run, outside of the clock.
         repeats: timed runs of each.
         warmup: untimed runs of each before the first timed one; 0 where the caller has run them already.
+        launches: on a GPU, too, from the call to the end of all work by the host's clock, which counts the launches.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     gc.collect()
@@ -177,7 +180,8 @@ def interleave(candidates: Mapping[str, Callable[[], object]], repeats: int, *, 
         for name, run in candidates.items():
             getattr(run, "prepare", lambda: None)()
             gc.collect()
-            taken = _seconds_on_gpu(run) if torch.cuda.is_available() else _seconds(run)
+            on_gpu = torch.cuda.is_available() and not launches
+            taken = _seconds_on_gpu(run) if on_gpu else _seconds(run)
             if repeat >= 0:
                 seconds[name].append(taken)
     gc.unfreeze()
@@ -185,8 +189,10 @@ def interleave(candidates: Mapping[str, Callable[[], object]], repeats: int, *, 
 
 
 def _seconds(run: Callable[[], object]) -> float:
+    synchronize()
     start = time.perf_counter()
     run()
+    synchronize()
     return time.perf_counter() - start
 
 

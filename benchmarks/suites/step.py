@@ -87,7 +87,7 @@ def with_compiled_layers(model: Any, step: Callable[[], None]) -> Callable[[], N
 
 def launching(trainer: Any, repeats: int = 15) -> list[Figure]:
     """Forward and backward of 16 tokens, which no card takes long for: what the host takes to launch a step, beside the
-    model's own forward and backward of as many tokens, with its own attention and loss."""
+    model's own forward and backward of as many tokens, with SDPA and its own loss."""
     model = trainer.model.train()
     ids = torch.full((1, 16), 5, device=model.device)
     step, *_ = training_step(trainer, trainer.data_collator([{"input_ids": ids[0].tolist(), "seq_lengths": [16]}]))
@@ -98,7 +98,7 @@ def launching(trainer: Any, repeats: int = 15) -> list[Figure]:
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
 
-    times = interleave({"own": own, "packsft": step}, repeats)
+    times = interleave({"own": own, "packsft": step}, repeats, launches=True)
     limit, ours = times["own"].median, times["packsft"].median
     return [
         figure("a step of 16 tokens, the model alone", limit, "s", spread=times["own"].spread, note="launches"),

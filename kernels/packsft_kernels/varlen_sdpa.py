@@ -1,8 +1,8 @@
 """Attention with one SDPA call per document: the backend for the CPU, for float32, and for what other backends refuse.
 
-The cost is proportional to the sum of squared lengths. It reads the boundaries on the host, on a GPU once for each row.
-Tracers and fake tensors have no boundaries to read: for them all of it is one operator, `packsft::varlen_sdpa`. Knows
-documents in a row; knows no other backend.
+The cost is proportional to the sum of squared lengths. It reads the boundaries on the host. Tracers and fake tensors
+have no boundaries to read: for them all of it is one operator, `packsft::varlen_sdpa`. Knows documents in a row; knows
+no other backend.
 
 Shapes: T tokens, D documents, H query heads, G key heads, K head size.
 """
@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from packsft_kernels.attention_spec import HALF_DTYPES, AttentionSpec
 
@@ -142,7 +141,7 @@ def _is_flash_on_cpu(spec: AttentionSpec) -> bool:
 def _flash_on_cpu(
     q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
-    runs = _runs_of(cu, q.shape[0], longest)
+    runs = _equal_length_runs(cu.tolist(), q.shape[0], longest)
     finite = _is_finite(q, k)
     out, sums = torch.empty_like(q, memory_format=torch.contiguous_format), []
     for run, q_run, k_run, v_run, out_run in _split(runs, q, k, v, out):
@@ -161,7 +160,7 @@ def _flash_on_cpu_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, cu: Tensor, longest: int,
     scale: float, spec: AttentionSpec,
 ) -> list[Tensor]:  # fmt: skip
-    runs = _runs_of(cu, q.shape[0], longest)
+    runs = _equal_length_runs(cu.tolist(), q.shape[0], longest)
     if not _is_finite(q, k):
         grad = grad.masked_fill(out.isnan(), torch.nan)
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
@@ -220,7 +219,7 @@ def _per_document(
 
     `split` and `cat`, not slices: the backward of a slice fills a [T, H, K] with zeros for every document.
     """
-    runs = _runs_of(cu, q.shape[0], longest)
+    runs = _equal_length_runs(cu.tolist(), q.shape[0], longest)
     if spec.device == "cuda" and q.shape[1] != k.shape[1]:  # `enable_gqa` in float32 takes a kernel that stores scores
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     finite = spec.device != "cpu" or _is_finite(q, k)
@@ -236,22 +235,6 @@ def _per_document(
 
 # `torch.compiler.disable` imports the compiler (1.2 s) at once; this imports it only when it is called.
 _outside_of_graphs = torch._disable_dynamo(_per_document)
-
-
-_RUNS: Any = WeakTensorKeyDictionary()  # of boundaries on a GPU: (their version, num_tokens, max_seqlen), runs
-
-
-def _runs_of(cu: Tensor, num_tokens: int, max_seqlen: int) -> list[tuple[int, int]]:
-    """`_equal_length_runs` of boundaries on any device.
-
-    Reading them waits for a GPU. All layers get the same tensor, so only the first one reads it, with little queued.
-    """
-    if not cu.is_cuda or cu.is_inference():  # an inference tensor has no version
-        return _equal_length_runs(cu.tolist(), num_tokens, max_seqlen)
-    asked = cu._version, num_tokens, max_seqlen
-    if cu not in _RUNS or _RUNS[cu][0] != asked:
-        _RUNS[cu] = asked, _equal_length_runs(cu.tolist(), num_tokens, max_seqlen)
-    return _RUNS[cu][1]
 
 
 def _equal_length_runs(boundaries: list[int], num_tokens: int, max_seqlen: int) -> list[tuple[int, int]]:

@@ -74,8 +74,8 @@ def _compiled(kind: type[nn.Module], parameters: tuple[Any, ...]) -> type[nn.Mod
     # Recompilations are limited for each code object: without its own, a process could train only a few models.
     own_code = packed.__code__.replace()
     own = types.FunctionType(own_code, packed.__globals__, closure=packed.__closure__)
-    # Inductor fuses two sums in the backward of a norm only from 4,096 tokens on, and from twice the width of the model
-    # on (torch 2.10 to 2.13): packs on both sides would be compiled twice, for a kernel that saves one read.
+    # Inductor fuses two sums in a norm's backward from 4,096 tokens and 5 * 2**20 numbers on (until torch 2.13 also
+    # only from twice the width on). Packs on both sides would be compiled apart, for a kernel that saves one read.
     options = {"triton.mix_order_reduction": False}
     compiled = torch.compile(own, fullgraph=True, options={k: v for k, v in options.items() if k in _known_options()})
 

@@ -102,9 +102,9 @@ class ExactSteps(Trainer):
         self._sums["train"].skip(time.perf_counter() - self._passes_began)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Adds to the parent: the sum over the passes, and parameters that are counted once, not in every step."""
+        """Adds to the parent: the sum over the passes. Parameters are counted once in a run, not in every step."""
         name = getattr(self.model, "main_input_name", "input_ids")
-        batches = [batch for batch in inputs.get("passes", [inputs]) if name in batch]
+        batches = [batch for batch in inputs.get("passes", [inputs]) if name in batch and batch[name].numel()]
         if self._flops_per_token is None and batches:
             self._flops_per_token = super().floating_point_ops(batches[0]) // batches[0][name].numel()
         return sum(batch[name].numel() for batch in batches) * (self._flops_per_token or 0)

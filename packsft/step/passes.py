@@ -144,8 +144,9 @@ class PassWalker:
         if not divisible or smaller >= tokens_per_pass:  # one document and its padding
             most = parts * max(batch["input_ids"].numel() for batch in passes)
             raise torch.OutOfMemoryError(
-                f"a document of {most:,} tokens is too much for the device's memory, even alone: keep "
-                f"gradient_checkpointing=True, and set a smaller max_length or sequence_parallel_size ({error})"
+                f"a document of {most:,} tokens is too much for the device's memory, even alone: set "
+                "gradient_checkpointing=True if it is off, a smaller max_length, or a larger sequence_parallel_size "
+                f"({error})"
             ) from None
         if self._accelerator.num_processes > 1:
             raise torch.OutOfMemoryError(

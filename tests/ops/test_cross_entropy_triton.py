@@ -16,7 +16,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from packsft_kernels import cross_entropy
+from packsft_kernels import cross_entropy, launch
 
 ROOT = Path(__file__).parents[2]
 # The plugin is found before pytest has read its own `pythonpath`.
@@ -51,6 +51,14 @@ def test_the_cases_of_cross_entropy_hold_in_the_interpreted_kernel(cases: str) -
     output = run("-m", "pytest", *tests, "-q", "-rN", *plugins, TRITON_INTERPRET="1", PYTHONPATH=INTERPRETED_PATH)
     assert "passed" in output
     assert "skipped" not in output
+
+
+@pytest.mark.slow
+def test_the_launch_shapes_can_be_timed() -> None:
+    pytest.importorskip("rich")
+    output = run("tools/tune_cross_entropy.py", "--rows=2", "--vocab=600", "--repeats=1", TRITON_INTERPRET="1")
+    (now,) = (line.split("│")[1:6] for line in output.splitlines() if " now " in line)
+    assert [int(value) for value in now] == list(launch._SHAPES[2**13][:5])
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ from numerics import assert_accurate
 from packsft_kernels import varlen_attention
 from packsft_kernels.reference import varlen_attention as reference
 from packsft_kernels.varlen_attention import BACKENDS, AttentionSpec, choose_backend, why_not
+from torch.utils.checkpoint import checkpoint
 
 MODULE = sys.modules["packsft_kernels.varlen_attention"]  # the function has its name
 SINKS = torch.linspace(-1, 1, 4, dtype=torch.float64)
@@ -295,6 +296,34 @@ def test_gpu_back_ends_match_the_definition(name, head_dim, key_heads, options):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", GPU_BACK_ENDS)
+def test_dropout_on_a_gpu_drops_the_same_weights_in_the_backward(name):
+    """The first token of a document has one weight: dropped, or 1 / 0.75. Values of 1 make each output that factor."""
+    if (reason := why_not(name, AttentionSpec("cuda", torch.bfloat16, 64, dropout=0.25))) is not None:
+        pytest.skip(reason)
+    q, k, v, cu = cuda_inputs([1] * 400, torch.bfloat16, head_dim=64)
+    v = torch.ones_like(v).requires_grad_()
+
+    def attend(v):
+        return varlen_attention(q, k, v, cu, 1, dropout=0.25, backend=name)
+
+    torch.manual_seed(0)
+    out = attend(v)
+    kept = out[..., 0] > 0
+    torch.testing.assert_close(out.float(), kept[..., None].expand_as(out) / 0.75, rtol=1e-2, atol=0)
+    assert float(kept.float().mean()) == pytest.approx(0.75, abs=0.05)
+    (grad,) = torch.autograd.grad(out, v, torch.ones_like(out))
+    groups = q.shape[1] // v.shape[1]
+    expected = kept.view(len(v), v.shape[1], groups).sum(-1) / 0.75
+    torch.testing.assert_close(grad[..., 0].float(), expected.float(), rtol=1e-2, atol=0)
+    torch.manual_seed(0)
+    again = checkpoint(attend, v, use_reentrant=False)
+    torch.manual_seed(1)  # the recomputation draws what the forward drew
+    assert torch.equal(again, out)
+    assert torch.equal(torch.autograd.grad(again, v, torch.ones_like(again))[0], grad)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"window": 16}], ids=str)
 def test_float32_on_a_gpu_is_as_exact_as_sdpa_in_float32(options):
     """As SDPA of each document alone with repeated heads: for a mask over the row, and for grouped heads, PyTorch takes
@@ -321,9 +350,8 @@ def test_float32_on_a_gpu_is_as_exact_as_sdpa_in_float32(options):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", BACKENDS)
-def test_a_back_end_waits_for_nothing_on_a_row_that_it_has_seen(name):
-    """`sdpa` waits for the boundaries of a new row; the others never do (`test_nothing_is_read_from_the_device`)."""
+@pytest.mark.parametrize("name", GPU_BACK_ENDS)
+def test_gpu_back_ends_wait_for_nothing(name):
     if (reason := why_not(name, AttentionSpec("cuda", torch.bfloat16, 64))) is not None:
         pytest.skip(reason)
     *qkv, cu = cuda_inputs((100, 1, 64), torch.bfloat16, head_dim=64)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from numerics import error
 from packsft_kernels.varlen_attention import varlen_attention
-from packsft_kernels.varlen_sdpa import _runs_of
 from torch._dynamo.testing import CompileCounter
 
 CU_SEQLENS = torch.tensor([0, 5, 5, 6, 12], dtype=torch.int32)
@@ -90,34 +89,3 @@ def test_it_is_registered_rightly(
     args = tuple(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args)
     backward = torch.ops.packsft.varlen_sdpa_backward.default
     torch.library.opcheck(backward, (torch.randn(12, 4, 8), *args, *torch.ops.packsft.varlen_sdpa(*args)))
-
-
-class OnGPU(torch.Tensor):
-    """A tensor that says it is on a GPU and lists the times when it is read."""
-
-    is_cuda, reads = True, 0
-
-    def tolist(self) -> list[int]:
-        OnGPU.reads += 1
-        return super().tolist()
-
-
-def test_the_boundaries_of_a_row_on_a_gpu_are_read_once_and_again_where_they_change() -> None:
-    cu, reads = CU_SEQLENS.clone().as_subclass(OnGPU), OnGPU.reads
-    expected = [(1, 5), (1, 1), (1, 6)]
-    assert [_runs_of(cu, 12, 6) for _ in range(3)] == [expected] * 3
-    assert OnGPU.reads == reads + 1
-    with pytest.raises(ValueError, match="expected from 0 to T = 13"):
-        _runs_of(cu, 13, 6)
-    cu[2] = 6
-    assert _runs_of(cu, 12, 6) == [(1, 5), (1, 1), (1, 6)]
-    cu[1] = 6
-    assert _runs_of(cu, 12, 6) == [(2, 6)]
-    same_values = cu.clone().as_subclass(OnGPU)
-    same_values[1] = 5
-    assert _runs_of(same_values, 12, 6) == expected
-    with torch.inference_mode():
-        inferred = CU_SEQLENS.clone().as_subclass(OnGPU)
-        assert _runs_of(inferred, 12, 6) == expected
-        inferred[1:3] = 6
-        assert _runs_of(inferred, 12, 6) == [(2, 6)]
