@@ -53,12 +53,7 @@ from packsft.data.messages import tokenizer_without_nulls, warn_of_unseen_roles
 from packsft.data.packs import USER_COLUMNS, PackedDataset, UserPacks, pack_dataset
 from packsft.data.pictures import PICTURES, PictureRows, with_hidden_pictures
 from packsft.data.ranks import Ranks, check_same_on_all_ranks, on_a_disk_of_the_node
-from packsft.data.raw import (
-    checked_rows,
-    formatted_rows,
-    in_one_form,
-    once_of,
-)
+from packsft.data.raw import checked_rows, formatted_rows, in_one_form, once_of
 from packsft.data.streams import PackedStream
 from packsft.model.head import count_embeddings
 from packsft.model.isolation import IsolationVerdict

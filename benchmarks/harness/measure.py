@@ -180,8 +180,7 @@ def interleave(
         for name, run in candidates.items():
             getattr(run, "prepare", lambda: None)()
             gc.collect()
-            on_gpu = torch.cuda.is_available() and not launches
-            taken = _seconds_on_gpu(run) if on_gpu else _seconds(run)
+            taken = _seconds(run) if launches or not torch.cuda.is_available() else _seconds_on_gpu(run)
             if repeat >= 0:
                 seconds[name].append(taken)
     gc.unfreeze()

@@ -94,7 +94,7 @@ def launching(trainer: Any, repeats: int = 15) -> list[Figure]:
 
     def own() -> None:
         model.zero_grad(set_to_none=True)
-        with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+        with trainer.compute_loss_context_manager():
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
 
@@ -120,7 +120,7 @@ def typical_pack(batches: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def training_step(trainer: Any, batch: dict[str, Any]) -> tuple[Callable[[], None], int, int]:
-    """(forward and backward of one micro-step as the trainer runs it, tokens, scored tokens)."""
+    """(forward and backward of one micro-step as the trainer runs it, but without autocast; tokens, scored tokens)."""
     model = trainer.model.train()
     inputs = trainer._prepare_inputs(batch)
     num_scored = int((inputs["labels"] != -100).sum())
