@@ -26,9 +26,10 @@ from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from packaging.version import Version
 from torch import Tensor, nn
-from torch.distributed.fsdp import StateDictType
+from torch.distributed.fsdp import FSDPModule, StateDictType
 from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoProcessor, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_peft_available
 from trl.trainer import sft_trainer as trl_sft_trainer
 
@@ -260,12 +261,57 @@ def reduce_gradients_in_every_pass(trainer: Any) -> None:
     1.2B parameters in bfloat16 on 8 ranks: 0.4 GiB instead of 2.3 (`--suite memory`). Replicas that a model was loaded
     with (HSDP) keep shards, and wait with the sum over replicas.
     """
-    of_load: Any = getattr(trainer.model.config, "distributed_config", None)
-    at_load = (getattr(of_load, "fsdp_size", None) or 1) > 1  # not yet in 5.17
-    replicated = at_load and (of_load.dp_replicate_size or 1) > 1
+    at_load = _sharded_at_load(trainer.model)
+    replicated = at_load and (trainer.model.config.distributed_config.dp_replicate_size or 1) > 1
     asked = "sync_each_batch" in (trainer.args.accelerator_config.gradient_accumulation_kwargs or {})
     if (trainer.is_fsdp_enabled or at_load) and not replicated and not asked:
         trainer.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+
+
+def _sharded_at_load(model: Any) -> bool:
+    of_load = getattr(model.config, "distributed_config", None)
+    return (getattr(of_load, "fsdp_size", None) or 1) > 1  # not yet in 5.17
+
+
+def check_tied_at_load(model: Any) -> None:
+    """Raises ValueError if a tied head of a model that transformers (5.24) sharded when it loaded it would come apart.
+
+    Where its plan does not name the head (Gemma 3, InternVL), embedding and head are gathered apart. Their shards are
+    one tensor only if all ranks have equally many rows; otherwise PyTorch pads each apart, and one is never updated.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not _sharded_at_load(model) or head is None or head.weight is not embedding.weight:
+        return
+    weight, shards = embedding.weight, model.config.distributed_config.fsdp_size
+    if len(weight) % shards == 0:
+        return
+    owners = [m for m in model.modules() if any(p is weight for p in m.parameters()) and isinstance(m, FSDPModule)]
+    for owner in owners:
+        owner.unshard()
+    gathered = [module.weight for module in (embedding, head)]
+    for owner in owners:
+        owner.reshard()
+    if gathered[0] is not gathered[1] and not isinstance(gathered[1], DTensor):
+        raise ValueError(
+            f"the head of {type(model).__name__} is tied to its embedding, and transformers shards the {len(weight)} "
+            f"rows of both apart, over {shards} ranks that do not divide them: one of the two would not be trained. "
+            "Load it without distributed_config and set fsdp=True, or resize_token_embeddings(pad_to_multiple_of=...)"
+        )
+
+
+def every_rank_runs_every_module(trainer: Any) -> bool:
+    """Whether ranks wait for each other if one leaves out a part of the model in a pass, such as the tower of pictures.
+
+    FSDP gathers the weights of a module when it runs; DeepSpeed, too (ZeRO-3), or it sums gradients in buckets. DDP
+    waits only where it is told not to look for unused parameters.
+    """
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or _sharded_at_load(trainer.model)
+    return trainer.args.world_size > 1 and (sharded or trainer.args.ddp_find_unused_parameters is False)
+
+
+def gathers_each_module(trainer: Any) -> bool:
+    """Whether ranks wait for each other in every module with weights (ZeRO-3). FSDP2 gathers whole layers."""
+    return trainer.is_deepspeed_enabled and is_deepspeed_zero3_enabled()
 
 
 def gradient_sync(trainer: Any, model: nn.Module, *, last: bool) -> AbstractContextManager:

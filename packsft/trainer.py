@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils import DynamoBackend
 from datasets import Dataset, IterableDataset
 from packsft_kernels import LossOptions
 from packsft_kernels.version import __version__
@@ -57,7 +57,7 @@ from packsft.data.raw import checked_rows, formatted_rows, in_one_form, once_of
 from packsft.data.streams import PackedStream
 from packsft.model.head import count_embeddings
 from packsft.model.isolation import IsolationVerdict
-from packsft.model.pictures import check_padded_pictures, check_pictures
+from packsft.model.pictures import check_padded_pictures, check_pictures, run_by_picture
 from packsft.model.positions import check_document_lengths, has_position_table, longest_document, max_positions
 from packsft.model.prepared import PreparedModel, any_rank_of, base_model_of
 from packsft.model.sequence_parallel import SequenceGroup
@@ -299,30 +299,32 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         rows = getattr(packs, "rows", None)
         if self._checked_pictures or not isinstance(rows, PictureRows):
             return
-        engine = self.accelerator.distributed_type
-        if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise ValueError(
-                f"pictures are not packed under {engine.value}: a rank whose pass has none would leave out the tower, "
-                "and the others wait for it"
-            )
         model, collator = base_model_of(self.model), self.data_collator
         collator.pictures = pictures = JoinedPictures(self.processing_class, RotaryPositions.of(model))
         documents = rows.shortest_documents()
         if not documents:
             return  # no row has a picture
         self._checked_pictures = True
-        if not self._prepared.padded:
-            try:
-                with self.accelerator.autocast():
+        with compat.whole_model(self.model), self.accelerator.autocast():
+            if not self._prepared.padded:
+                try:
                     verdict = check_pictures(model, documents, collator, self._prepare_inputs)
-            except ValueError as error:
-                verdict = IsolationVerdict(False, str(error))
-            if not verdict.isolated:
-                self._prepared.pad(verdict)
-        if self._prepared.padded:
-            collator.padded = collator.masked = bool(pictures.places_in_rows)
-            with self.accelerator.autocast():
+                except ValueError as error:
+                    verdict = IsolationVerdict(False, str(error))
+                if not verdict.isolated:
+                    self._prepared.pad(verdict)
+            if self._prepared.padded:
+                collator.padded = collator.masked = bool(pictures.places_in_rows)
                 check_padded_pictures(model, documents, collator, self._prepare_inputs)
+            if compat.gathers_each_module(self) and (
+                name := run_by_picture(model, documents, collator, self._prepare_inputs)
+            ):
+                raise ValueError(
+                    f"{type(model).__name__} runs {name} once for each picture, and under ZeRO-3 ranks with different "
+                    "numbers of pictures would wait for each other in it without end: choose ZeRO-2, or FSDP2"
+                )
+        if compat.every_rank_runs_every_module(self):
+            collator.filler = rows.filler()
 
     def _check_data(self, vocab_size: int) -> None:
         """Raises ValueError for rows that this model or these ranks cannot train on."""

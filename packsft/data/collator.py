@@ -39,6 +39,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
         table_of_positions: the most tokens of a document of user rows, or None.
         virtual_tokens: how many the model puts before each row of a padded batch; `loss_rows` count them.
         pictures: puts the pictures of a pass together; None for rows of text.
+        filler: an unscored document with a picture, added to a batch that has none; or None.
         part: (p, P) for part p of P parts of each packed row, see `model/sequence_parallel.py`.
 
     Raises:
@@ -54,6 +55,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
     virtual_tokens: int = 0
     table_of_positions: int | None = None
     pictures: JoinedPictures | None = None
+    filler: Document | None = None
     part: tuple[int, int] = (0, 1)
 
     def torch_call(self, examples: Sequence[Any]) -> dict[str, Any]:
@@ -82,7 +84,10 @@ class PackingCollator(DataCollatorForLanguageModeling):
         return documents
 
     def _batch(self, documents: Pack) -> dict[str, Any]:
-        filled = documents or [self._padding(1)]  # a rank without documents: the others wait for it
+        filled = documents
+        if self.filler is not None and not any(document.of_pictures for document in documents):
+            filled = [*documents, self.filler]
+        filled = filled or [self._padding(1)]  # a rank without documents: the others wait for it
         batch = self._padded(filled) if self.padded else self._packed(filled)
         num_tokens = sum(map(len, documents))
         if self.part[1] > 1:

@@ -12,6 +12,7 @@ import hashlib
 import io
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from datasets import Dataset, Image, List
 from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from packsft.data.document import Document, is_outside, make_document, outside_vocabulary, short
+from packsft.data.document import IGNORE_INDEX, Document, is_outside, make_document, outside_vocabulary, short
 from packsft.data.packs import sample_of
 
 if TYPE_CHECKING:  # needed for pictures alone
@@ -363,6 +364,13 @@ class PictureRows:
             return []
         shortest = [rows[np.argsort(self.lengths[rows])] for rows in (without, with_pictures)]
         return [self.document(row, 0, self.lengths[row]) for row in (*shortest[0][:1], *shortest[1][:count])]
+
+    def filler(self) -> Document:
+        """The row whose pictures end first, cut behind them, without a scored token."""
+        rows = np.flatnonzero(self.picture_tokens)
+        row = rows[np.argmin(self.pictures_end[rows])]
+        document = self.document(row, 0, self.pictures_end[row])
+        return replace(document, labels=np.full_like(document.labels, IGNORE_INDEX), num_scored=0, weight=0.0, row=-1)
 
     def tokens(self, row: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Input ids and labels `start:stop` of a row."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from packsft.data.batch import model_inputs
@@ -68,6 +69,31 @@ def check_padded_pictures(
                     f"row {document.row} gives other hidden states beside other rows than alone, by {off:.1e}, packed "
                     f"and padded: {type(model).__name__} lets pictures of other rows change it, in TRL's batches, too"
                 )
+
+
+def run_by_picture(
+    model: PreTrainedModel,
+    documents: list[Document],
+    collator: PackingCollator,
+    to_device: Callable[[dict[str, Any]], dict[str, Any]],
+) -> str | None:
+    """The name of a module with weights that runs more often in a pass with more pictures, if there is one."""
+    some = [document for document in documents if document.of_pictures]
+    names = {module: name for name, module in model.named_modules() if any(True for _ in module.parameters(False))}
+    one, all_of_them = (_count_runs(model, names, to_device(collator.torch_call([part]))) for part in (some[:1], some))
+    return next((name for module, name in names.items() if all_of_them[module] > one[module]), None)
+
+
+def _count_runs(model: PreTrainedModel, modules: Iterable[nn.Module], batch: dict[str, Any]) -> Counter[nn.Module]:
+    runs: Counter[nn.Module] = Counter()
+    hooks = [module.register_forward_hook(lambda module, *_: runs.update([module])) for module in modules]
+    try:
+        with torch.random.fork_rng(_devices(model)), eval_mode(model), torch.no_grad(), packed_forward():
+            _hidden(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return runs
 
 
 def _alone(

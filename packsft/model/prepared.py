@@ -17,7 +17,7 @@ from packsft_kernels import LossOptions
 from packsft_kernels.varlen_attention import FLOAT_DTYPES
 from torch import Tensor, nn
 
-from packsft.compat import as_before_accelerate
+from packsft.compat import as_before_accelerate, check_tied_at_load
 from packsft.data.batch import document_lengths, longest_document, loss_inputs, model_inputs
 from packsft.model import attention
 from packsft.model.compilation import compile_layers, restore_layers
@@ -83,6 +83,7 @@ class PreparedModel:
         fills_cache = self.prompt is not None and self.prompt.peft_type in ("PREFIX_TUNING", "CARTRIDGE")
         self.virtual_tokens = 0 if self.prompt is None or fills_cache else self.prompt.num_virtual_tokens
         _refuse_offloaded(model)
+        check_tied_at_load(self.base_model)
         as_before_accelerate(model)
         restore_layers(self.base_model)
         self._rotary_limit = install_rotary(self.base_model)

@@ -83,6 +83,38 @@ def test_a_killed_run_resumes(folder, one):
         assert error(again["weights"][weight], whole["weights"][weight]) < 1e-4, weight
 
 
+PICTURES = {
+    f"{family}{name}": {"family": family, "dtype": "float32", "tokens_per_pass": 64} | options
+    for family in ("Qwen2VL", "Idefics3", "Gemma3")
+    for name, options in {"": {}, ", bfd": BFD | {"max_length": 128}, ", sparse": {"sparse": True}}.items()
+}
+
+
+def with_pictures(folder, processes, engine="", runs=PICTURES):
+    script, path = Path(__file__).with_name("pictures_tiny.py"), folder / f"pictures{processes}{engine}.pt"
+    sized = {"per_device_train_batch_size": 4 // processes, "engine": engine}
+    runs = {name: run | sized | {"folder": str(folder / run["family"])} for name, run in runs.items()}
+    return results_of(script, processes, path, json.dumps(runs), **CPU if engine else {})
+
+
+def test_rows_with_pictures(folder):
+    one = with_pictures(folder, 1)
+    for engine in ("zero2", "zero3"):
+        two = with_pictures(folder, 2, engine)
+        for name in PICTURES:
+            assert error(two[name]["moved"], one[name]["moved"]) < 5e-6, (engine, name)
+            assert two[name]["losses"] == pytest.approx(one[name]["losses"], rel=1e-6)
+            assert two[name]["evaluation"] == pytest.approx(one[name]["evaluation"], rel=1e-6)
+
+
+def test_a_tower_with_a_part_that_runs_for_each_picture(folder):
+    runs = {"run": {"family": "Llava", "dtype": "float32", "each_alone": True}}
+    one, two = with_pictures(folder, 1, runs=runs)["run"], with_pictures(folder, 2, "zero2", runs)["run"]
+    assert error(two["moved"], one["moved"]) < 5e-6
+    with pytest.raises(AssertionError, match=r"runs model\.multi_modal_projector\.projector\.\w+ once for each"):
+        with_pictures(folder, 2, "zero3", runs)
+
+
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
 def test_weights_after_ten_steps_agree(engine):
     model, tokenizer = small_models()["GPT-2"]
