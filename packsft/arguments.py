@@ -328,8 +328,6 @@ def _check_pictures(said: str, columns: set[str], dataset: Any, args: SFTConfig,
         raise ValueError(f"{said}, and formatting_func gives texts alone: make the texts before, with dataset.map")
     if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
         raise ValueError(f"{said}, and a transform, which would run while a plan is made: apply it before, with map")
-    if isinstance(dataset, IterableDataset):
-        raise ValueError(f"{said}, but is a stream: pictures are packed from a datasets.Dataset")
     if skips_preparation(args):
         raise ValueError(f"{said}, which packs of your own cannot hold: leave skip_prepare_dataset unset")
     strategy = STRATEGIES[args.packing_strategy if args.packing else "none"]

@@ -51,7 +51,8 @@ from packsft.data.joined_pictures import JoinedPictures, RotaryPositions
 from packsft.data.loaders import PackedLoaders, Packs
 from packsft.data.messages import tokenizer_without_nulls, warn_of_unseen_roles
 from packsft.data.packs import USER_COLUMNS, PackedDataset, UserPacks, pack_dataset
-from packsft.data.pictures import PICTURES, PictureRows, with_hidden_pictures
+from packsft.data.picture_stream import PictureStream, rows_with_pictures
+from packsft.data.pictures import PictureRows, holds_pictures, with_hidden_pictures
 from packsft.data.ranks import Ranks, check_same_on_all_ranks, on_a_disk_of_the_node
 from packsft.data.raw import checked_rows, formatted_rows, in_one_form, once_of
 from packsft.data.streams import PackedStream
@@ -79,8 +80,8 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
     The constructor is the parent's, argument for argument. `args` may be an `SFTConfig` or a [`PackedSFTConfig`], whose
     default is exact-step packing: every optimizer step takes the examples of an unpacked run, packed into as few
     passes as hold them. With `packing=False` the examples of a batch are laid end to end without padding. Every
-    data set form of the parent can be packed, but no stream of pictures. With `dataset_kwargs={"skip_prepare_dataset":
-    True}` the rows are packs that the user made (`input_ids`, `labels`, `seq_lengths`).
+    data set form of the parent can be packed. With `dataset_kwargs={"skip_prepare_dataset": True}` the rows are packs
+    that the user made (`input_ids`, `labels`, `seq_lengths`).
 
     Attributes:
         isolation: the verdict of the check that packed documents do not see each other on this model.
@@ -204,9 +205,9 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         if self._vocab_size is not None:  # after the constructor, which has checked its own
             check_dataset(f"{dataset_name} data set", dataset, args)
         check_tokenizer(processing_class, args)
-        if isinstance(dataset := with_hidden_pictures(dataset), Dataset) and PICTURES in dataset.column_names:
-            with_pictures = self._rows_with_pictures(dataset, processing_class, args, dataset_name)
-            return self._plan(with_pictures, packing, args, dataset_name)
+        if holds_pictures(dataset := with_hidden_pictures(dataset)):
+            collator = self._picture_collator(processing_class, args, dataset_name)
+            return self._plan(dataset, packing, args, dataset_name, of_pictures=collator)
         # The parent only tokenises and labels. The plan cuts, drops and shuffles, and counts what is lost.
         tokenise = copy.copy(args)
         tokenise.max_length, tokenise.shuffle_dataset = None, False
@@ -244,23 +245,30 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             rows = super()._prepare_dataset(rows, without_nulls, tokenise, False, None, dataset_name)
         return self._plan(rows, packing, args, dataset_name, once=once, divides=divides)
 
-    def _rows_with_pictures(self, rows: Dataset, processor: Any, args: SFTConfig, name: str) -> PictureRows:
+    def _picture_collator(self, processor: Any, args: SFTConfig, name: str) -> DataCollatorForVisionLanguageModeling:
         if not isinstance(processor, ProcessorMixin):
             raise ValueError(
                 f"the {name} data set has pictures, but processing_class is a {type(processor).__name__}: pass the "
                 "processor of a vision-language model"
             )
-        collator = DataCollatorForVisionLanguageModeling(
+        return DataCollatorForVisionLanguageModeling(
             processor=processor,
             completion_only_loss=self.completion_only_loss,
             dataset_text_field=args.dataset_text_field,
             assistant_only_loss=args.assistant_only_loss,
             chat_template=self.chat_template,
         )
-        return PictureRows(rows, collator, args.max_length, args.dataset_num_proc, name)
 
     def _plan(
-        self, rows: Any, packing: bool, args: SFTConfig, name: str, *, once: Any = (None, None), divides: bool = False
+        self,
+        rows: Any,
+        packing: bool,
+        args: SFTConfig,
+        name: str,
+        *,
+        once: Any = (None, None),
+        divides: bool = False,
+        of_pictures: DataCollatorForVisionLanguageModeling | None = None,
     ) -> PackedDataset | PackedStream:
         """The packs of tokenised rows, or of rows with pictures."""
         strategy = args.packing_strategy if packing else "none"
@@ -278,10 +286,15 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         seed = args.seed if args.data_seed is None else args.data_seed
         if isinstance(rows, IterableDataset):
             rows = rows.shuffle(seed=seed) if args.shuffle_dataset and not divides else rows
-            packs = PackedStream(rows, args.max_length, divisible=divides, **options)
+            if of_pictures is None:
+                packs = PackedStream(rows, args.max_length, divisible=divides, **options)
+            else:
+                packs = PictureStream(rows, args.max_length, collator=of_pictures, **options)
         else:  # a seeded plan mixes examples: not if the user asks for an order
             sampled = name == "train" and args.train_sampling_strategy == "random"
             seeded = args.shuffle_dataset or (sampled and STRATEGIES[strategy].repacks)
+            if of_pictures is not None:
+                rows = PictureRows(rows, of_pictures, args.max_length, args.dataset_num_proc, name)
             packs = pack_dataset(rows, args.max_length, seed=seed if seeded else None, **options)
             for loss in packs.plan.account.describe_losses(args.max_length):
                 logger.warning("%s data set: %s", name, loss)
@@ -296,8 +309,8 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
 
     def _prepare_pictures(self, packs: Any) -> None:
         """Raises ValueError if pictures cannot be trained on here. Without effect on rows of text, or a second time."""
-        rows = getattr(packs, "rows", None)
-        if self._checked_pictures or not isinstance(rows, PictureRows):
+        rows = None if self._checked_pictures else rows_with_pictures(packs)
+        if rows is None:
             return
         model, collator = base_model_of(self.model), self.data_collator
         collator.pictures = pictures = JoinedPictures(self.processing_class, RotaryPositions.of(model))
@@ -377,8 +390,8 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         state do not change. Call it before FSDP or ZeRO shards the parameters.
         """
         packs = self.train_dataset.packs() if isinstance(self.train_dataset, PackedDataset) else self.train_dataset
-        rows = getattr(self.train_dataset, "rows", None)
-        documents = rows.shortest_documents() if isinstance(rows, PictureRows) else []
+        rows = rows_with_pictures(self.train_dataset)
+        documents = [] if rows is None else rows.shortest_documents()
         if not documents:
             documents = first_documents(packs, longest_document(base_model_of(self.model), self.args.max_length))
         self._check = check_packing(self.model, self._prepared, documents, self.data_collator, self._prepare_inputs)

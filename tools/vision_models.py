@@ -37,7 +37,7 @@ from tiny_vision_models import LEFT_OUT, families, tiny_vision_model
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from vision_models_page import ALLOWED_OF_TRL, TOKENS_PER_PASS
 
-from packsft.data.pictures import PictureRows
+from packsft.data.pictures import RowProcessor
 
 
 def measure(family: str) -> Result:
@@ -101,16 +101,16 @@ def alone(model: Any, batches: list[Result]) -> tuple[float, Any]:
 
 def ours(model: Any, processor: Any, rows: Any, loss: float, truth: Any) -> Result:
     """One optimizer step of all rows through `PackedSFTTrainer`."""
-    planners, plan = [], PictureRows._from_headers
+    planners, plan = [], RowProcessor.planner
 
-    def noted(self: Any, max_length: Any) -> Any:
-        planners.append(plan(self, max_length))
+    def noted(self: Any, *arguments: Any) -> Any:
+        planners.append(plan(self, *arguments))
         return planners[-1]
 
     try:
         with (
             tempfile.TemporaryDirectory() as folder,
-            mock.patch.object(PictureRows, "_from_headers", noted),
+            mock.patch.object(RowProcessor, "planner", noted),
         ):
             trainer = build_trainer(
                 EXACT, copy.deepcopy(model), processor, rows, folder, bf16=False, max_length=TOKENS_PER_PASS,

@@ -53,6 +53,32 @@ class Document:
         return part.with_pictures(of_tokens, {})
 
 
+@dataclass(frozen=True, eq=False)
+class PlannedDocument:
+    """Stands for a `Document` of a stream with pictures, which are processed when a pass needs them.
+
+    - `length`: of the document
+    - `num_scored`, `weight`, `row`: as of a `Document`
+    - `tokens_of_row`: without a cut
+    - `given`: the row
+    """
+
+    length: int
+    num_scored: int
+    row: int
+    tokens_of_row: int
+    given: Mapping[str, Any]
+    weight: float = 0.0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def part(self, start: int, stop: int) -> PlannedDocument:
+        """The whole: nothing else is asked for."""
+        assert (start, stop) == (0, self.length)
+        return self
+
+
 Pack = list[Document]
 
 

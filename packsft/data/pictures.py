@@ -11,14 +11,14 @@ import functools
 import hashlib
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from accelerate import PartialState
-from datasets import Dataset, Image, List
+from datasets import Dataset, Image, IterableDataset, List
 from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -34,6 +34,7 @@ PICTURES = "packsft_pictures"  # the column, under a name that TRL does not look
 FORMS = (("messages",), ("prompt", "completion"))  # or the column of texts, in TRL's order
 LOOKED_AT = 1000  # rows, for some with pictures of several sizes
 TRIED_ROWS = 4  # whose length is compared with that of the processed row, when a data set is planned
+Rows: TypeAlias = Dataset | IterableDataset
 ORIENTATION = 0x0112  # of Exif; from 5 on, height and width change places
 
 
@@ -42,16 +43,29 @@ def has_pictures(columns: Any) -> str | None:
     return next((name for name in ("images", "image", PICTURES) if name in columns), None)
 
 
+def _columns_of(rows: Rows) -> list[str]:
+    """Of a stream without known columns, those of its first row."""
+    return rows.column_names or list(next(iter(rows), {}))
+
+
+def holds_pictures(rows: Any) -> bool:
+    """Whether these are rows of `with_hidden_pictures` that have some."""
+    return isinstance(rows, (Dataset, IterableDataset)) and PICTURES in _columns_of(rows)
+
+
 def with_hidden_pictures(rows: Any) -> Any:
     """Rows whose pictures are not decoded, under a name that TRL does not look for; others as they are."""
     if isinstance(rows, dict):
         return {key: with_hidden_pictures(one) for key, one in rows.items()}
-    if not isinstance(rows, Dataset) or rows.format["type"] == "custom":
+    if not isinstance(rows, (Dataset, IterableDataset)):
         return rows
-    if (name := has_pictures(rows.format["columns"])) in (None, PICTURES):
+    if isinstance(rows, Dataset) and rows.format["type"] == "custom":
+        return rows
+    columns = rows.format["columns"] if isinstance(rows, Dataset) else _columns_of(rows)
+    if (name := has_pictures(columns)) in (None, PICTURES):
         return rows
     rows = rows.with_format(None)
-    feature = rows.features[name]
+    feature = (rows.features or {}).get(name)
     if isinstance(feature, Image):
         rows = rows.cast_column(name, Image(mode=feature.mode, decode=False))
     elif isinstance(inner := getattr(feature, "feature", None), Image):
@@ -59,22 +73,22 @@ def with_hidden_pictures(rows: Any) -> Any:
     return rows.rename_column(name, PICTURES)
 
 
-def _mode_of(rows: Dataset) -> str | None:
+def _mode_of(rows: Rows) -> str | None:
     """To which a picture is converted when it is decoded."""
-    feature = rows.features[PICTURES]
+    feature = (rows.features or {}).get(PICTURES)
     return getattr(getattr(feature, "feature", feature), "mode", None)
 
 
-def _form_of(rows: Dataset, text_field: str, name: str) -> tuple[str, ...]:
+def _form_of(columns: Sequence[str], text_field: str, name: str) -> tuple[str, ...]:
     """The columns of text that are read. Raises ValueError if there are none."""
-    forms = [form for form in (*FORMS, (text_field,)) if set(form) <= set(rows.column_names)]
+    forms = [form for form in (*FORMS, (text_field,)) if set(form) <= set(columns)]
     if not forms:
-        beside = ", ".join(column for column in rows.column_names if column != PICTURES)
+        beside = ", ".join(column for column in columns if column != PICTURES)
         expected = f"messages, prompt and completion, or {text_field}"
-        raise ValueError(f"the {name} data set has pictures and the columns {beside}, expected {expected}")
+        raise ValueError(f"the {name} has pictures and the columns {beside}, expected {expected}")
     if left := [column for form in forms[1:] for column in form if column not in forms[0]]:
         read = " and ".join(forms[0])
-        logger.warning("%s data set: %s is trained on; %s is not read", name, read, " and ".join(left))
+        logger.warning("%s: %s is trained on; %s is not read", name, read, " and ".join(left))
     return forms[0]
 
 
@@ -140,6 +154,11 @@ class RowProcessor:
         self._collator, self._columns, self._mode, self._planned, self._more = collator, columns, mode, planned, more
         self._ready: DataCollatorForVisionLanguageModeling | None = None
 
+    @classmethod
+    def of_rows(cls, rows: Rows, collator: DataCollatorForVisionLanguageModeling, name: str) -> RowProcessor:
+        """Raises ValueError if the rows have no text."""
+        return cls(collator, _form_of(_columns_of(rows), collator.dataset_text_field, name), _mode_of(rows))
+
     def planning(self, more: int) -> RowProcessor:
         """One that plans the same rows."""
         return RowProcessor(self._collator, self._columns, self._mode, planned=True, more=more)
@@ -190,6 +209,66 @@ class RowProcessor:
             "pictures_end": int(stops[of_pictures].max(initial=0)),
             "picture_tokens": int(tokens[of_pictures].sum()),
         }
+
+    def document(
+        self,
+        row: Mapping[str, Any],
+        where: str,
+        planned: int,
+        segment: tuple[int, int],
+        weight: float | None = None,
+        number: int = -1,
+        vocab_size: int | None = None,
+    ) -> Document:
+        """Tokens `start:stop` of a row that was planned with so many, with all its pictures.
+
+        Raises ValueError, naming the row, if it has another length, or ids outside the vocabulary.
+        """
+        batch = self(row, where)
+        ids, labels = batch.pop("input_ids")[0], batch.pop("labels")[0]
+        batch.pop("attention_mask")
+        if len(ids) != planned:
+            raise ValueError(
+                f"{where}: planned with {planned} tokens, but it has {len(ids)}: if its picture has changed since, "
+                "delete the cache files of the data set"
+            )
+        if vocab_size is not None:
+            for column, values in (("input_ids", ids.numpy()), ("labels", labels.numpy())):
+                if (bad := is_outside(values, column, vocab_size)).any():
+                    raise ValueError(outside_vocabulary(where, column, values[bad][0], vocab_size))
+        kept = slice(*segment)
+        of_tokens = {key: value[0, kept] for key, value in batch.items() if value.shape[:2] == (1, len(ids))}
+        of_pictures = {key: value for key, value in batch.items() if key not in of_tokens}
+        document = make_document(ids[kept].numpy(), labels[kept].numpy(), weight, number)
+        return document.with_pictures(of_tokens, of_pictures)
+
+    def planner(self, rows: Iterable[Mapping[str, Any]], max_length: int | None, name: str) -> RowProcessor:
+        """What plans rows, as tried on some of them: from headers if that gives what the processor makes."""
+        tried: dict[tuple, tuple[Mapping, str, dict[str, int]]] = {}
+        for number, row in enumerate(rows):
+            if number == LOOKED_AT or len(tried) == TRIED_ROWS:
+                break
+            where = f"row {number} of the {name}"
+            sizes = tuple(map(_size, pictures_of(row, where)))
+            if sizes not in tried:
+                tried[sizes] = row, where, self.measure(row, where, max_length)
+        processor = type(self._collator.processor).__name__
+        why_not = f"{processor} makes other numbers of tokens than it tells from sizes"
+        try:
+            told = self.planning(0)
+            more = {
+                (made["length"] - told.measure(row, where, max_length)["length"]) // len(sizes)
+                for sizes, (row, where, made) in tried.items()
+                if sizes
+            }
+            planned = self.planning(more.pop() if len(more) == 1 else 0)
+            found = [(planned.measure(row, where, max_length), made) for row, where, made in tried.values()]
+            if all(one[name] == made[name] for one, made in found for name in ("length", "scored")):
+                return planned
+        except (AttributeError, ValueError) as error:
+            why_not = f"{processor} cannot tell its tokens from a picture's size ({error})"
+        logger.warning("%s: every picture is processed once, to plan it: %s", name, why_not)
+        return self
 
     @cached_property
     def picture_token(self) -> int:
@@ -261,76 +340,30 @@ def knowing_sizes_alone(processor: Any, picture_token: int, more: int) -> Any:
     return planned
 
 
-class PictureRows:
-    """Rows with texts and pictures, in the place of `TokenRows`: a row is processed when it is read.
+class MeasuredRows:
+    """Rows with texts and pictures whose lengths are known: a row is processed when it is read.
 
     Args:
-        dataset: rows of `with_hidden_pictures`.
-        collator: as in `RowProcessor`.
-        max_length: where rows may be cut, behind their last picture.
-        num_proc: processes that plan.
-        name: names the data set in messages.
+        rows: of `with_hidden_pictures`; indexed by number.
+        process: processes one.
+        measured: what `RowProcessor.measure` says, `[rows]` int64 each.
+        name: names the rows in messages.
 
     Attributes:
-        processor: of the collator.
-        lengths: `[rows]` int64, tokens in each row.
-        pictures_end: `[rows]` int64: no cut may fall before this token.
-        picture_tokens: `[rows]` int64.
-
-    Raises:
-        ValueError: a row cannot be processed, or a picture has no header.
+        lengths: tokens in each row.
+        pictures_end: no cut may fall before this token.
+        picture_tokens: of each row.
     """
 
-    tokens_padding = texts_with_doubles = 0
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        collator: DataCollatorForVisionLanguageModeling,
-        max_length: int | None,
-        num_proc: int | None,
-        name: str,
-    ) -> None:
-        self._dataset, self._name, self.processor = dataset, name, collator.processor
+    def __init__(self, rows: Any, process: RowProcessor, measured: Mapping[str, np.ndarray], name: str) -> None:
+        self._rows, self._process, self._name = rows, process, name
+        self.lengths, self.pictures_end = measured["length"], measured["pictures_end"]
+        self.picture_tokens = measured["picture_tokens"]
         self._vocab_size: int | None = None
-        form = _form_of(dataset, collator.dataset_text_field, name), _mode_of(dataset)
-        self._process = RowProcessor(collator, *form)
-        planner = self._from_headers(max_length)
-        plan_row = functools.partial(_plan_row, planner=planner, max_length=max_length, name=name)
-        with PartialState().main_process_first():  # the others find the result in the cache
-            columns = dataset.column_names
-            planned = dataset.map(plan_row, with_indices=True, remove_columns=columns, num_proc=num_proc)
-        table = planned.with_format("numpy")
-        self.lengths, self._scored, self.pictures_end, self.picture_tokens = (
-            np.asarray(table[column][:]) for column in ("length", "scored", "pictures_end", "picture_tokens")
-        )
 
-    def _from_headers(self, max_length: int | None) -> RowProcessor:
-        """What plans a row, as tried on some rows: from headers if that gives what the processor makes."""
-        tried: dict[tuple, tuple[dict, str, dict[str, int]]] = {}
-        for number, row in enumerate(self._dataset):
-            if number == LOOKED_AT or len(tried) == TRIED_ROWS:
-                break
-            where = f"row {number} of the {self._name} data set"
-            sizes = tuple(map(_size, pictures_of(row, where)))
-            if sizes not in tried:
-                tried[sizes] = row, where, self._process.measure(row, where, max_length)
-        why_not = f"{type(self.processor).__name__} makes other numbers of tokens than it tells from sizes"
-        try:
-            told = self._process.planning(0)
-            more = {
-                (made["length"] - told.measure(row, where, max_length)["length"]) // len(sizes)
-                for sizes, (row, where, made) in tried.items()
-                if sizes
-            }
-            planned = self._process.planning(more.pop() if len(more) == 1 else 0)
-            found = [(planned.measure(row, where, max_length), made) for row, where, made in tried.values()]
-            if all(one[name] == made[name] for one, made in found for name in ("length", "scored")):
-                return planned
-        except (AttributeError, ValueError) as error:
-            why_not = f"{type(self.processor).__name__} cannot tell its tokens from a picture's size ({error})"
-        logger.warning("%s data set: every picture is processed once, to plan it: %s", self._name, why_not)
-        return self._process
+    def check_ids(self, vocab_size: int) -> None:
+        """Check every row from now on, when it is read."""
+        self._vocab_size = vocab_size
 
     @property
     def picture_token(self) -> int:
@@ -339,23 +372,9 @@ class PictureRows:
 
     def document(self, row: int, start: int, stop: int, weight: float | None = None) -> Document:
         """Tokens `start:stop` of a row, with all its pictures."""
-        where = f"row {row} of the {self._name} data set"
-        batch = self._process(self._dataset[int(row)], where)
-        ids, labels = batch.pop("input_ids")[0], batch.pop("labels")[0]
-        batch.pop("attention_mask")
-        if len(ids) != self.lengths[row]:
-            raise ValueError(
-                f"{where}: planned with {self.lengths[row]} tokens, but it has {len(ids)}: if its picture has changed "
-                "since, delete the cache files of the data set"
-            )
-        if self._vocab_size is not None:
-            for column, values in (("input_ids", ids.numpy()), ("labels", labels.numpy())):
-                if (bad := is_outside(values, column, self._vocab_size)).any():
-                    raise ValueError(outside_vocabulary(where, column, values[bad][0], self._vocab_size))
-        of_tokens = {key: value[0, start:stop] for key, value in batch.items() if value.shape[:2] == (1, len(ids))}
-        of_pictures = {key: value for key, value in batch.items() if key not in of_tokens}
-        document = make_document(ids[start:stop].numpy(), labels[start:stop].numpy(), weight, int(row))
-        return document.with_pictures(of_tokens, of_pictures)
+        where, planned = f"row {row} of the {self._name}", int(self.lengths[row])
+        given = self._rows[int(row)]
+        return self._process.document(given, where, planned, (start, stop), weight, int(row), self._vocab_size)
 
     def shortest_documents(self, count: int = 3, of: int = 256) -> list[Document]:
         """The shortest of the first rows with pictures, behind the shortest of the first without, if there are both."""
@@ -374,16 +393,52 @@ class PictureRows:
 
     def tokens(self, row: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Input ids and labels `start:stop` of a row."""
-        batch = self._process(self._dataset[int(row)], f"row {row} of the {self._name} data set")
+        batch = self._process(self._rows[int(row)], f"row {row} of the {self._name}")
         return batch["input_ids"][0, start:stop].numpy(), batch["labels"][0, start:stop].numpy()
+
+
+class PictureRows(MeasuredRows):
+    """A data set of such rows, in the place of `TokenRows`.
+
+    Args:
+        dataset: rows of `with_hidden_pictures`.
+        collator: as in `RowProcessor`.
+        max_length: where rows may be cut, behind their last picture.
+        num_proc: processes that plan.
+        name: names the data set in messages.
+
+    Attributes:
+        processor: of the collator.
+
+    Raises:
+        ValueError: a row cannot be processed, or a picture has no header.
+    """
+
+    tokens_padding = texts_with_doubles = 0
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        collator: DataCollatorForVisionLanguageModeling,
+        max_length: int | None,
+        num_proc: int | None,
+        name: str,
+    ) -> None:
+        self.processor, name = collator.processor, f"{name} data set"
+        process = RowProcessor.of_rows(dataset, collator, name)
+        planner = process.planner(dataset, max_length, name)
+        plan_row = functools.partial(_plan_row, planner=planner, max_length=max_length, name=name)
+        with PartialState().main_process_first():  # the others find the result in the cache
+            columns = dataset.column_names
+            planned = dataset.map(plan_row, with_indices=True, remove_columns=columns, num_proc=num_proc)
+        table = planned.with_format("numpy")
+        measured = {column: np.asarray(table[column][:]) for column in table.column_names}
+        super().__init__(dataset, process, measured, name)
+        self._scored = measured["scored"]
 
     def count_scored(self, examples: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
         """`[S]` integers, of segments that begin with their row."""
         return self._scored[examples]
-
-    def check_ids(self, vocab_size: int) -> None:
-        """Check every row from now on, when it is read."""
-        self._vocab_size = vocab_size
 
     def sample(self) -> str:
         """SHA-256 in hex over the number of rows and the tokens and labels of some of them."""
@@ -393,7 +448,7 @@ class PictureRows:
     def digest(self) -> str:
         """SHA-256 in hex over texts and pictures of all rows, in order; of a picture in a file, its path."""
         digest = hashlib.sha256()
-        for batch in self._dataset.with_format("arrow").iter(100):
+        for batch in self._rows.with_format("arrow").iter(100):
             digest.update(repr(batch.to_pylist()).encode())
         return digest.hexdigest()
 
@@ -401,4 +456,4 @@ class PictureRows:
 def _plan_row(
     row: dict[str, Any], index: int, planner: RowProcessor, max_length: int | None, name: str
 ) -> dict[str, int]:
-    return planner.measure(row, f"row {index} of the {name} data set", max_length)
+    return planner.measure(row, f"row {index} of the {name}", max_length)

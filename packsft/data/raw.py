@@ -32,7 +32,7 @@ from packsft.data.messages import (
     kind_of,
     rows_of_each_kind,
 )
-from packsft.data.pictures import PICTURES
+from packsft.data.pictures import holds_pictures
 
 logger = logging.getLogger("packsft")
 
@@ -98,7 +98,7 @@ def _renamed(row: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
 
 def in_one_form(datasets: Any, text_field: str, name: str) -> Any:
     """`one_form` of a data set, or of each in a dictionary; anything else as it is."""
-    if isinstance(datasets, Dataset) and PICTURES in datasets.column_names:
+    if holds_pictures(datasets):
         return datasets
     if isinstance(datasets, dict):
         return {key: in_one_form(rows, text_field, key) for key, rows in datasets.items()}

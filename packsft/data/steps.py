@@ -86,7 +86,8 @@ class StepStream(_Steps, torch.utils.data.IterableDataset):
         """The passes of this rank in the step with these examples."""
         documents = [document for pack in examples for document in pack]
         lengths = [sum(map(len, pack)) for pack in examples]
-        passes = [[document for i in chosen for document in examples[i]] for chosen in self._plan(lengths)]
+        process = self.examples.processed
+        passes = [process([document for i in chosen for document in examples[i]]) for chosen in self._plan(lengths)]
         per_example = self.examples.per_example
         items = sum(document.num_scored * (document.weight if per_example else 1) for document in documents)
         return StepRows(passes, examples, items, self.tokens_per_pass, stream_digests(examples))

@@ -12,7 +12,7 @@ import itertools
 import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -67,8 +67,8 @@ class StreamPack(list[Document]):
             raise KeyError(f"a pack of a stream has no {key!r}, only {', '.join(self.keys())}")
         return [token for document in self for token in getattr(document, key).tolist()]
 
-    def chained(self, before: str) -> StreamPack:
-        self.before, self.after = before, chained_digest(before, map(digest_of, self))
+    def chained(self, before: str, digests: Iterable[bytes]) -> StreamPack:
+        self.before, self.after = before, chained_digest(before, digests)
         return self
 
 
@@ -235,9 +235,20 @@ class PackedStream(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[StreamPack]:
         digest = ""
         for pack in self._epochs():
-            chained = StreamPack(pack).chained(digest)
+            digests = list(map(self.digest_of, pack))
+            if not self.strategy.exact_steps:  # else a step does it, for those that this rank trains on
+                pack = self.processed(pack)
+            chained = StreamPack(pack).chained(digest, digests)
             digest = chained.after
             yield chained
+
+    def digest_of(self, document: Document) -> bytes:
+        """SHA-256 of what the document is made of."""
+        return digest_of(document)
+
+    def processed(self, pack: Pack) -> Pack:
+        """Documents as a pass takes them."""
+        return pack
 
     def _epochs(self) -> Iterator[Pack]:
         state, self._resume = self._resume, None
@@ -344,25 +355,21 @@ class PackedStream(torch.utils.data.IterableDataset):
         """Check a row, cut it into documents, and count it, except for what becomes of its documents."""
         where = f"row {number} of the {self.name} stream"
         check_row(row, where)
-        ids, labels = checked_tokens(row.get("input_ids"), row.get("labels"), where, self._vocab_size)
-        start, stop = self._span(row, ids, where, account)
-        ids, labels = ids[start:stop], labels[start:stop]
+        length, uncut, document_of = self._read(row, number, where, account)
         account.examples_in += 1
-        account.tokens_in += len(ids)
-        documents = [
-            make_document(ids[start:stop], labels[start:stop], row=number) for start, stop in self._cut(len(ids), where)
-        ]
+        account.tokens_in += length
+        documents = [document_of(start, stop) for start, stop in self._cut(length, uncut, where)]
         self._check_length(max(map(len, documents), default=0), where)
         num_scored = sum(document.num_scored for document in documents)
-        cut = len(ids) - sum(map(len, documents))
-        if len(ids) == 0:
+        cut = length - sum(map(len, documents))
+        if length == 0:
             account.examples_empty += 1
         elif not documents:
             account.examples_overlong_dropped += 1
             account.tokens_dropped += cut
         elif not num_scored:
             account.examples_unscored += 1
-            account.tokens_unscored += len(ids)
+            account.tokens_unscored += length
         elif cut:
             account.examples_truncated += 1
             account.tokens_truncated += cut
@@ -372,6 +379,15 @@ class PackedStream(torch.utils.data.IterableDataset):
         account.segments_unscored += len(documents) - len(kept)
         account.tokens_unscored += sum(map(len, documents)) - sum(map(len, kept))
         return [replace(document, weight=1.0 / num_scored) for document in kept]
+
+    def _read(
+        self, row: Mapping[str, Any], number: int, where: str, account: Account
+    ) -> tuple[int, int, Callable[[int, int], Document]]:
+        """The tokens of a row, before which of them no cut may fall, and what makes the document of some of them."""
+        ids, labels = checked_tokens(row.get("input_ids"), row.get("labels"), where, self._vocab_size)
+        start, stop = self._span(row, ids, where, account)
+        ids, labels = ids[start:stop], labels[start:stop]
+        return len(ids), 0, lambda start, stop: make_document(ids[start:stop], labels[start:stop], row=number)
 
     def _check_length(self, length: int, where: str) -> None:
         if length <= self._positions:
@@ -396,7 +412,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         account.texts_with_doubles += stop - start < span[1] - span[0]
         return start, stop
 
-    def _cut(self, length: int, where: str) -> list[tuple[int, int]]:
+    def _cut(self, length: int, uncut: int, where: str) -> list[tuple[int, int]]:
         """Start and stop of each segment of an example. Under "wrapped" the buffer cuts, where its packs end."""
         if self.max_length is None or length <= self.max_length or self.strategy.end_to_end:
             return [(0, length)] if length else []
@@ -406,7 +422,12 @@ class PackedStream(torch.utils.data.IterableDataset):
                 "overlong other than 'error'"
             )
         segments = cut_examples(
-            [length], self.max_length, strategy=self.strategy.name, overlong=self._overlong, keep_end=self._keep_end
+            [length],
+            self.max_length,
+            strategy=self.strategy.name,
+            overlong=self._overlong,
+            keep_end=self._keep_end,
+            uncut=np.array([uncut]),
         )
         return list(zip(segments.starts.tolist(), segments.stops.tolist(), strict=True))
 
@@ -477,7 +498,7 @@ def _has_shuffle_buffer(stream: Any) -> bool:
     return False
 
 
-def _for_a_worker(stream: PackedStream) -> Any:
+def for_a_worker(stream: PackedStream) -> Any:
     """How a stream goes to a worker that is not forked: by dill, which also sends functions without a name.
 
     `datasets` brings dill, and TRL maps the rows of a stream with such functions.
@@ -493,4 +514,4 @@ def _for_a_worker(stream: PackedStream) -> Any:
         ) from error
 
 
-ForkingPickler.register(PackedStream, _for_a_worker)
+ForkingPickler.register(PackedStream, for_a_worker)

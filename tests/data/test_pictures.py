@@ -13,7 +13,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from vision import FAMILIES, drawn, rows_with_pictures, vision_model
 
 from packsft import PackedSFTTrainer
-from packsft.data.pictures import PictureRows, with_hidden_pictures
+from packsft.data.pictures import PictureRows, RowProcessor, with_hidden_pictures
 
 TEXT = Value("string")
 
@@ -45,7 +45,7 @@ def test_the_end_of_the_last_picture_is_known(family, by_processing, monkeypatch
     config = model.config
     token = getattr(config, "image_token_index", getattr(config, "image_token_id", None))
     if by_processing:
-        monkeypatch.setattr(PictureRows, "_from_headers", lambda rows, max_length: rows._process)
+        monkeypatch.setattr(RowProcessor, "planner", lambda process, *_: process)
     found = planned(rows_with_pictures(20, asks), processor)
     for row in range(20):
         of_pictures = np.flatnonzero(found.document(row, 0, found.lengths[row]).input_ids == token)
@@ -141,7 +141,6 @@ def test_a_picture_is_never_cut():
 
 
 REFUSED = {
-    "a stream": ({}, "but is a stream"),
     "wrapped": ({"packing_strategy": "wrapped"}, "no picture may be cut"),
     "split": ({"overlong": "split"}, "no picture may be cut"),
     "keep_end": ({"truncation_mode": "keep_end"}, "truncation_mode='keep_end' would cut off"),
@@ -160,7 +159,6 @@ def test_what_cannot_be_done_with_pictures_is_refused_by_name(name, tmp_path):
     model, processor, asks = vision_model("Qwen2VL")
     options, message = REFUSED[name]
     rows = rows_with_pictures(4, asks)
-    rows = rows.to_iterable_dataset() if name == "a stream" else rows
     processor = processor.tokenizer if name == "a tokenizer" else processor
     if name == "a transform":
         rows = rows.with_transform(lambda batch: batch)

@@ -2,8 +2,9 @@
 
 usage: pictures_tiny.py OUTPUT_FILE RUNS, with RUNS as JSON: names, and options of the configuration, with `family` and
 `dtype` of the model, the `engine` that spreads it ("fsdp2", "zero2", "zero3"; "at load": transformers' FSDP2), and
-`folder`, where a run without an engine saves the model for those with one. With `sparse`, most passes have no picture.
-`frozen` names a part of the model. With `each_alone`, Llava's projector runs once for each picture.
+`folder`, where a run without an engine saves the model for those with one. With `sparse`, most passes have no picture;
+with `streams`, the rows are streams; with `each_alone`, Llava's projector runs once for each picture. `frozen` names a
+part of the model.
 """
 
 import json
@@ -22,11 +23,11 @@ from packsft.compat import engine_fields, engine_on_cpu, whole_parameters
 RUN = {"max_steps": 4, "optim": "sgd", "tokens_per_pass": 128, "per_device_eval_batch_size": 2, "use_cpu": True}
 
 
-def rows(count, asks, sparse, seed=0):
+def rows(count, asks, sparse, streams, seed=0):
     drawn = rows_with_pictures(3 * count if sparse else count, asks, seed)
-    if not sparse:
-        return drawn
-    return drawn.filter(lambda row, number: number % 9 == 0 or not row["images"], with_indices=True)
+    if sparse:
+        drawn = drawn.filter(lambda row, number: number % 9 == 0 or not row["images"], with_indices=True)
+    return drawn.to_iterable_dataset(num_shards=2) if streams else drawn
 
 
 def layers_of(model):
@@ -43,7 +44,17 @@ class EachAlone(torch.nn.Module):
         return torch.stack([self.projector(picture) for picture in pictures])
 
 
-def run(family, engine="", dtype="float64", folder=None, sparse=False, frozen=None, each_alone=False, **options):
+def run(
+    family,
+    engine="",
+    dtype="float64",
+    folder=None,
+    sparse=False,
+    frozen=None,
+    each_alone=False,
+    streams=False,
+    **options,
+):
     model, processor, asks = vision_model(family, getattr(torch, dtype))
     if engine and engine != "at load":
         options |= engine_fields(engine, "")
@@ -63,7 +74,7 @@ def run(family, engine="", dtype="float64", folder=None, sparse=False, frozen=No
         model.model.multi_modal_projector = EachAlone(model.model.multi_modal_projector)
     before = whole_parameters(model)
     ours = PackedSFTTrainer(
-        model, args, train_dataset=rows(20, asks, sparse), eval_dataset=rows(7, asks, sparse, seed=1),
+        model, args, train_dataset=rows(20, asks, sparse, streams), eval_dataset=rows(7, asks, sparse, streams, seed=1),
         processing_class=processor,
     )  # fmt: skip
     ours.train()

@@ -18,7 +18,8 @@ RUNS = {
     f"{family}, {name}": {"family": family} | options
     for family in FAMILIES
     for name, options in {
-        "step": {}, "bfd": BFD, "workers": {"dataloader_num_workers": 1}, "sparse": SPARSE, "sparse bfd": SPARSE | BFD
+        "step": {}, "bfd": BFD, "workers": {"dataloader_num_workers": 1}, "sparse": SPARSE, "sparse bfd": SPARSE | BFD,
+        "stream": {"streams": True}, "sparse stream": SPARSE | {"streams": True, "dataloader_num_workers": 1},
     }.items()
 }  # fmt: skip
 ON_TWO = {name: (name, {}) for name in RUNS} | {

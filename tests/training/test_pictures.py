@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from datasets import Image, List
+from datasets import Image, IterableDataset, List
 from numerics import error
 from packaging.version import Version
 from peft import LoraConfig
@@ -238,6 +238,78 @@ def test_options_change_nothing_but_what_they_say(family, options, tmp_path):
         assert losses(ours) != losses(expected)
     else:
         assert losses(ours) == pytest.approx(losses(expected), rel=1e-6)
+
+
+def generated(rows):
+    yield from rows
+
+
+STREAMS = {
+    "with features": lambda rows: rows.to_iterable_dataset(),
+    "of shards": lambda rows: rows.to_iterable_dataset(num_shards=2),
+    "of PIL pictures": lambda rows: IterableDataset.from_generator(generated, gen_kwargs={"rows": list(rows)}),
+}
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+@pytest.mark.parametrize("family", ["Qwen2VL", "SmolVLM", "Gemma3"])
+def test_a_stream_takes_the_steps_of_the_data_set(family, kind, tmp_path):
+    model, processor, asks = vision_model(family)
+    rows, other = rows_with_pictures(20, asks), copy.deepcopy(model)
+    options = {"train_sampling_strategy": "sequential", "tokens_per_pass": 64}
+    theirs = packed(tmp_path, other, rows, processor, **options)
+    theirs.train()
+    ours = packed(
+        tmp_path,
+        model,
+        STREAMS[kind](rows),
+        processor,
+        **options | {"dataloader_num_workers": int(kind == "of shards")},
+    )
+    ours.train()
+    assert losses(ours) == losses(theirs)
+    assert torch.equal(weights(model), weights(other))
+    assert ours.isolation.isolated == theirs.isolation.isolated == (family != "Gemma3")
+    assert ours.evaluate(STREAMS[kind](rows))["eval_loss"] == pytest.approx(theirs.evaluate(rows)["eval_loss"])
+    assert ours.check_packing().holds == theirs.check_packing().holds
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "none"])
+def test_packs_of_a_stream_hold_every_row_once(strategy, tmp_path):
+    model, processor, asks = vision_model("Qwen2VL")
+    how = {"packing_strategy": "bfd", "max_length": 128} if strategy == "bfd" else {"packing": False}
+    stream = rows_with_pictures(20, asks).to_iterable_dataset()
+    ours = packed(tmp_path, model, stream, processor, **how | {"tokens_per_pass": None})
+    rows = [row for batch in ours.get_train_dataloader() for row in batch["rows"].tolist()]
+    assert sorted(rows) == list(range(20))
+    ours.train()
+    assert len(losses(ours)) == 4
+
+
+def test_a_stream_resumes(tmp_path):
+    model, processor, asks = vision_model("Qwen2VL")
+    stream = rows_with_pictures(20, asks).to_iterable_dataset().shuffle(seed=0)
+    saves, again = {"save_strategy": "steps", "save_steps": 2}, copy.deepcopy(model)
+    whole = packed(tmp_path, model, stream, processor, **saves)
+    whole.train()
+    resumed = packed(tmp_path, again, stream, processor, save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(weights(again), weights(model))
+    other = rows_with_pictures(20, asks, seed=1).to_iterable_dataset().shuffle(seed=0)
+    with pytest.raises(ValueError, match="rows read so far"):
+        packed(tmp_path, again, other, processor).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_what_is_wrong_with_a_row_of_a_stream_is_said(tmp_path):
+    model, processor, asks = vision_model("Qwen2VL")
+    rows = list(rows_with_pictures(20, asks))
+    broken = [*rows[:10], rows[10] | {"prompt": asks * 3}, *rows[11:]]
+    stream = STREAMS["of PIL pictures"](broken)
+    with pytest.raises(ValueError, match=r"row 10 of the train stream has \d pictures, but its text asks for 3"):
+        packed(tmp_path, model, stream, processor).train()
+    without = STREAMS["of PIL pictures"]([row | {"images": [], "prompt": "hello"} for row in rows])
+    with pytest.raises(ValueError, match="none of the first 20 rows of the train stream has a picture"):
+        packed(tmp_path, model, without, processor)
 
 
 def test_a_set_without_a_picture_does_not_spare_the_next_one_the_check(tmp_path):
