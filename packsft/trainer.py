@@ -58,7 +58,7 @@ from packsft.data.raw import checked_rows, formatted_rows, in_one_form, once_of
 from packsft.data.streams import PackedStream
 from packsft.model.head import count_embeddings
 from packsft.model.isolation import IsolationVerdict
-from packsft.model.pictures import check_padded_pictures, check_pictures, run_by_picture
+from packsft.model.pictures import prepare_for_pictures
 from packsft.model.positions import check_document_lengths, has_position_table, longest_document, max_positions
 from packsft.model.prepared import PreparedModel, any_rank_of, base_model_of
 from packsft.model.sequence_parallel import SequenceGroup
@@ -312,30 +312,15 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         rows = None if self._checked_pictures else rows_with_pictures(packs)
         if rows is None:
             return
-        model, collator = base_model_of(self.model), self.data_collator
-        collator.pictures = pictures = JoinedPictures(self.processing_class, RotaryPositions.of(model))
+        collator = self.data_collator
+        collator.pictures = JoinedPictures(self.processing_class, RotaryPositions.of(base_model_of(self.model)))
         documents = rows.shortest_documents()
         if not documents:
             return  # no row has a picture
         self._checked_pictures = True
-        with compat.whole_model(self.model), self.accelerator.autocast():
-            if not self._prepared.padded:
-                try:
-                    verdict = check_pictures(model, documents, collator, self._prepare_inputs)
-                except ValueError as error:
-                    verdict = IsolationVerdict(False, str(error))
-                if not verdict.isolated:
-                    self._prepared.pad(verdict)
-            if self._prepared.padded:
-                collator.padded = collator.masked = bool(pictures.places_in_rows)
-                check_padded_pictures(model, documents, collator, self._prepare_inputs)
-            if compat.gathers_each_module(self) and (
-                name := run_by_picture(model, documents, collator, self._prepare_inputs)
-            ):
-                raise ValueError(
-                    f"{type(model).__name__} runs {name} once for each picture, and under ZeRO-3 ranks with different "
-                    "numbers of pictures would wait for each other in it without end: choose ZeRO-2, or FSDP2"
-                )
+        with compat.whole_model(self.model):
+            each_waits = compat.gathers_each_module(self)
+            prepare_for_pictures(self._prepared, documents, collator, self._prepare_inputs, each_waits)
         if compat.every_rank_runs_every_module(self):
             collator.filler = rows.filler()
 

@@ -55,7 +55,7 @@ class PictureStream(PackedStream):
 
         return length, measured["pictures_end"], document_of
 
-    def digest_of(self, document: Any) -> bytes:
+    def digest(self, document: Any) -> bytes:
         return _digest_of(document.given)
 
     def processed(self, pack: Any) -> Pack:

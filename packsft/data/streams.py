@@ -235,14 +235,14 @@ class PackedStream(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[StreamPack]:
         digest = ""
         for pack in self._epochs():
-            digests = list(map(self.digest_of, pack))
+            digests = list(map(self.digest, pack))
             if not self.strategy.exact_steps:  # else a step does it, for those that this rank trains on
                 pack = self.processed(pack)
             chained = StreamPack(pack).chained(digest, digests)
             digest = chained.after
             yield chained
 
-    def digest_of(self, document: Document) -> bytes:
+    def digest(self, document: Document) -> bytes:
         """SHA-256 of what the document is made of."""
         return digest_of(document)
 

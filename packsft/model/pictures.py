@@ -17,8 +17,47 @@ from packsft.data.document import Document
 from packsft.model.attention import BOUNDARIES, packed_forward
 from packsft.model.head import backbone_of, device_of, eval_mode
 from packsft.model.isolation import CUT_ROUNDING, IsolationVerdict
+from packsft.model.prepared import PreparedModel
 
 OF_PACKED_ROWS = (*BOUNDARIES, "position_ids")
+
+
+def prepare_for_pictures(
+    prepared: PreparedModel,
+    documents: list[Document],
+    collator: PackingCollator,
+    to_device: Callable[[dict[str, Any]], dict[str, Any]],
+    each_module_waits: bool,
+) -> None:
+    """Decides whether rows with pictures are packed or padded, as some of them run through the model.
+
+    Args:
+        prepared, collator: are changed if rows are padded.
+        documents: with pictures, and one without.
+        to_device: moves a batch.
+        each_module_waits: whether ranks wait for each other in every module with weights (ZeRO-3).
+
+    Raises:
+        ValueError: rows with pictures cannot be trained on, even padded.
+    """
+    model = prepared.base_model
+    with prepared.autocast():
+        if not prepared.padded:
+            try:
+                verdict = check_pictures(model, documents, collator, to_device)
+            except ValueError as error:
+                verdict = IsolationVerdict(False, str(error))
+            if not verdict.isolated:
+                prepared.pad(verdict)
+        if prepared.padded:
+            assert collator.pictures is not None
+            collator.padded = collator.masked = bool(collator.pictures.places_in_rows)
+            check_padded_pictures(model, documents, collator, to_device)
+        if each_module_waits and (name := run_by_picture(model, documents, collator, to_device)):
+            raise ValueError(
+                f"{type(model).__name__} runs {name} once for each picture, and under ZeRO-3 ranks with different "
+                "numbers of pictures would wait for each other in it without end: choose ZeRO-2, or FSDP2"
+            )
 
 
 def check_pictures(
