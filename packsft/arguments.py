@@ -28,6 +28,7 @@ from trl import SFTConfig
 from packsft.config import PackedSFTConfig, check_packs
 from packsft.data.document import check_row
 from packsft.data.loaders import Packs
+from packsft.data.messages import BESIDE
 from packsft.data.pictures import has_pictures
 from packsft.packing import STRATEGIES
 from packsft.step.memory import can_measure
@@ -330,6 +331,8 @@ def _check_pictures(said: str, columns: set[str], dataset: Any, args: SFTConfig,
         raise ValueError(f"{said}, and a transform, which would run while a plan is made: apply it before, with map")
     if skips_preparation(args):
         raise ValueError(f"{said}, which packs of your own cannot hold: leave skip_prepare_dataset unset")
+    if beside := [name for name in BESIDE if name in columns]:
+        logger.warning("%s: %s not read beside it, as in TRL", said, " and ".join(beside))
     strategy = STRATEGIES[args.packing_strategy if args.packing else "none"]
     if strategy.splits or getattr(args, "overlong", None) == "split":
         raise ValueError(

@@ -283,7 +283,7 @@ def check_tied_at_load(model: Any) -> None:
     if not _sharded_at_load(model) or head is None or head.weight is not embedding.weight:
         return
     weight, shards = embedding.weight, model.config.distributed_config.fsdp_size
-    if len(weight) % shards == 0:
+    if len(weight) % shards == 0 or not weight.requires_grad:
         return
     owners = [m for m in model.modules() if any(p is weight for p in m.parameters()) and isinstance(m, FSDPModule)]
     for owner in owners:
@@ -295,7 +295,7 @@ def check_tied_at_load(model: Any) -> None:
         raise ValueError(
             f"the head of {type(model).__name__} is tied to its embedding, and transformers shards the {len(weight)} "
             f"rows of both apart, over {shards} ranks that do not divide them: one of the two would not be trained. "
-            "Load it without distributed_config and set fsdp=True, or resize_token_embeddings(pad_to_multiple_of=...)"
+            "Load it without distributed_config, and set fsdp=True; or save it with a multiple of that many rows first"
         )
 
 
@@ -303,10 +303,20 @@ def every_rank_runs_every_module(trainer: Any) -> bool:
     """Whether ranks wait for each other if one leaves out a part of the model in a pass, such as the tower of pictures.
 
     FSDP gathers the weights of a module when it runs; DeepSpeed, too (ZeRO-3), or it sums gradients in buckets. DDP
-    waits only where it is told not to look for unused parameters.
+    waits only where it does not look for unused parameters: the user says so, or TRL (1.16) for reentrant checkpoints.
     """
+    args = trainer.args
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or _sharded_at_load(trainer.model)
-    return trainer.args.world_size > 1 and (sharded or trainer.args.ddp_find_unused_parameters is False)
+    reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    looks = args.ddp_find_unused_parameters
+    looks = not reentrant if looks is None else looks
+    return args.world_size > 1 and (sharded or not looks or bool(args.ddp_static_graph))
+
+
+def is_wrapped(trainer: Any) -> bool:
+    """Whether accelerate has sharded the model: it can no longer be run outside of its wrapper."""
+    by_fsdp = trainer.is_fsdp_enabled and any(isinstance(module, FSDPModule) for module in trainer.model.modules())
+    return by_fsdp or (trainer.is_deepspeed_enabled and trainer.model_wrapped is not trainer.model)
 
 
 def gathers_each_module(trainer: Any) -> bool:

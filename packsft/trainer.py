@@ -317,6 +317,11 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         documents = rows.shortest_documents()
         if not documents:
             return  # no row has a picture
+        if compat.is_wrapped(self):
+            raise ValueError(
+                "the first rows with pictures come after the model was sharded, and are tried on the whole model: "
+                "pass them to the constructor, as train_dataset or eval_dataset"
+            )
         self._checked_pictures = True
         with compat.whole_model(self.model):
             each_waits = compat.gathers_each_module(self)

@@ -74,7 +74,7 @@ class PlannedDocument:
         return self.length
 
     def part(self, start: int, stop: int) -> PlannedDocument:
-        """The whole: nothing else is asked for."""
+        """The whole: the buffer cuts nothing where pictures are."""
         assert (start, stop) == (0, self.length)
         return self
 

@@ -9,7 +9,7 @@ import copy
 import functools
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ ROLE_CONTENT, FROM_VALUE = MESSAGES.format("role", "content"), MESSAGES.format("
 KEYS = {ROLE_CONTENT: ("role", "content"), FROM_VALUE: ("from", "value")}
 SAID = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # instead of a content
 OF_TEMPLATE = ("tokenize", "return_dict", "conversation", "return_assistant_tokens_mask", "add_generation_prompt")
+MEDIA = ("image", "image_url", "video", "audio")  # types of parts of a content
 CHATS, BESIDE = ("messages", "conversations"), ("tools", "chat_template_kwargs")
 
 
@@ -100,6 +101,28 @@ def check_beside(row: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where}: chat_template_kwargs is {short(kwargs)}, expected a dict")
     if fixed := [key for key in OF_TEMPLATE if (kwargs or {}).get(key) is not None]:
         raise ValueError(f"{where}: chat_template_kwargs has {fixed[0]!r}, which the trainer sets itself")
+
+
+def check_media(messages: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Raises ValueError for a picture, a video or a sound within a message: TRL (1.16) trains without them."""
+    for message in messages:
+        content = message.get("content")
+        for part in content if isinstance(content, list) else []:
+            if isinstance(part, Mapping) and part.get("type") in MEDIA:
+                raise ValueError(
+                    f"{where} holds {short(part)}, which would not be read: give pictures in a column images; "
+                    "videos and sounds cannot be trained on"
+                )
+
+
+def may_hold_media(dataset: Dataset, column: str) -> bool:
+    """Whether a message of any row has such a part."""
+    messages = dataset.data.column(column)
+    for key in ("content", "type"):
+        if not _is_list_of_structs(messages.type) or messages.type.value_type.get_field_index(key) < 0:
+            return False
+        messages = pc.struct_field(pc.list_flatten(messages), key)
+    return pc.any(pc.is_in(messages, pa.array(MEDIA, messages.type))).as_py() is True
 
 
 def rows_of_each_kind(rows: Dataset) -> list[int]:

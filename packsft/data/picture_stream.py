@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Callable, Mapping
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -21,7 +20,9 @@ FIRST_WITH_PICTURES = 16
 
 
 class PictureStream(PackedStream):
-    """A `PackedStream` of rows of `with_hidden_pictures`. Every rank reads every row, and processes those of its own.
+    """A `PackedStream` of rows of `with_hidden_pictures`.
+
+    With exact steps, every rank reads and measures every row, and processes those that it trains on.
 
     Args:
         stream: the rows.
@@ -29,7 +30,7 @@ class PictureStream(PackedStream):
         collator: as in `RowProcessor`.
 
     Raises:
-        ValueError: also if a row cannot be processed, a picture has no header, or the first rows have none.
+        ValueError: also if a row cannot be processed, a picture has no header, or the first `LOOKED_AT` rows have none.
     """
 
     def __init__(
@@ -41,8 +42,20 @@ class PictureStream(PackedStream):
         **options: Any,
     ) -> None:
         super().__init__(stream, max_length, **options)
-        self._process = RowProcessor.of_rows(stream, collator, f"{self.name} stream")
-        self._planner = self._process.planner(stream, max_length, f"{self.name} stream")
+        name = f"{self.name} stream"
+        first, read_all = _first_rows(stream)
+        self._process = RowProcessor.of_rows(stream, collator, name)
+        self._planner = self._process.planner(first, max_length, name)
+        measured = [
+            self._planner.measure(row, f"row {number} of the {name}", max_length) for number, row in enumerate(first)
+        ]
+        if not read_all and not any(one["picture_tokens"] for one in measured):
+            raise ValueError(
+                f"none of the first {len(first)} rows of the {name} has a picture, so that nothing shows whether "
+                "pictures can be packed: shuffle it, or remove the column"
+            )
+        columns = {key: np.array([one[key] for one in measured]) for key in measured[0]}
+        self.first_rows = MeasuredRows(first, self._process, columns, name)
 
     def _read(
         self, row: Mapping[str, Any], number: int, where: str, account: Account
@@ -51,12 +64,17 @@ class PictureStream(PackedStream):
         length = measured["length"]
 
         def document_of(start: int, stop: int) -> PlannedDocument:
+            assert start == 0
             return PlannedDocument(stop, measured["scored"], number, length, row)
 
         return length, measured["pictures_end"], document_of
 
     def digest(self, document: Any) -> bytes:
-        return _digest_of(document.given)
+        return self._process.digest(document.given)
+
+    def check_ids(self, vocab_size: int) -> None:
+        super().check_ids(vocab_size)
+        self.first_rows.check_ids(vocab_size)
 
     def processed(self, pack: Any) -> Pack:
         return [
@@ -73,53 +91,28 @@ class PictureStream(PackedStream):
         ]
 
     def sample(self) -> str:
-        """Adds to the parent: of a picture in memory, its pixels."""
-        rows = itertools.islice(iter(self.stream), SAMPLED_ROWS)
+        """SHA-256 in hex of the first rows, as of the parent."""
+        rows = self.first_rows.rows[:SAMPLED_ROWS]
         split = repr(getattr(self.stream, "_distributed", None))
-        return hashlib.sha256(split.encode() + b"".join(map(_digest_of, rows))).hexdigest()
-
-    def first_rows(self) -> MeasuredRows:
-        """Those up to the 16th with pictures. Raises ValueError if the first `LOOKED_AT` have none."""
-        rows, measured = [], []
-        for number, row in enumerate(itertools.islice(iter(self.stream), LOOKED_AT)):
-            rows.append(row)
-            measured.append(self._planner.measure(row, f"row {number} of the {self.name} stream", self.max_length))
-            if sum(one["picture_tokens"] > 0 for one in measured) == FIRST_WITH_PICTURES:
-                break
-        if not any(one["picture_tokens"] for one in measured):
-            raise ValueError(
-                f"none of the first {len(rows)} rows of the {self.name} stream has a picture, so that nothing shows "
-                "whether pictures can be packed: shuffle it, or remove the column"
-            )
-        columns = {name: np.array([one[name] for one in measured]) for name in measured[0]}
-        first = MeasuredRows(rows, self._process, columns, f"{self.name} stream")
-        if self._vocab_size is not None:
-            first.check_ids(self._vocab_size)
-        return first
-
-    def state_dict(self) -> dict[str, Any]:
-        """Raises ValueError if rows wait in the buffer: their pictures would have to be saved."""
-        if self._held and self._resume is None:
-            raise ValueError(f"the state of the {self.name} stream would hold the pictures that wait for a pack")
-        return super().state_dict()
+        return hashlib.sha256(split.encode() + b"".join(map(self._process.digest, rows))).hexdigest()
 
 
-def _digest_of(row: Mapping[str, Any]) -> bytes:
-    """SHA-256 of texts and pictures; of a picture in a file, its path."""
-    pictures = row[PICTURES] if isinstance(row[PICTURES], list) else [row[PICTURES]]
-    digest = hashlib.sha256(repr({key: value for key, value in row.items() if key != PICTURES}).encode())
-    for picture in pictures:
-        if hasattr(picture, "tobytes"):
-            digest.update(repr((picture.size, picture.mode)).encode() + picture.tobytes())
-        else:
-            digest.update(repr(picture).encode())
-    return digest.digest()
+def _first_rows(stream: IterableDataset) -> tuple[list[dict[str, Any]], bool]:
+    """Those up to the 16th with pictures, at most `LOOKED_AT`, and whether these are all."""
+    rows: list[dict[str, Any]] = []
+    with_pictures = 0
+    for row in stream:
+        if len(rows) == LOOKED_AT or with_pictures == FIRST_WITH_PICTURES:
+            return rows, False
+        rows.append(row)
+        with_pictures += bool(row[PICTURES])
+    return rows, True
 
 
 def rows_with_pictures(packs: Any) -> MeasuredRows | None:
     """The rows of a packed data set, or the first ones of a stream; None without pictures."""
     if isinstance(packs, PictureStream):
-        return packs.first_rows()
+        return packs.first_rows
     return rows if isinstance(rows := getattr(packs, "rows", None), PictureRows) else None
 
 

@@ -50,18 +50,21 @@ def _columns_of(rows: Rows) -> list[str]:
 
 def holds_pictures(rows: Any) -> bool:
     """Whether these are rows of `with_hidden_pictures` that have some."""
-    return isinstance(rows, (Dataset, IterableDataset)) and PICTURES in _columns_of(rows)
+    if isinstance(rows, IterableDataset):
+        return getattr(rows, "of_pictures", False)
+    return isinstance(rows, Dataset) and PICTURES in rows.column_names
 
 
 def with_hidden_pictures(rows: Any) -> Any:
     """Rows whose pictures are not decoded, under a name that TRL does not look for; others as they are."""
     if isinstance(rows, dict):
         return {key: with_hidden_pictures(one) for key, one in rows.items()}
-    if not isinstance(rows, (Dataset, IterableDataset)):
+    is_stream = isinstance(rows, IterableDataset)
+    if not isinstance(rows, (Dataset, IterableDataset)) or hasattr(rows, "of_pictures"):
         return rows
     if isinstance(rows, Dataset) and rows.format["type"] == "custom":
         return rows
-    columns = rows.format["columns"] if isinstance(rows, Dataset) else _columns_of(rows)
+    columns = _columns_of(rows) if is_stream else rows.format["columns"]
     if (name := has_pictures(columns)) in (None, PICTURES):
         return rows
     rows = rows.with_format(None)
@@ -70,7 +73,17 @@ def with_hidden_pictures(rows: Any) -> Any:
         rows = rows.cast_column(name, Image(mode=feature.mode, decode=False))
     elif isinstance(inner := getattr(feature, "feature", None), Image):
         rows = rows.cast_column(name, List(Image(mode=inner.mode, decode=False)))
-    return rows.rename_column(name, PICTURES)
+    if rows.column_names is None:  # a later row may have no such column
+        rows = rows.map(_rename, fn_kwargs={"name": name}, remove_columns=[name])
+    else:
+        rows = rows.rename_column(name, PICTURES)
+    if is_stream:
+        rows.of_pictures = True
+    return rows
+
+
+def _rename(row: dict[str, Any], name: str) -> dict[str, Any]:
+    return {PICTURES: row.get(name)}
 
 
 def _mode_of(rows: Rows) -> str | None:
@@ -158,6 +171,18 @@ class RowProcessor:
     def of_rows(cls, rows: Rows, collator: DataCollatorForVisionLanguageModeling, name: str) -> RowProcessor:
         """Raises ValueError if the rows have no text."""
         return cls(collator, _form_of(_columns_of(rows), collator.dataset_text_field, name), _mode_of(rows))
+
+    def digest(self, row: Mapping[str, Any]) -> bytes:
+        """SHA-256 of texts and pictures; of a picture in a file, its path, of one in memory, its size and mode."""
+        given = row[PICTURES]
+        digest = hashlib.sha256(repr([row.get(name) for name in self._columns]).encode())
+        for picture in given if isinstance(given, list) else [given]:
+            encoded = picture.get("bytes") if isinstance(picture, Mapping) else picture
+            if isinstance(encoded, bytes):
+                digest.update(encoded)
+            else:
+                digest.update(repr((picture.size, picture.mode) if hasattr(picture, "size") else picture).encode())
+        return digest.digest()
 
     def planning(self, more: int) -> RowProcessor:
         """One that plans the same rows."""
@@ -356,7 +381,7 @@ class MeasuredRows:
     """
 
     def __init__(self, rows: Any, process: RowProcessor, measured: Mapping[str, np.ndarray], name: str) -> None:
-        self._rows, self._process, self._name = rows, process, name
+        self.rows, self._process, self._name = rows, process, name
         self.lengths, self.pictures_end = measured["length"], measured["pictures_end"]
         self.picture_tokens = measured["picture_tokens"]
         self._vocab_size: int | None = None
@@ -373,7 +398,7 @@ class MeasuredRows:
     def document(self, row: int, start: int, stop: int, weight: float | None = None) -> Document:
         """Tokens `start:stop` of a row, with all its pictures."""
         where, planned = f"row {row} of the {self._name}", int(self.lengths[row])
-        given = self._rows[int(row)]
+        given = self.rows[int(row)]
         return self._process.document(given, where, planned, (start, stop), weight, int(row), self._vocab_size)
 
     def shortest_documents(self, count: int = 3, of: int = 256) -> list[Document]:
@@ -393,7 +418,7 @@ class MeasuredRows:
 
     def tokens(self, row: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Input ids and labels `start:stop` of a row."""
-        batch = self._process(self._rows[int(row)], f"row {row} of the {self._name}")
+        batch = self._process(self.rows[int(row)], f"row {row} of the {self._name}")
         return batch["input_ids"][0, start:stop].numpy(), batch["labels"][0, start:stop].numpy()
 
 
@@ -448,7 +473,7 @@ class PictureRows(MeasuredRows):
     def digest(self) -> str:
         """SHA-256 in hex over texts and pictures of all rows, in order; of a picture in a file, its path."""
         digest = hashlib.sha256()
-        for batch in self._rows.with_format("arrow").iter(100):
+        for batch in self.rows.with_format("arrow").iter(100):
             digest.update(repr(batch.to_pylist()).encode())
         return digest.hexdigest()
 

@@ -27,12 +27,14 @@ from packsft.data.messages import (
     ROLE_CONTENT,
     TEXT,
     check_beside,
+    check_media,
     doubtful_rows,
     is_unicode,
     kind_of,
+    may_hold_media,
     rows_of_each_kind,
 )
-from packsft.data.pictures import holds_pictures
+from packsft.data.pictures import has_pictures, holds_pictures
 
 logger = logging.getLogger("packsft")
 
@@ -85,14 +87,19 @@ def one_form(dataset: Rows, text_field: str, name: str) -> Rows:
     if isinstance(dataset, IterableDataset):  # rows may have other columns than the first
         columns = {"prompt", "completion", *CHATS, text_field, *sample, *BESIDE} - set(OF_TOKENS)
         columns -= set() if kind == TEXT else set(BESIDE) - set(named)
-        rows = dataset.map(functools.partial(_renamed, names=named), remove_columns=sorted(columns))
+        rename = functools.partial(_renamed, names=named, name=name)
+        rows = dataset.map(rename, with_indices=True, remove_columns=sorted(columns))
         rows.of_arrow = dataset.features is not None
         return rows
     rows = dataset.select_columns([*chosen, *(column for column in beside if column not in chosen)])
     return rows.rename_columns({old: new for old, new in named.items() if old != new})
 
 
-def _renamed(row: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+def _renamed(row: dict[str, Any], index: int, names: Mapping[str, str], name: str) -> dict[str, Any]:
+    if (pictures := has_pictures(row)) is not None and row[pictures]:
+        raise ValueError(
+            f"row {index} of the {name} stream has {pictures}, which the first row has not: give it to all"
+        )
     return {new: row.get(old) for old, new in names.items()}
 
 
@@ -169,6 +176,9 @@ def checked_rows(dataset: Rows, *, text_field: str, completion_only: bool, eos_t
             check(dataset[row], row, of="data set")
     for row in rows_of_each_kind(dataset):
         check(dataset[row], row, of="data set")
+    for text in texts if expected != TEXT else []:
+        for row in range(len(dataset)) if may_hold_media(dataset, text) else ():
+            check(dataset[row], row, of="data set")
     if "chat_template_kwargs" in sample and dataset.data.column("chat_template_kwargs").null_count:
         dataset = dataset.map(_with_kwargs)
     if expected != TEXT:
@@ -297,6 +307,8 @@ def _check_texts(
             raise ValueError(f"{where}: {text} is {short(row.get(text))}, expected {expected}")
     if expected != TEXT:
         check_beside(row, where)
+        for text in texts:
+            check_media(row[text], f"{where}: {text}")
     if told == [] and not row[texts[-1]]:
         told.append(EMPTY)
         logger.warning("%s stream: some completions %s", name, EMPTY)

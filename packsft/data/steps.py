@@ -116,6 +116,6 @@ class StepStream(_Steps, torch.utils.data.IterableDataset):
         self.examples.load_state_dict(state)
 
     def __iter__(self) -> Iterator[StepRows]:
-        examples = iter(self.examples)
+        examples = self.examples.planned()
         while rows := list(itertools.islice(examples, self.batch_size)):
             yield self.step(rows)

@@ -67,6 +67,12 @@ class StreamPack(list[Document]):
             raise KeyError(f"a pack of a stream has no {key!r}, only {', '.join(self.keys())}")
         return [token for document in self for token in getattr(document, key).tolist()]
 
+    def of(self, documents: Pack) -> StreamPack:
+        """These documents, with the same digests."""
+        pack = StreamPack(documents)
+        pack.before, pack.after = self.before, self.after
+        return pack
+
     def chained(self, before: str, digests: Iterable[bytes]) -> StreamPack:
         self.before, self.after = before, chained_digest(before, digests)
         return self
@@ -159,7 +165,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         self._keep_end, self._once = keep_end, once
         self.divisible = divisible
         self._ranks = self._reading_ranks = Ranks()  # the second: the ranks that read the same rows
-        self._endless = False
+        self._endless = self._told_loss = False
         self._positions, self._has_table = sys.maxsize, False
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
         self._resume: dict[str, Any] | None = None
@@ -233,12 +239,14 @@ class PackedStream(torch.utils.data.IterableDataset):
         return isinstance(self.stream, IterableDataset) and self.stream.num_shards >= ranks.size > 1
 
     def __iter__(self) -> Iterator[StreamPack]:
+        for pack in self.planned():
+            yield pack.of(self.processed(pack))
+
+    def planned(self) -> Iterator[StreamPack]:
+        """The packs, of what `processed` makes documents: a step does it for those that this rank trains on."""
         digest = ""
         for pack in self._epochs():
-            digests = list(map(self.digest, pack))
-            if not self.strategy.exact_steps:  # else a step does it, for those that this rank trains on
-                pack = self.processed(pack)
-            chained = StreamPack(pack).chained(digest, digests)
+            chained = StreamPack(pack).chained(digest, map(self.digest, pack))
             digest = chained.after
             yield chained
 
@@ -373,12 +381,22 @@ class PackedStream(torch.utils.data.IterableDataset):
         elif cut:
             account.examples_truncated += 1
             account.tokens_truncated += cut
+        if length and (cut or not num_scored):
+            self._tell_first_loss(where, length, cut if num_scored else length)
         if not num_scored:
             return []
         kept = [document for document in documents if document.num_scored]
         account.segments_unscored += len(documents) - len(kept)
         account.tokens_unscored += sum(map(len, documents)) - sum(map(len, kept))
         return [replace(document, weight=1.0 / num_scored) for document in kept]
+
+    def _tell_first_loss(self, where: str, length: int, lost: int) -> None:
+        if not self._told_loss:
+            self._told_loss = True
+            logger.warning(
+                "%s: %d of its %d tokens are left out (max_length=%s); this is said once, and the sum at the end of an "
+                "epoch", where, lost, length, self.max_length,
+            )  # fmt: skip
 
     def _read(
         self, row: Mapping[str, Any], number: int, where: str, account: Account

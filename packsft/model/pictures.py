@@ -55,8 +55,8 @@ def prepare_for_pictures(
             check_padded_pictures(model, documents, collator, to_device)
         if each_module_waits and (name := run_by_picture(model, documents, collator, to_device)):
             raise ValueError(
-                f"{type(model).__name__} runs {name} once for each picture, and under ZeRO-3 ranks with different "
-                "numbers of pictures would wait for each other in it without end: choose ZeRO-2, or FSDP2"
+                f"{type(model).__name__} runs {name} more often for more pictures, and under ZeRO-3 ranks with other "
+                "pictures would wait for each other in it without end: choose ZeRO-2, or FSDP2"
             )
 
 
@@ -116,11 +116,17 @@ def run_by_picture(
     collator: PackingCollator,
     to_device: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> str | None:
-    """The name of a module with weights that runs more often in a pass with more pictures, if there is one."""
+    """The name of a module with weights that does not run equally often for any pictures, if there is one.
+
+    Tried on documents alone, and together.
+    """
     some = [document for document in documents if document.of_pictures]
     names = {module: name for name, module in model.named_modules() if any(True for _ in module.parameters(False))}
-    one, all_of_them = (_count_runs(model, names, to_device(collator.torch_call([part]))) for part in (some[:1], some))
-    return next((name for module, name in names.items() if all_of_them[module] > one[module]), None)
+    first, *others = (
+        _count_runs(model, names, to_device(collator.torch_call([part])))
+        for part in (some, *([document] for document in some))
+    )
+    return next((name for module, name in names.items() if any(runs[module] != first[module] for runs in others)), None)
 
 
 def _count_runs(model: PreTrainedModel, modules: Iterable[nn.Module], batch: dict[str, Any]) -> Counter[nn.Module]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_pt_utils import nested_truncate
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from packsft import compat
@@ -127,7 +128,12 @@ class ExactSteps(Trainer):
 
         def predict(passes: list[dict[str, Any]]) -> list[tuple[float, Any]]:
             def one(batch: dict[str, Any]) -> Any:
-                return super(ExactSteps, self).prediction_step(model, batch, prediction_loss_only, ignore_keys)
+                loss, logits, labels = super(ExactSteps, self).prediction_step(
+                    model, batch, prediction_loss_only, ignore_keys
+                )
+                if self.data_collator.padded and logits is not None:  # a row of padding, or one with a picture, is last
+                    logits, labels = (nested_truncate(one, batch["num_documents"]) for one in (logits, labels))
+                return loss, logits, labels
 
             return [(batch["num_items"], one(batch)) for batch in passes]
 
@@ -141,11 +147,16 @@ class ExactSteps(Trainer):
             outputs = self._passes.retry(inputs, self._evaluated_steps, predict, undo)
             self._tokens_in_evaluation = self._evaluated_steps.tokens_per_pass
         items, parts = zip(*outputs, strict=True)
-        if len(parts) == 1:
-            return parts[0]
         losses, all_logits, all_labels = zip(*parts, strict=True)
-        loss = sum(loss * count for loss, count in zip(losses, items, strict=True)) / (sum(items) or 1)
+        padded, loss = self.data_collator.padded, losses[0]
+        if len(parts) > 1:
+            loss = sum(loss * count for loss, count in zip(losses, items, strict=True)) / (sum(items) or 1)
         if prediction_loss_only:
             return loss, None, None
-        padded = self.data_collator.padded
-        return loss, join_passes(all_logits, 0.0, padded), join_passes(all_labels, IGNORE_INDEX, padded)
+        logits, labels = all_logits[0], all_labels[0]
+        if len(parts) > 1:
+            logits, labels = join_passes(all_logits, 0.0, padded), join_passes(all_labels, IGNORE_INDEX, padded)
+        if padded:  # ranks may have other numbers of rows
+            logits = self.accelerator.pad_across_processes(logits, dim=0)
+            labels = self.accelerator.pad_across_processes(labels, dim=0, pad_index=IGNORE_INDEX)
+        return loss, logits, labels

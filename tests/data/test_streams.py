@@ -186,6 +186,8 @@ def test_what_is_left_out_or_cut_is_counted_and_said(caplog):
         tokens_unscored=6, examples_empty=1,
     )  # fmt: skip
     assert stream.num_packs == len(packs)
+    assert caplog.text.count("tokens are left out (max_length=4); this is said once") == 1
+    assert "row 0 of the train stream: 1 of its 5 tokens are left out" in caplog.text
     assert "2 of 7 examples have no token to score" in caplog.text
     assert "1 of 7 examples are cut at max_length=4, 1 of 20 tokens are lost" in caplog.text
     (kept,) = next(iter(PackedStream([rows[0]], 4, keep_end=True)))

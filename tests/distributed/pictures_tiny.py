@@ -4,7 +4,8 @@ usage: pictures_tiny.py OUTPUT_FILE RUNS, with RUNS as JSON: names, and options 
 `dtype` of the model, the `engine` that spreads it ("fsdp2", "zero2", "zero3"; "at load": transformers' FSDP2), and
 `folder`, where a run without an engine saves the model for those with one. With `sparse`, most passes have no picture;
 with `streams`, the rows are streams; with `each_alone`, Llava's projector runs once for each picture. `frozen` names a
-part of the model.
+part of the model. The vocabulary is padded to a multiple of `vocabulary`. With `text_first`, the run trains on rows
+without pictures, and the result is what `evaluate` then says of those with some.
 """
 
 import json
@@ -13,14 +14,32 @@ import tempfile
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from runs import config, losses, save_and_end
 from transformers.distributed import DistributedConfig
 from vision import rows_with_pictures, vision_model
 
 from packsft import PackedSFTTrainer
 from packsft.compat import engine_fields, engine_on_cpu, whole_parameters
+from packsft.data.collator import PackingCollator
 
 RUN = {"max_steps": 4, "optim": "sgd", "tokens_per_pass": 128, "per_device_eval_batch_size": 2, "use_cpu": True}
+PASSES = {"without": 0}
+
+
+class EachAlone(torch.nn.Module):
+    def __init__(self, projector):
+        super().__init__()
+        self.projector = projector
+
+    def forward(self, pictures):
+        return torch.stack([self.projector(picture) for picture in pictures])
+
+
+class Counting(PackingCollator):
+    def _batch(self, documents):
+        PASSES["without"] += not any(document.of_pictures for document in documents)
+        return super()._batch(documents)
 
 
 def rows(count, asks, sparse, streams, seed=0):
@@ -35,27 +54,11 @@ def layers_of(model):
     return sorted(classes & set(model._no_split_modules))
 
 
-class EachAlone(torch.nn.Module):
-    def __init__(self, projector):
-        super().__init__()
-        self.projector = projector
-
-    def forward(self, pictures):
-        return torch.stack([self.projector(picture) for picture in pictures])
-
-
-def run(
-    family,
-    engine="",
-    dtype="float64",
-    folder=None,
-    sparse=False,
-    frozen=None,
-    each_alone=False,
-    streams=False,
-    **options,
-):
+def built(family, engine="", dtype="float64", folder=None, sparse=False, streams=False, **options):
     model, processor, asks = vision_model(family, getattr(torch, dtype))
+    if multiple := options.pop("vocabulary", None):
+        model.resize_token_embeddings(pad_to_multiple_of=multiple, mean_resizing=False)
+    each_alone, frozen = options.pop("each_alone", False), options.pop("frozen", None)
     if engine and engine != "at load":
         options |= engine_fields(engine, "")
     if engine == "fsdp2":
@@ -72,15 +75,36 @@ def run(
         getattr(model.model, frozen).requires_grad_(False)
     if each_alone:
         model.model.multi_modal_projector = EachAlone(model.model.multi_modal_projector)
+    train, held_out = rows(20, asks, sparse, streams), rows(7, asks, sparse, streams, seed=1)
+    return model, args, train, held_out, processor
+
+
+def run(text_first=False, **options):
+    model, args, train, held_out, processor = built(**options)
     before = whole_parameters(model)
-    ours = PackedSFTTrainer(
-        model, args, train_dataset=rows(20, asks, sparse, streams), eval_dataset=rows(7, asks, sparse, streams, seed=1),
-        processing_class=processor,
-    )  # fmt: skip
+    if text_first:
+        text = train.filter(lambda row: not row["images"]).remove_columns("images")
+        ours = PackedSFTTrainer(model, args, train_dataset=text, processing_class=processor)
+        ours.train()
+        try:
+            return ours.evaluate(held_out)["eval_loss"]
+        except ValueError as error:
+            return str(error)
+    ours = PackedSFTTrainer(model, args, train_dataset=train, eval_dataset=held_out, processing_class=processor)
+    ours.data_collator.__class__ = Counting
+    PASSES["without"] = 0
     ours.train()
+    without = gather_object([PASSES["without"]])
     after = whole_parameters(ours.accelerator.unwrap_model(ours.model))
     moved = torch.cat([(after[name] - weight).flatten() for name, weight in before.items()])
-    return {"moved": moved, "losses": losses(ours), "evaluation": ours.evaluate()["eval_loss"]}
+    labels = ours.predict(held_out).label_ids
+    return {
+        "moved": moved,
+        "losses": losses(ours),
+        "evaluation": ours.evaluate()["eval_loss"],
+        "predicted": [row[row != -100].tolist() for row in labels if (row != -100).any()],
+        "without pictures": without,
+    }
 
 
 PartialState(cpu=True)

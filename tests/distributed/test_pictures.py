@@ -28,19 +28,29 @@ ON_TWO = {name: (name, {}) for name in RUNS} | {
     for name in RUNS
     if "workers" not in name and (engine, RUNS[name]["family"]) != ("at load", "Gemma3")
 }
+RUNS |= {
+    "Qwen2VL, frozen": RUNS["Qwen2VL, sparse"] | {"frozen": "visual"},
+    "Gemma3, even": RUNS["Gemma3, sparse"] | {"vocabulary": 2},
+    "Gemma3, rows": RUNS["Gemma3, sparse"] | {"eval_packing": False},
+}
+REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
 ON_TWO |= {
+    "Gemma3, rows": ("Gemma3, rows", {}),
     "DDP expects every gradient": ("Qwen2VL, sparse", {"ddp_find_unused_parameters": False}),
+    "DDP: reentrant": ("Qwen2VL, sparse", REENTRANT),
+    "DDP: static graph": ("Qwen2VL, sparse", {"ddp_static_graph": True}),
     "fsdp2: layers are computed again": ("Idefics3, sparse", {"engine": "fsdp2", "gradient_checkpointing": True}),
     "fsdp2: a frozen tower": ("Qwen2VL, frozen", {"engine": "fsdp2"}),
+    "fsdp2: Gemma3, rows": ("Gemma3, rows", {"engine": "fsdp2"}),
+    "at load: Gemma3, even": ("Gemma3, even", {"engine": "at load"}),
 }
-RUNS["Qwen2VL, frozen"] = RUNS["Qwen2VL, sparse"] | {"frozen": "visual"}
 
 
 def results(folder, ranks, runs):
     sized = {}
     for name, options in runs.items():
         batch = 4 if options.get("packing_strategy") == "bfd" else 6
-        at = str(folder / options["family"])
+        at = str(folder / f"{options['family']}{options.get('vocabulary', '')}")
         sized[name] = {"per_device_train_batch_size": batch // ranks, "folder": at} | options
     return results_of(SCRIPT, ranks, folder / f"{ranks}.pt", json.dumps(sized))
 
@@ -70,9 +80,20 @@ def test_two_ranks_train_as_one(name, one, two):
     assert error(ours["moved"], theirs["moved"]) < 1e-8  # Gemma 3's norms round to float32
     assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-6)
     assert ours["evaluation"] == pytest.approx(theirs["evaluation"], rel=1e-8)
+    run = RUNS[ON_TWO[name][0]]
+    if run.get("eval_packing") is False:
+        assert ours["predicted"] == theirs["predicted"]
+    if "sparse" in run and not {"packing_strategy", "dataloader_num_workers"} & run.keys():
+        assert min(ours["without pictures"]) > 0
 
 
 def test_a_tied_head_that_comes_apart_when_it_is_loaded_is_refused(folder, one):
     runs = {"run": {"family": "Gemma3", "folder": str(folder / "Gemma3"), "engine": "at load"}}
     said = launch(SCRIPT, 2, folder / "none.pt", json.dumps(runs))
     assert "shards the 29 rows of both apart, over 2 ranks that do not divide them" in said
+
+
+def test_pictures_that_come_after_the_model_was_sharded_are_refused(folder, one):
+    run = {"run": {"family": "Qwen2VL", "engine": "fsdp2", "text_first": True, "per_device_train_batch_size": 3}}
+    said = results_of(SCRIPT, 2, folder / "text_first.pt", json.dumps(run))["run"]
+    assert "the first rows with pictures come after the model was sharded" in said

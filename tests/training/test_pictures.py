@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from datasets import Image, IterableDataset, List
+from datasets import Dataset, Image, IterableDataset, List
 from numerics import error
 from packaging.version import Version
 from peft import LoraConfig
@@ -307,9 +307,68 @@ def test_what_is_wrong_with_a_row_of_a_stream_is_said(tmp_path):
     stream = STREAMS["of PIL pictures"](broken)
     with pytest.raises(ValueError, match=r"row 10 of the train stream has \d pictures, but its text asks for 3"):
         packed(tmp_path, model, stream, processor).train()
-    without = STREAMS["of PIL pictures"]([row | {"images": [], "prompt": "hello"} for row in rows])
-    with pytest.raises(ValueError, match="none of the first 20 rows of the train stream has a picture"):
+    without = STREAMS["of PIL pictures"]([row | {"images": [], "prompt": "hello"} for row in rows] * 51)
+    with pytest.raises(ValueError, match="none of the first 1000 rows of the train stream has a picture"):
         packed(tmp_path, model, without, processor)
+
+
+def test_columns_that_differ_between_rows_of_a_stream(tmp_path):
+    model, processor, asks = vision_model("Qwen2VL")
+    rows = list(rows_with_pictures(20, asks))
+    first = next(row for row in rows if row["images"])
+    some = [first, *({key: value for key, value in row.items() if value} for row in rows)]  # none: no key
+    other = copy.deepcopy(model)
+    packed(tmp_path, model, STREAMS["of PIL pictures"](some), processor).train()
+    packed(tmp_path, other, STREAMS["of PIL pictures"]([first, *rows]), processor).train()
+    assert torch.equal(weights(model), weights(other))
+    without = {"prompt": "hello ", "completion": "hello <eos>"}
+    with pytest.raises(ValueError, match="of the train stream has images, which the first row has not"):
+        packed(tmp_path, model, STREAMS["of PIL pictures"]([without, *rows]), processor).train()
+
+
+def test_columns_that_are_not_read_change_nothing(tmp_path):
+    model, processor, asks = vision_model("Qwen2VL")
+    rows = [row | {"mask": row["images"][:1] and row["images"][0].copy()} for row in rows_with_pictures(20, asks)]
+    streams = [STREAMS["of PIL pictures"]([row | {"mask": copy.copy(row["mask"])} for row in rows]) for _ in range(2)]
+    packed(tmp_path, copy.deepcopy(model), streams[0], processor, save_strategy="steps", save_steps=2).train()
+    resumed = packed(tmp_path, model, streams[1], processor)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert len(losses(resumed)) == 4
+
+
+@pytest.mark.parametrize("kind", ["data set", "stream", "PIL"])
+def test_a_picture_within_a_message_is_refused(kind, tmp_path):
+    model, processor, _ = vision_model("Qwen2VL")
+    told = {"role": "assistant", "content": [{"type": "text", "text": "hello", "image": None}]}
+    asked = {"role": "user", "content": [{"type": "image", "text": None, "image": "a.png"}]}
+    rows = [{"messages": [told, told]}, {"messages": [asked, told]}]
+    made = Dataset.from_list(rows)
+    given = {"data set": made, "stream": made.to_iterable_dataset(), "PIL": STREAMS["of PIL pictures"](rows)}[kind]
+    with pytest.raises(ValueError, match=r"row 1 of the train \w+ ?\w+: messages holds .* would not be read"):
+        packed(tmp_path, model, given, processor).train()
+
+
+def test_tools_are_not_read_beside_pictures(tmp_path, caplog):
+    model, processor, asks = vision_model("Qwen2VL")
+    rows = chats(rows_with_pictures(4, asks), asks).map(lambda row: {"tools": [{"name": "a"}]})
+    packed(tmp_path, model, rows, processor)
+    assert "has the column 'images': tools not read beside it, as in TRL" in caplog.text
+
+
+def test_an_evaluation_stream_without_pictures(tmp_path):
+    model, processor, asks = vision_model("Qwen2VL")
+    rows = rows_with_pictures(20, asks)
+    text = rows.filter(lambda row: not row["images"])
+    ours = packed(tmp_path, model, text.remove_columns("images"), processor)
+    assert ours.evaluate(text.to_iterable_dataset())["eval_loss"] == pytest.approx(ours.evaluate(text)["eval_loss"])
+
+
+def test_a_pack_of_a_stream_reads_as_a_row(tmp_path):
+    model, processor, asks = vision_model("Qwen2VL")
+    pack = next(
+        iter(packed(tmp_path, model, rows_with_pictures(20, asks).to_iterable_dataset(), processor).train_dataset)
+    )
+    assert sum(pack["seq_lengths"]) == len(pack["input_ids"]) == len(pack["labels"])
 
 
 def test_a_set_without_a_picture_does_not_spare_the_next_one_the_check(tmp_path):
