@@ -58,6 +58,7 @@ def _free_port() -> int:
 
 def results_of(script: Path, processes: int, output: Path, *arguments: object, **how: Any) -> Any:
     """What the script saves with `torch.save` in its first argument, at its end."""
+    output.unlink(missing_ok=True)
     said = launch(script, processes, output, *arguments, **how)
     assert output.exists(), said[-3000:]
     return torch.load(output)
