@@ -56,6 +56,8 @@ class PictureStream(PackedStream):
             )
         columns = {key: np.array([one[key] for one in measured]) for key in measured[0]}
         self.first_rows = MeasuredRows(first, self._process, columns, name)
+        if self._vocab_size is not None:
+            self.first_rows.check_ids(self._vocab_size)
 
     def _read(
         self, row: Mapping[str, Any], number: int, where: str, account: Account
