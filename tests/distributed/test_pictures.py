@@ -26,7 +26,7 @@ ON_TWO = {name: (name, {}) for name in RUNS} | {
     f"{engine}: {name}": (name, {"engine": engine})
     for engine in ("fsdp2", "at load")
     for name in RUNS
-    if "workers" not in name and (engine, RUNS[name]["family"]) != ("at load", "Gemma3")
+    if "sparse" in name and (engine, RUNS[name]["family"]) != ("at load", "Gemma3")
 }
 RUNS |= {
     "Qwen2VL, frozen": RUNS["Qwen2VL, sparse"] | {"frozen": "visual"},
