@@ -279,8 +279,10 @@ def check_tied_at_load(model: Any) -> None:
     Where its plan does not name the head (Gemma 3, InternVL), embedding and head are gathered apart. Their shards are
     one tensor only if all ranks have equally many rows; otherwise PyTorch pads each apart, and one is never updated.
     """
+    if not _sharded_at_load(model):
+        return
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not _sharded_at_load(model) or head is None or head.weight is not embedding.weight:
+    if head is None or head.weight is not embedding.weight:
         return
     weight, shards = embedding.weight, model.config.distributed_config.fsdp_size
     if len(weight) % shards == 0 or not weight.requires_grad:

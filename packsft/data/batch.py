@@ -19,7 +19,7 @@ The collator computes everything once, on the host. Nothing here reads from the 
 | `num_documents`                | int             | D                                                                 |
 | `row_tokens`                   | int             | `num_tokens` of the whole row; only of a part of one, see below   |
 | `rows`                         | `[D]` int64     | each document's row in the data set; -1 if unknown                |
-| `stream_digests`               | tuple           | of a stream: see `streams.stream_digests`                         |
+| `stream_digests`               | tuple           | of a stream: see `stream_pack.stream_digests`                     |
 
 Under sequence parallelism a rank gets a part of the row: `[1, T / P]` of what has T tokens, with the counts,
 `loss_rows` and targets of its own positions. The boundaries, `max_length_q` and D are those of the whole row.

@@ -14,7 +14,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from packsft.data.batch import StepRows, part_of
 from packsft.data.document import IGNORE_INDEX, Document, Pack, documents_of
 from packsft.data.joined_pictures import JoinedPictures
-from packsft.data.streams import stream_digests
+from packsft.data.stream_pack import stream_digests
 
 
 @dataclass

@@ -27,7 +27,8 @@ from packsft.data.exchange import Exchange
 from packsft.data.messages import BESIDE
 from packsft.data.ranks import Ranks
 from packsft.data.steps import StepStream
-from packsft.data.streams import END, PackedStream, chained_digest, digest_of
+from packsft.data.stream_pack import chained_digest, digest_of
+from packsft.data.streams import END, PackedStream
 from packsft.packing import Account, plan_step
 
 
@@ -236,7 +237,7 @@ class _Worker:
     digest: str = ""
 
     def take(self, count: int) -> tuple[list[Notice], tuple[int, str, str]]:
-        """At most `count` documents, and `streams.stream_digests`."""
+        """At most `count` documents, and `stream_pack.stream_digests`."""
         taken = [self.waiting.popleft() for _ in range(min(count, len(self.waiting)))]
         before = self.digest
         for notice in taken:

@@ -122,7 +122,8 @@ def may_hold_media(dataset: Dataset, column: str) -> bool:
         if not _is_list_of_structs(messages.type) or messages.type.value_type.get_field_index(key) < 0:
             return False
         messages = pc.struct_field(pc.list_flatten(messages), key)
-    return pc.any(pc.is_in(messages, pa.array(MEDIA, messages.type))).as_py() is True
+    is_text = pa.types.is_string(messages.type) or pa.types.is_large_string(messages.type)
+    return is_text and pc.any(pc.is_in(messages, pa.array(MEDIA, messages.type))).as_py() is True
 
 
 def rows_of_each_kind(rows: Dataset) -> list[int]:

@@ -44,7 +44,7 @@ class PictureStream(PackedStream):
         super().__init__(stream, max_length, **options)
         name = f"{self.name} stream"
         first, read_all = _first_rows(stream)
-        self._process = RowProcessor.of_rows(stream, collator, name)
+        self._process = RowProcessor.of_rows(stream, list(first[0]), collator, name)
         self._planner = self._process.planner(first, max_length, name)
         measured = [
             self._planner.measure(row, f"row {number} of the {name}", max_length) for number, row in enumerate(first)

@@ -43,11 +43,6 @@ def has_pictures(columns: Any) -> str | None:
     return next((name for name in ("images", "image", PICTURES) if name in columns), None)
 
 
-def _columns_of(rows: Rows) -> list[str]:
-    """Of a stream without known columns, those of its first row."""
-    return rows.column_names or list(next(iter(rows), {}))
-
-
 def holds_pictures(rows: Any) -> bool:
     """Whether these are rows of `with_hidden_pictures` that have some."""
     if isinstance(rows, IterableDataset):
@@ -64,7 +59,7 @@ def with_hidden_pictures(rows: Any) -> Any:
         return rows
     if isinstance(rows, Dataset) and rows.format["type"] == "custom":
         return rows
-    columns = _columns_of(rows) if is_stream else rows.format["columns"]
+    columns = (rows.column_names or list(next(iter(rows), {}))) if is_stream else rows.format["columns"]
     if (name := has_pictures(columns)) in (None, PICTURES):
         return rows
     rows = rows.with_format(None)
@@ -168,9 +163,11 @@ class RowProcessor:
         self._ready: DataCollatorForVisionLanguageModeling | None = None
 
     @classmethod
-    def of_rows(cls, rows: Rows, collator: DataCollatorForVisionLanguageModeling, name: str) -> RowProcessor:
+    def of_rows(
+        cls, rows: Rows, columns: Sequence[str], collator: DataCollatorForVisionLanguageModeling, name: str
+    ) -> RowProcessor:
         """Raises ValueError if the rows have no text."""
-        return cls(collator, _form_of(_columns_of(rows), collator.dataset_text_field, name), _mode_of(rows))
+        return cls(collator, _form_of(columns, collator.dataset_text_field, name), _mode_of(rows))
 
     def digest(self, row: Mapping[str, Any]) -> bytes:
         """SHA-256 of texts and pictures; of a picture in a file, its path, of one in memory, its size and mode."""
@@ -450,7 +447,7 @@ class PictureRows(MeasuredRows):
         name: str,
     ) -> None:
         self.processor, name = collator.processor, f"{name} data set"
-        process = RowProcessor.of_rows(dataset, collator, name)
+        process = RowProcessor.of_rows(dataset, dataset.column_names, collator, name)
         planner = process.planner(dataset, max_length, name)
         plan_row = functools.partial(_plan_row, planner=planner, max_length=max_length, name=name)
         with PartialState().main_process_first():  # the others find the result in the cache

@@ -18,7 +18,7 @@ from packsft.data.batch import StepRows
 from packsft.data.document import Pack
 from packsft.data.packs import PackedDataset
 from packsft.data.ranks import Ranks
-from packsft.data.streams import stream_digests
+from packsft.data.stream_pack import stream_digests
 from packsft.packing import plan_step
 
 

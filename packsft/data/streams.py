@@ -32,6 +32,7 @@ from packsft.data.document import (
     unpadded,
 )
 from packsft.data.ranks import Ranks
+from packsft.data.stream_pack import StreamPack, chained_digest, digest_of
 from packsft.packing import STRATEGIES, Account, Strategy, check_max_lost_fraction, cut_examples, resolve_overlong
 from packsft.packing.buffer import PackingBuffer
 
@@ -41,63 +42,6 @@ SAMPLED_ROWS = 8
 BUFFERED_PACKS = 32  # within 0.7 points of the plan over a whole data set, see docs/log.md
 ROWS_BEFORE_JUDGEMENT = 1000  # of the share of lost tokens
 END: Any = object()  # a row may be anything, None as well
-
-
-class StreamPack(list[Document]):
-    """A pack of a stream, with the digests of all packs of this epoch and worker up to it and up to its end.
-
-    It also reads as a row of TRL: `pack["input_ids"]`, `pack["labels"]` (the first of each document is -100) and
-    `pack["seq_lengths"]` are lists of integers, `"labels" in pack` and `dict(pack)` work.
-    """
-
-    before = after = ""
-
-    def keys(self) -> list[str]:
-        return ["input_ids", "labels", "seq_lengths"]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.keys() if isinstance(key, str) else super().__contains__(key)
-
-    def __getitem__(self, key: Any) -> Any:
-        if not isinstance(key, str):
-            return super().__getitem__(key)
-        if key == "seq_lengths":
-            return [len(document) for document in self]
-        if key not in self.keys():
-            raise KeyError(f"a pack of a stream has no {key!r}, only {', '.join(self.keys())}")
-        return [token for document in self for token in getattr(document, key).tolist()]
-
-    def of(self, documents: Pack) -> StreamPack:
-        """These documents, with the same digests."""
-        pack = StreamPack(documents)
-        pack.before, pack.after = self.before, self.after
-        return pack
-
-    def chained(self, before: str, digests: Iterable[bytes]) -> StreamPack:
-        self.before, self.after = before, chained_digest(before, digests)
-        return self
-
-
-def digest_of(document: Document) -> bytes:
-    """SHA-256 of the tokens and labels."""
-    digest = hashlib.sha256(len(document).to_bytes(8, "little"))
-    for values in (document.input_ids, document.labels):
-        digest.update(values.astype("<i8", copy=False).data)
-    return digest.digest()
-
-
-def chained_digest(before: str, digests: Iterable[bytes]) -> str:
-    """The digest of all documents up to these, in hex."""
-    return hashlib.sha256(before.encode() + b"".join(digests)).hexdigest()
-
-
-def stream_digests(packs: list[Pack]) -> tuple[int, str, str] | None:
-    """(worker, digest before, digest after) of consecutive packs of a stream; None for other packs."""
-    first, last = packs[0], packs[-1]
-    if not isinstance(first, StreamPack) or not isinstance(last, StreamPack) or not last.after:
-        return None
-    worker = torch.utils.data.get_worker_info()
-    return 0 if worker is None else worker.id, first.before, last.after
 
 
 class PackedStream(torch.utils.data.IterableDataset):
@@ -240,15 +184,15 @@ class PackedStream(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[StreamPack]:
         for pack in self.planned():
-            yield pack.of(self.processed(pack))
+            yield StreamPack(self.processed(pack), pack.before, pack.after)
 
     def planned(self) -> Iterator[StreamPack]:
         """The packs, of what `processed` makes documents: a step does it for those that this rank trains on."""
-        digest = ""
+        before = ""
         for pack in self._epochs():
-            chained = StreamPack(pack).chained(digest, map(self.digest, pack))
-            digest = chained.after
-            yield chained
+            after = chained_digest(before, map(self.digest, pack))
+            yield StreamPack(pack, before, after)
+            before = after
 
     def digest(self, document: Document) -> bytes:
         """SHA-256 of what the document is made of."""

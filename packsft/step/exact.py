@@ -132,7 +132,7 @@ class ExactSteps(Trainer):
                     model, batch, prediction_loss_only, ignore_keys
                 )
                 if self.data_collator.padded and logits is not None:  # a row of padding, or one with a picture, is last
-                    logits, labels = (nested_truncate(one, batch["num_documents"]) for one in (logits, labels))
+                    logits, labels = (nested_truncate(rows, batch["num_documents"]) for rows in (logits, labels))
                 return loss, logits, labels
 
             return [(batch["num_items"], one(batch)) for batch in passes]
@@ -147,16 +147,14 @@ class ExactSteps(Trainer):
             outputs = self._passes.retry(inputs, self._evaluated_steps, predict, undo)
             self._tokens_in_evaluation = self._evaluated_steps.tokens_per_pass
         items, parts = zip(*outputs, strict=True)
-        losses, all_logits, all_labels = zip(*parts, strict=True)
-        padded, loss = self.data_collator.padded, losses[0]
+        loss, logits, labels = parts[0]
+        padded = self.data_collator.padded
         if len(parts) > 1:
+            losses, all_logits, all_labels = zip(*parts, strict=True)
             loss = sum(loss * count for loss, count in zip(losses, items, strict=True)) / (sum(items) or 1)
-        if prediction_loss_only:
-            return loss, None, None
-        logits, labels = all_logits[0], all_labels[0]
-        if len(parts) > 1:
-            logits, labels = join_passes(all_logits, 0.0, padded), join_passes(all_labels, IGNORE_INDEX, padded)
-        if padded:  # ranks may have other numbers of rows
+            if logits is not None:
+                logits, labels = join_passes(all_logits, 0.0, padded), join_passes(all_labels, IGNORE_INDEX, padded)
+        if padded and logits is not None:  # ranks may have other numbers of rows
             logits = self.accelerator.pad_across_processes(logits, dim=0)
             labels = self.accelerator.pad_across_processes(labels, dim=0, pad_index=IGNORE_INDEX)
         return loss, logits, labels
