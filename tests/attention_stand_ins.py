@@ -12,9 +12,11 @@ What they mirror (which checks are made in Python, which in C++, is not kept apa
     torch_varlen        `aten::_flash_attention_forward`, the operator below `torch.nn.attention.varlen`, and its
                         backward; the schema of torch 2.10 to 2.15, the checks in PyTorch's own
                         `transformers/cuda/flash_attn/flash_api.cpp`. The derivative is PyTorch's.
+    torch_efficient     `aten::_efficient_attention_forward` and its backward, as `torch/nested/_internal/sdpa.py` calls
+                        it; the checks in `transformers/cuda/attention.cu` and `attention_backward.cu`
 """
 
-from concurrent.futures import ThreadPoolExecutor
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -54,11 +56,75 @@ def attend(q, k, v, cu, longest, *, causal, window, scale, softcap=0.0, sinks=No
     return reference(q64, k64, v64, cu, longest, **options).to(q.dtype)
 
 
-def check(q, k, v, cu_q, cu_k, max_q, max_k, *, largest=256, equal_sizes=True, error=RuntimeError):
+def weights_of(q, k, cu, lse, *, causal, window, scale, dropout, seed):
+    """The weights, and what dropout multiplies each with, `[T, H, T]`: of `lse` `[H, T]`, as kernels compute them again
+    in a backward."""
+    position = torch.arange(len(q))
+    document, distance = torch.bucketize(position.int(), cu[1:], right=True), position[:, None] - position
+    right = 0 if causal else window[1]
+    seen = document[:, None] == document
+    seen &= (distance <= window[0] if window[0] >= 0 else True) & (distance >= -right if right >= 0 else True)
+    scores = torch.einsum("qhk,shk->qhs", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)) * scale
+    weights = (scores - lse.double().T[..., None]).exp() * seen[:, None]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return weights, F.dropout(torch.ones_like(weights), dropout)
+
+
+def logsumexp_of(q, k, cu, **options):
+    """`[H, T]` float32, as kernels keep it."""
+    weights, _ = weights_of(q.double(), k.double(), cu, torch.zeros(q.shape[1], len(q)), dropout=0.0, seed=0, **options)
+    return weights.sum(-1).log().T.float().contiguous()
+
+
+def gradients(grad_out, query, key, value, out, logsumexp, cu, **options):
+    """Of q, k and v, by the `out` and `logsumexp` that are given (arXiv:2205.14135, algorithm 4)."""
+    grad, q, k, v, o = (x.double() for x in (grad_out, query, key, value, out))
+    groups = q.shape[1] // k.shape[1]
+    weights, kept = weights_of(q, k, cu, logsumexp, **options)
+    dv = torch.einsum("qhs,qhk->shk", weights * kept, grad)
+    dweights = torch.einsum("qhk,shk->qhs", grad, v.repeat_interleave(groups, 1)) * kept
+    dscores = weights * (dweights - (grad * o).sum(-1, keepdim=True)) * options["scale"]
+    dq = torch.einsum("qhs,shk->qhk", dscores, k.repeat_interleave(groups, 1))
+    dk = torch.einsum("qhs,qhk->shk", dscores, q)
+    results = dq, *(x.unflatten(1, (-1, groups)).sum(2) for x in (dk, dv))
+    return tuple(torch.empty_like(x).copy_(result) for x, result in zip((query, key, value), results, strict=True))
+
+
+class FlashAlgorithm(torch.autograd.Function):
+    """What a flash kernel without an error of its own would give: the output is rounded once, and the gradients are
+    those of the rounded output. (Of a token that sees itself alone, gradients of q and k are that rounding error.)"""
+
+    @staticmethod
+    def forward(ctx, q, k, v, sinks, cu, options):
+        out = reference(*(x.double() for x in (q, k, v)), cu, len(q), sinks=sinks, **options).to(q.dtype)
+        window = options.get("window")
+        ctx.options = {"causal": options.get("causal", True), "scale": options.get("scale", q.shape[-1] ** -0.5)}
+        ctx.options["window"] = (-1, -1) if window is None else (window - 1, window - 1)
+        lse = logsumexp_of(q, k, cu, **ctx.options)
+        lse = lse if sinks is None else torch.logaddexp(lse, sinks.float()[:, None])
+        ctx.save_for_backward(q, k, v, sinks, cu, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, sinks, cu, out, lse = ctx.saved_tensors
+        dq, dk, dv = gradients(grad, q, k, v, out, lse, cu, **ctx.options, dropout=0.0, seed=0)
+        weights = None if sinks is None else (sinks.float()[:, None] - lse).exp()
+        dsinks = None if sinks is None else -((grad.double() * out.double()).sum(-1).T * weights).sum(1).to(sinks.dtype)
+        return dq, dk, dv, dsinks, None, None
+
+
+HALF = torch.float16, torch.bfloat16
+
+
+def check(
+    q, k, v, cu_q, cu_k, max_q, max_k, *, dtypes=HALF, largest=256, equal_sizes=True, error=RuntimeError
+):  # fmt: skip
     """What all of them check, and what none does but must hold."""
     cards = {x.device for x in (q, k, v, cu_q, cu_k)}
     require(len(cards) == 1, f"tensors on {cards}", error)
-    require(q.dtype in (torch.float16, torch.bfloat16), f"neither float16 nor bfloat16: {q.dtype}", error)
+    require(q.dtype in dtypes, f"none of {dtypes}: {q.dtype}", error)
     require(q.dtype == k.dtype == v.dtype, f"dtypes differ: {q.dtype}, {k.dtype}, {v.dtype}", error)
     require(q.ndim == k.ndim == v.ndim == 3, "not [T, heads, head size]", error)
     require(k.shape[:2] == v.shape[:2] and q.shape[2] == k.shape[2], "shapes of q, k and v do not fit", error)
@@ -154,14 +220,13 @@ def torch_varlen(
     """Returns (output, logsumexp, rng_state, unused, debug mask)."""
     check(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k)
     check_flash_2(query, key, cum_seq_q, max_q, dropout_p)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    options = {"causal": is_causal, "window": (window_size_left, window_size_right), "scale": scale}
     seed = torch.randint(2**31, (2,))
     with torch.random.fork_rng():
         torch.manual_seed(int(seed[0]))
-        out = attend(
-            query, key, value, cum_seq_q, max_q, causal=is_causal, window=(window_size_left, window_size_right),
-            scale=scale, dropout=dropout_p,
-        )  # fmt: skip
-    logsumexp, unused = torch.zeros(query.shape[1], len(query)), torch.zeros((), dtype=torch.uint64)
+        out = attend(query, key, value, cum_seq_q, max_q, dropout=dropout_p, **options)
+    logsumexp, unused = logsumexp_of(query, key, cum_seq_q, **options), torch.zeros((), dtype=torch.uint64)
     return torch.empty_like(query).copy_(out), logsumexp, seed.to(torch.uint64), unused, query.new_empty(0)
 
 
@@ -169,32 +234,83 @@ def torch_varlen_backward(
     grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, rng_state,
     unused, *, scale=None, window_size_left=None, window_size_right=None,
 ):  # fmt: skip
-    """Gradients of query, key and value: of the stand-in for the forward, with the same weights dropped."""
+    """Gradients of query, key and value, with the same weights dropped as in the forward."""
+    check(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    require(logsumexp.dtype == torch.float32 and logsumexp.shape == (query.shape[1], len(query)), "logsumexp")
+    return gradients(
+        grad_out, query, key, value, out, logsumexp, cum_seq_q, causal=is_causal,
+        window=(window_size_left, window_size_right), scale=scale, dropout=dropout_p, seed=int(rng_state[0]),
+    )  # fmt: skip
 
-    def gradients():
-        leaves = [x.detach().requires_grad_() for x in (query, key, value)]
-        torch.manual_seed(int(rng_state[0]))
-        again = attend(
-            *leaves, cum_seq_q, max_q, causal=is_causal, window=(window_size_left, window_size_right), scale=scale,
+
+def check_efficient(query, key, value, bias, cu_q, cu_k, max_q, max_k):
+    require(query.ndim == key.ndim == value.ndim == 4 and len(query) == 1, "not [1, T, heads, head size]")
+    require(query.shape[2] == key.shape[2] == value.shape[2], "it knows no grouped heads")
+    require(bias is None, "the definition has no bias", NotImplementedError)
+    require(query.dtype != torch.bfloat16 or torch.cuda.get_device_capability()[0] >= 8, "no bfloat16 before Ampere")
+    q, k, v = (x.squeeze(0) for x in (query, key, value))
+    check(q, k, v, cu_q, cu_k, max_q, max_k, dtypes=(*HALF, torch.float32), largest=2**16, equal_sizes=False)
+    return q, k, v
+
+
+def torch_efficient(
+    query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, custom_mask_type,
+    compute_log_sumexp=False, *, scale=None, seqlen_k=None, window_size=None,
+):  # fmt: skip
+    """Returns (output, logsumexp, seed, offset, max_seqlen_q, max_seqlen_k)."""
+    require(custom_mask_type in (0, 1), f"the definition has no mask {custom_mask_type}", NotImplementedError)
+    require(seqlen_k is None and window_size is None, "the definition has no such lengths", NotImplementedError)
+    require(compute_log_sumexp, "a backward needs the logsumexp")
+    q, k, v = check_efficient(query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    seed = torch.randint(2**31, ())
+    with torch.random.fork_rng():
+        torch.manual_seed(int(seed))
+        out = attend(
+            q, k, v, cu_seqlens_q, max_seqlen_q, causal=custom_mask_type == 1, window=(-1, -1), scale=scale,
             dropout=dropout_p,
         )  # fmt: skip
-        return torch.autograd.grad(again, leaves, grad_out)
+    logsumexp = torch.full((len(cu_seqlens_q) - 1, q.shape[1], math.ceil(max_seqlen_q / 32) * 32), math.nan)
+    ours = logsumexp_of(q, k, cu_seqlens_q, causal=custom_mask_type == 1, window=(-1, -1), scale=scale)
+    for document, (start, stop) in enumerate(pairwise(cu_seqlens_q.tolist())):
+        logsumexp[document, :, : stop - start] = ours[:, start:stop]
+    return out[None].contiguous(), logsumexp, seed, torch.zeros((), dtype=torch.long), max_seqlen_q, max_seqlen_k
 
-    with torch.random.fork_rng(), ThreadPoolExecutor(1) as other:  # in this one, an operator has no autograd
-        pairs = zip((query, key, value), other.submit(gradients).result(), strict=True)
-        return tuple(torch.empty_like(like).copy_(gradient) for like, gradient in pairs)
+
+def torch_efficient_backward(
+    grad_out_, query, key, value, bias, out, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, logsumexp,
+    dropout_p, philox_seed, philox_offset, custom_mask_type, bias_requires_grad, *, scale=None, num_splits_key=None,
+    window_size=None, shared_storage_dqdkdv=False,
+):  # fmt: skip
+    """Gradients of query, key, value and (none) of the bias."""
+    q, k, v = check_efficient(query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    lengths = cu_seqlens_q.diff().tolist()
+    lse = torch.cat([row[:, :length] for row, length in zip(logsumexp, lengths, strict=True)], dim=1)
+    found = gradients(
+        grad_out_[0], q, k, v, out[0], lse, cu_seqlens_q, causal=custom_mask_type == 1, window=(-1, -1), scale=scale,
+        dropout=dropout_p, seed=int(philox_seed),
+    )  # fmt: skip
+    return *(x[None] for x in found), query.new_empty(0)
 
 
 @dataclass(frozen=True)
 class StandIn:
-    """Where a stand-in goes: the back end of ours that calls it, and the module in which it is looked up ("": none,
-    it is an operator of PyTorch)."""
+    """Where a stand-in goes: the back end of ours that calls it, and the module in which it is looked up, or the
+    operator of PyTorch that it is, with its backward."""
 
     function: object
     backend: str
     module: str
     package: str
     features: frozenset = frozenset()
+    backward: object = None
+    largest_head: int = 256
+
+    @property
+    def is_operator(self):
+        return self.backward is not None
 
 
 STAND_INS = [
@@ -205,6 +321,13 @@ STAND_INS = [
     StandIn(
         flash_attn_3, "flash_attn_3", "flash_attn_interface", "flash_attn_interface", frozenset({"window", "softcap"})
     ),
-    StandIn(flash_attn_4, "flash_attn_4", "flash_attn.cute", "flash_attn.cute"),
-    StandIn(torch_varlen, "torch_varlen", "", "", frozenset({"window", "dropout"})),
+    StandIn(flash_attn_4, "flash_attn_4", "flash_attn.cute", "flash_attn.cute", largest_head=128),
+    StandIn(
+        torch_varlen, "torch_varlen", "_flash_attention_forward", "", frozenset({"window", "sinks", "dropout"}),
+        torch_varlen_backward,
+    ),
+    StandIn(
+        torch_efficient, "torch_efficient", "_efficient_attention_forward", "", frozenset({"dropout"}),
+        torch_efficient_backward, 2**16,
+    ),
 ]  # fmt: skip

@@ -23,3 +23,9 @@ class AttentionSpec:
     softcap: float | None = None
     sinks: bool = False
     dropout: float = 0.0
+
+    @property
+    def window_pair(self) -> tuple[int, int]:
+        """(left, right) neighbours of a token, -1: all. A window of W has the token itself: W - 1 are on its left."""
+        left = -1 if self.window is None else self.window - 1
+        return left, 0 if self.causal else left

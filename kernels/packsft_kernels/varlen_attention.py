@@ -6,7 +6,8 @@ this order:
 
     flash_attn_4, flash_attn_3, flash_attn_2   the packages, if installed and able
     torch_varlen                               PyTorch's own FlashAttention, on Ampere and newer
-    sdpa                                       one SDPA call per document: the CPU, float32, and all other calls
+    torch_efficient                            PyTorch's memory-efficient attention: float32, older cards, large heads
+    sdpa                                       one SDPA call per document: the CPU, and all other calls
 
 `why_not` looks up in a table whether a backend can run a call, and gives the reason. This file knows tensors only.
 
@@ -24,10 +25,12 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from packsft_kernels.attention_spec import HALF_DTYPES, AttentionSpec
 from packsft_kernels.varlen_sdpa import sdpa
+from packsft_kernels.varlen_torch import torch_efficient, torch_varlen
 
 FLOAT_DTYPES = (*HALF_DTYPES, torch.float32, torch.float64)
 
@@ -57,7 +60,7 @@ def varlen_attention(
     Args:
         q: `[T, H, K]`.
         k: `[T, G, K]`, H a multiple of G (grouped-query attention).
-        v: `[T, G, K]`.
+        v: `[T, G, K]`, or `[T, G, V]` with another head size V, as in DeepSeek.
         cu_seqlens: `[D + 1]` int32, document boundaries from 0 to T, on the device of `q`.
         max_seqlen: length of the longest document, an int on the host.
         causal: whether a token sees only itself and the tokens before it.
@@ -69,7 +72,7 @@ def varlen_attention(
         backend: "auto", or one of `BACKENDS`.
 
     Returns:
-        `[T, H, K]` in the dtype of the computation: the autocast dtype under autocast, otherwise the promoted dtype of
+        `[T, H, V]` in the dtype of the computation: the autocast dtype under autocast, otherwise the promoted dtype of
         `q`, `k` and `v`. (Under autocast, models pass float32 q and k and a bfloat16 v, which flash kernels refuse.)
 
     Raises:
@@ -84,13 +87,15 @@ def varlen_attention(
         causal, window, softcap, sinks is not None, dropout,
     )  # fmt: skip
     name, spec = _chosen(backend, *asked), AttentionSpec(*asked)
+    scale, v_head_dim = q.shape[-1] ** -0.5 if scale is None else scale, v.shape[-1]
     if name != "sdpa":
-        q, k, v, cu_seqlens = _aligned(q), _aligned(k), _aligned(v), cu_seqlens.contiguous()
+        q, k, v = (_in_units_of_16_bytes(x, spec.head_dim) for x in (q, k, v))
+        cu_seqlens = cu_seqlens.contiguous()
         # At 1, flash-attention 2 reads grouped q as [D, H, K], which fails if a document is empty.
         max_seqlen = max(max_seqlen, 2)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):  # the dtype is chosen: autocast would undo a cast of the backend
-        return BACKENDS[name].run(q, k, v, cu_seqlens, max_seqlen, scale, sinks, spec)
+        out = BACKENDS[name].run(q, k, v, cu_seqlens, max_seqlen, scale, sinks, spec)
+    return out if out.shape[-1] == v_head_dim else out[..., :v_head_dim]
 
 
 def _asked_once(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,8 +140,8 @@ def why_not(name: str, spec: AttentionSpec) -> str | None:
         return "SDPA has no dropout with a softcap or sinks" if spec.dropout and (spec.softcap or spec.sinks) else None
     if spec.device != "cuda":
         return f"it needs a CUDA device, but the tensors are on {spec.device!r}"
-    if spec.dtype not in HALF_DTYPES:
-        return f"it needs bfloat16 or float16, got {spec.dtype}"
+    if spec.dtype not in backend.dtypes:
+        return f"it needs {' or '.join(map(str, backend.dtypes))}, got {spec.dtype}"
     if name == "flash_attn_2" and spec.softcap is not None and spec.dropout:
         return "it does not support dropout with a softcap"
     if backend.package is not None and not _installed(backend.package):
@@ -144,14 +149,13 @@ def why_not(name: str, spec: AttentionSpec) -> str | None:
     if backend.package is None and not torch.backends.cuda.is_flash_attention_available():
         return f"torch {torch.__version__} was built without FlashAttention"
     capability = torch.cuda.get_device_capability()
-    if not backend.min_capability <= capability[0] <= backend.max_capability:
-        return f"it does not run on compute capability {capability[0]}.{capability[1]}"
-    if not spec.equal_head_dims:
-        return "it needs one head size for q, k and v"
-    if spec.head_dim > backend.max_head_dim or spec.head_dim % 8:
-        return f"head size {spec.head_dim} is not a multiple of 8 up to {backend.max_head_dim}"
+    oldest = 8 if spec.dtype == torch.bfloat16 else backend.min_capability
+    if not max(backend.min_capability, oldest) <= capability[0] <= backend.max_capability:
+        return f"it does not run {spec.dtype} on compute capability {capability[0]}.{capability[1]}"
+    if spec.head_dim > backend.max_head_dim:
+        return f"head size {spec.head_dim} is above {backend.max_head_dim}"
     # GPUs with 99 KiB of shared memory: some releases refuse these head sizes there, and only in the backward.
-    small = capability[0] == 12 or (capability[0] == 8 and capability[1] > 0)
+    small = name != "torch_efficient" and (capability[0] == 12 or (capability[0] == 8 and capability[1] > 0))
     if small and (192 < spec.head_dim <= 224 or (spec.head_dim > 192 and spec.dropout > 0)):
         return f"its backward does not support head size {spec.head_dim} with dropout {spec.dropout} on {capability}"
     asked = {
@@ -235,8 +239,11 @@ def _compute_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """`x`, copied if flash kernels cannot load its rows in units of 16 bytes. Not all of them check this."""
+def _in_units_of_16_bytes(x: Tensor, head_dim: int) -> Tensor:
+    """`x` with rows that flash kernels can load, and in the one head size that they know for q, k and v: a multiple of
+    8, filled up with zeros, which change no score and only add zeros to the output. Not all of them check this."""
+    if missing := math.ceil(head_dim / 8) * 8 - x.shape[-1]:
+        return F.pad(x, (0, missing))
     return x if x.stride(-1) == 1 and all(n % 8 == 0 for n in x.stride()[:-1]) else x.contiguous()
 
 
@@ -250,7 +257,7 @@ def _flash_attn_2(
 
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest, dropout_p=spec.dropout,
-        softmax_scale=scale, causal=spec.causal, window_size=_window_pair(spec), softcap=spec.softcap or 0.0,
+        softmax_scale=scale, causal=spec.causal, window_size=spec.window_pair, softcap=spec.softcap or 0.0,
     )  # fmt: skip
 
 
@@ -261,7 +268,7 @@ def _flash_attn_3(
 
     out = flash_attn_varlen_func(
         q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest,
-        softmax_scale=scale, causal=spec.causal, window_size=_window_pair(spec), softcap=spec.softcap or 0.0,
+        softmax_scale=scale, causal=spec.causal, window_size=spec.window_pair, softcap=spec.softcap or 0.0,
     )  # fmt: skip
     return out[0] if isinstance(out, tuple) else out
 
@@ -278,24 +285,6 @@ def _flash_attn_4(
     return out[0] if isinstance(out, tuple) else out
 
 
-def _torch_varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, sinks: Tensor | None, spec: AttentionSpec
-) -> Tensor:
-    # The operator below `torch.nn.attention.varlen`, whose two operators in Python are most of a short call's time. It
-    # has its own backward, and takes grouped heads, a scale, a window and dropout in every release since 2.10.
-    left, right = _window_pair(spec)
-    return torch.ops.aten._flash_attention_forward.default(
-        q, k, v, cu, cu, longest, longest, spec.dropout, (left, right) == (-1, 0), False,
-        scale=scale, window_size_left=left, window_size_right=right,
-    )[0]  # fmt: skip
-
-
-def _window_pair(spec: AttentionSpec) -> tuple[int, int]:
-    """(left, right) neighbours of a token, -1: all. A window of W includes the token itself: W - 1 are on its left."""
-    left = -1 if spec.window is None else spec.window - 1
-    return left, 0 if spec.causal else left
-
-
 @dataclass(frozen=True)
 class Backend:
     """One row of the table: the function, the package that it needs (None: PyTorch itself), and what it supports."""
@@ -306,6 +295,7 @@ class Backend:
     min_capability: int = 8
     max_capability: int = 12
     max_head_dim: int = 256
+    dtypes: tuple[torch.dtype, ...] = HALF_DTYPES
 
 
 BACKENDS: dict[str, Backend] = {
@@ -323,6 +313,9 @@ BACKENDS: dict[str, Backend] = {
     "flash_attn_2": Backend(
         _flash_attn_2, "flash_attn.flash_attn_interface", frozenset({"window", "softcap", "dropout"})
     ),
-    "torch_varlen": Backend(_torch_varlen, None, frozenset({"window", "dropout"})),
+    "torch_varlen": Backend(torch_varlen, None, frozenset({"window", "sinks", "dropout"})),
+    "torch_efficient": Backend(
+        torch_efficient, None, frozenset({"dropout"}), 7, max_head_dim=2**16, dtypes=(*HALF_DTYPES, torch.float32)
+    ),
     "sdpa": Backend(sdpa, None, frozenset({"window", "softcap", "sinks", "dropout"}), 0),
 }

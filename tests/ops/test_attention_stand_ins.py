@@ -3,108 +3,156 @@
 Sizes: documents of 5, 1, 0 and 7 tokens, and a pad tail of 3 as one more document; the head sizes are those of models.
 """
 
+import copy
 import inspect
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
-from attention_stand_ins import STAND_INS, StandIn, torch_varlen_backward
+import torch.nn.functional as F
+from attention_stand_ins import STAND_INS, FlashAlgorithm, StandIn
 from numerics import assert_accurate
 from packsft_kernels import varlen_attention
 from packsft_kernels.reference import varlen_attention as reference
 from packsft_kernels.varlen_attention import BACKENDS, AttentionSpec, choose_backend, why_not
+from tiny import ROWS
+from tiny_models import tiny_model, with_random_weights
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
+
+from packsft.data.batch import model_inputs
+from packsft.data.collator import PackingCollator
+from packsft.model.attention import packed_forward, set_backend
 
 MODULE = sys.modules["packsft_kernels.varlen_attention"]  # the function has its name
 LENGTHS = (5, 1, 0, 7, 3, 0, 0)  # the last two as where boundaries are padded for torch.compile
 ALL = pytest.mark.parametrize("stand_in", STAND_INS, ids=lambda s: s.function.__name__)
-FLASH_2, FLASH_3, FLASH_4, TORCH = STAND_INS
+FLASH_2, FLASH_3, FLASH_4, TORCH, EFFICIENT = STAND_INS
+OPERATORS = pytest.mark.parametrize("stand_in", [TORCH, EFFICIENT], ids=lambda s: s.function.__name__)
 
 
 @pytest.fixture
 def install(monkeypatch):
     """Put stand-ins in the place of all GPU back ends, on a card of the given capability that holds every tensor."""
 
-    operators = []
+    operators = {}
 
-    def install(*stand_ins: StandIn, capability=(9, 0), backward=torch_varlen_backward):
+    def install(*stand_ins: StandIn, capability=(9, 0)):
         packages = {stand_in.package for stand_in in stand_ins}
         monkeypatch.setattr(MODULE, "_installed", lambda module: module in packages)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         monkeypatch.setattr(MODULE, "AttentionSpec", lambda _, *rest: AttentionSpec("cuda", *rest))
-        monkeypatch.setattr(
-            torch.backends.cuda,
-            "is_flash_attention_available",
-            lambda: "torch_varlen" in {s.backend for s in stand_ins},
-        )
+        operator_of = {s.backend: s.is_operator for s in STAND_INS}
+        there = {"sdpa", *(s.backend for s in stand_ins)}
+        reasons = {name: "as asked" for name in BACKENDS if operator_of.get(name) and name not in there}
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+        monkeypatch.setattr(MODULE, "why_not", lambda name, spec: reasons.get(name) or why_not(name, spec))
         for stand_in in stand_ins:
-            if stand_in.backend != "torch_varlen":
+            if not stand_in.is_operator:
                 module = SimpleNamespace(flash_attn_varlen_func=stand_in.function)
                 monkeypatch.setitem(sys.modules, stand_in.module, module)
-            elif not operators:
-                operators.append(library := torch.library.Library("aten", "IMPL"))
-                library.impl("_flash_attention_forward", stand_in.function, "CPU")
-                library.impl("_flash_attention_backward", backward, "CPU")
+            elif stand_in.module not in operators:
+                operators[stand_in.module] = library = torch.library.Library("aten", "IMPL")
+                library.impl(stand_in.module, stand_in.function, "CPU")
+                library.impl(stand_in.module.replace("forward", "backward"), stand_in.backward, "CPU")
         why_not.cache_clear()
 
     yield install
     monkeypatch.undo()
     why_not.cache_clear()
-    for library in operators:
+    for library in operators.values():
         library._destroy()
 
 
-def inputs(heads=4, key_heads=2, head_dim=32, dtype=torch.bfloat16, lengths=LENGTHS):
-    q, k, v = (torch.randn(sum(lengths), n, head_dim, dtype=torch.float64).to(dtype) for n in (heads, *[key_heads] * 2))
+def inputs(heads=4, key_heads=2, head_dim=32, dtype=torch.bfloat16, lengths=LENGTHS, v_head_dim=None):
+    shapes = (heads, head_dim), (key_heads, head_dim), (key_heads, v_head_dim or head_dim)
+    q, k, v = (torch.randn(sum(lengths), *shape, dtype=torch.float64).to(dtype) for shape in shapes)
     return q, k, v, torch.tensor([0, *lengths]).cumsum(0).int()
 
 
+def spec_of(q, v, options):
+    sizes = q.shape[-1], v.shape[-1]
+    asked = {name: value for name, value in options.items() if name not in ("scale", "sinks")}
+    return AttentionSpec("cuda", q.dtype, max(sizes), sizes[0] == sizes[1], sinks="sinks" in options, **asked)
+
+
 def assert_matches_the_definition(qkv, cu, backend, **options):
-    """Output and gradients of q, k and v, for tensors of any dtype and strides."""
-    upstream = torch.randn(qkv[0].shape, dtype=torch.float64)
+    """Output and gradients of q, k, v and the sinks, for tensors of any dtype and strides."""
+    upstream = torch.randn(*qkv[0].shape[:2], qkv[2].shape[2], dtype=torch.float64)
+    sinks = [options.pop("sinks")] if "sinks" in options else []
+
+    def flash(q, k, v, cu, longest, sinks=None, **options):
+        return FlashAlgorithm.apply(q, k, v, sinks, cu, options)
 
     def run(function, dtype=None, **extra):
-        leaves = [x.detach().requires_grad_() if dtype is None else x.detach().to(dtype).requires_grad_() for x in qkv]
-        out = function(*leaves, cu, max(LENGTHS), **options, **extra)
+        tensors = [x.detach() if dtype is None else x.detach().to(dtype) for x in (*qkv, *sinks)]
+        leaves = [x.requires_grad_() for x in tensors]
+        extra |= {"sinks": leaves[3]} if sinks else {}
+        out = function(*leaves[:3], cu, max(LENGTHS), **options, **extra)
         return [out, *torch.autograd.grad((out * upstream.to(out.dtype)).sum(), leaves)]
 
-    ours, plain = run(varlen_attention, backend=backend), run(reference, qkv[2].dtype)
+    plain = flash if backend in ("torch_varlen", "torch_efficient") else reference
+    ours, plain = run(varlen_attention, backend=backend), run(plain, qkv[2].dtype)
     for mine, theirs, exact in zip(ours, plain, run(reference, torch.float64), strict=True):
         assert_accurate(mine, theirs, exact, f"{backend}, {options}")
 
 
+OPTIONS = (
+    {},
+    {"causal": False},
+    {"scale": 0.3},
+    {"window": 2},
+    {"window": 3, "scale": 0.2},
+    {"window": 3, "causal": False},
+    {"softcap": 2.0},
+    {"softcap": 2.0, "window": 3},
+    {"sinks": torch.linspace(-1, 2, 32)},
+    {"sinks": torch.linspace(-1, 2, 32), "window": 3},
+    {"sinks": torch.linspace(-1, 2, 32), "causal": False},
+)
+
+
 @ALL
-@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [20, 32, 64, 80, 96, 128, 192, 256, 264, 512])
 def test_calls_that_the_table_allows_are_taken_and_right(install, stand_in, head_dim):
     install(stand_in)
-    taken = head_dim <= (128 if stand_in is FLASH_4 else 256)
-    for options in (
-        {},
-        {"causal": False},
-        {"scale": 0.3},
-        {"window": 2},
-        {"window": 3, "scale": 0.2},
-        {"window": 3, "causal": False},
-        {"softcap": 2.0},
-        {"softcap": 2.0, "window": 3},
-    ):
-        spec = AttentionSpec("cuda", torch.bfloat16, head_dim, **{k: v for k, v in options.items() if k != "scale"})
-        able = taken and options.keys() & {"window", "softcap"} <= stand_in.features
-        assert choose_backend(spec) == (stand_in.backend if able else "sdpa"), options
-        qkv = inputs(head_dim=head_dim)
-        assert_matches_the_definition(qkv[:3], qkv[3], stand_in.backend if able else "sdpa", **options)
+    for options in OPTIONS:
+        # so many sinks that the largest error of their gradients is not luck
+        q, k, v, cu = inputs(*((32, 16) if "sinks" in options else (4, 2)), head_dim=head_dim)
+        able = head_dim <= stand_in.largest_head
+        able &= options.keys() & {"window", "softcap", "sinks"} <= stand_in.features
+        assert choose_backend(spec_of(q, v, options)) == (stand_in.backend if able else "sdpa"), options
+        if able or head_dim == 32:
+            assert_matches_the_definition((q, k, v), cu, stand_in.backend if able else "sdpa", **options)
+
+
+@ALL
+@pytest.mark.parametrize(
+    "sizes", [(192, 128), (96, 64), (20, 12), (24, 40)], ids=["DeepSeek", "MiniCPM 3", "odd", "larger v"]
+)
+def test_other_sizes_of_values_are_taken_and_right(install, stand_in, sizes):
+    install(stand_in)
+    for options in ({}, *[{name: 3} for name in ("window",) if name in stand_in.features]):
+        q, k, v, cu = inputs(head_dim=sizes[0], v_head_dim=sizes[1])
+        backend = stand_in.backend if max(sizes) <= stand_in.largest_head else "sdpa"
+        assert choose_backend(spec_of(q, v, options)) == backend
+        assert_matches_the_definition((q, k, v), cu, backend, **options)
 
 
 @ALL
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=["MHA", "GQA", "MQA"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_every_grouping_of_heads_is_taken(install, stand_in, heads, dtype):
     install(stand_in)
-    *qkv, cu = inputs(*heads, dtype=dtype)
-    assert_matches_the_definition(qkv, cu, stand_in.backend)
+    q, k, v, cu = inputs(*heads, dtype=dtype)
+    able = dtype != torch.float32 or stand_in is EFFICIENT
+    assert choose_backend(spec_of(q, v, {})) == (stand_in.backend if able else "sdpa")
+    if able:
+        assert_matches_the_definition((q, k, v), cu, stand_in.backend)
 
 
 @ALL
@@ -155,35 +203,48 @@ def test_nothing_is_read_from_the_device(install, stand_in):
         cu = torch.empty(4, dtype=torch.int32)
         out = varlen_attention(q, k, v, cu, 5, backend=stand_in.backend)
         assert [x.shape for x in torch.autograd.grad(out.sum(), (q, k, v))] == [q.shape] * 3
+        if "sinks" in stand_in.features:
+            sinks = torch.empty(4, requires_grad=True)
+            out = varlen_attention(q, k, v, cu, 5, sinks=sinks, backend=stand_in.backend)
+            assert [x.shape for x in torch.autograd.grad(out.sum(), (q, sinks))] == [q.shape, sinks.shape]
         with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
-            varlen_attention(
-                q, k, v, cu, 5, backend="sdpa", dropout=0.1
-            )  # which has no operator, and cuts the row on the host
+            # sdpa with dropout has no operator, and cuts the row on the host
+            varlen_attention(q, k, v, cu, 5, backend="sdpa", dropout=0.1)
 
 
-@pytest.mark.parametrize("stand_in", [FLASH_2, TORCH], ids=lambda s: s.function.__name__)
-def test_dropout_reaches_flash_attention(install, stand_in):
+@pytest.mark.parametrize("sinks", [None, torch.linspace(-1, 2, 4)], ids=["", "sinks"])
+@pytest.mark.parametrize("stand_in", [FLASH_2, TORCH, EFFICIENT], ids=lambda s: s.function.__name__)
+def test_dropout_reaches_flash_attention(install, stand_in, sinks):
+    if sinks is not None and "sinks" not in stand_in.features:
+        pytest.skip("it knows no sinks")
     install(stand_in)
     q, k, v, cu = inputs()
     v.requires_grad_()
-    out, plain = (varlen_attention(q, k, v, cu, 7, dropout=p, backend=stand_in.backend) for p in (0.5, 0.0))
+    options = {"sinks": sinks, "backend": stand_in.backend}
+    out, plain = (varlen_attention(q, k, v, cu, 7, dropout=p, **options) for p in (0.5, 0.0))
     assert not torch.equal(out, plain)
     (grad,) = torch.autograd.grad(out.sum(), v)
     for head in range(4):  # of the token that is alone in its document: its one weight is dropped or doubled
         assert not out[5, head].any() or torch.equal(out[5, head], 2 * plain[5, head])
+    weight = (plain[5].float() / v[5].repeat_interleave(2, 0).float())[:, 0]  # of its own value, with no dropout
     for group, heads in enumerate(out[5].view(2, 2, -1)):
-        assert torch.equal(grad[5, group], 2.0 * heads.any(-1).sum().expand(32).bfloat16())
+        expected = 2.0 * (heads.any(-1) * weight.view(2, 2)[group]).sum()
+        torch.testing.assert_close(grad[5, group].float(), expected.expand(32), rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("options", [{}, {"window": 2}], ids=str)
-def test_pytorchs_flash_attention_is_one_graph_for_packs_of_any_size(install, compiler, options):
-    install(TORCH)
+@pytest.mark.parametrize(
+    ("stand_in", "options"),
+    [(TORCH, {}), (TORCH, {"window": 2}), (TORCH, {"sinks": torch.linspace(-1, 2, 4)}), (EFFICIENT, {})],
+    ids=["flash", "window", "sinks", "efficient"],
+)
+def test_pytorchs_operators_are_one_graph_for_packs_of_any_size(install, compiler, stand_in, options):
+    install(stand_in)
     torch.compiler.reset()
     counter = CompileCounterWithBackend(compiler)
 
     def attend(q, k, v, cu, longest):  # as `compile_layers` passes it
-        return varlen_attention(q, k, v, cu, longest.shape[0], backend="torch_varlen", **options)
+        return varlen_attention(q, k, v, cu, longest.shape[0], backend=stand_in.backend, **options)
 
     compiled = torch.compile(attend, fullgraph=True, backend=counter)
     for lengths in ((5, 1, 7), (3, 9, 0, 2), (11, 4)):
@@ -198,53 +259,86 @@ def test_pytorchs_flash_attention_is_one_graph_for_packs_of_any_size(install, co
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "mimo_v2_flash", "minicpm3"])
+def test_models_with_sinks_or_smaller_values_train_on_flash_attention(install, family):
+    install(*STAND_INS)
+    batch = model_inputs(PackingCollator(pad_token_id=0)([dict(row) for row in ROWS]))
+    trained = with_random_weights(tiny_model(family)).train()
+    trained.set_attn_implementation("packsft")
+    names = [
+        name for name, _ in trained.named_parameters() if name.endswith(("sinks", "q_proj.weight", "o_proj.weight"))
+    ]
+    trained.bfloat16()  # the float64 model has the same weights
+
+    def run(dtype, backend):
+        model = copy.deepcopy(trained).to(dtype)
+        set_backend(model, backend)
+        with packed_forward():
+            out = model(**batch, use_cache=False).logits
+        out.logsumexp(-1).sum().backward()
+        gradients = dict(model.named_parameters())
+        return [out, *(gradients[name].grad for name in names)]
+
+    calls, choose = [], MODULE.choose_backend
+    with mock.patch.object(MODULE, "choose_backend", lambda *a: calls.append(choose(*a)) or calls[-1]):
+        ours = run(torch.bfloat16, "auto")
+    assert "sdpa" not in calls
+    assert calls
+    for mine, theirs, exact in zip(ours, run(torch.bfloat16, "sdpa"), run(torch.float64, "sdpa"), strict=True):
+        assert_accurate(mine, theirs, exact, family)
+
+
 def test_the_back_ends_are_tried_in_the_order_of_the_table(install):
-    install(FLASH_2, FLASH_3, FLASH_4, TORCH)
+    install(*STAND_INS)
     spec = AttentionSpec("cuda", torch.bfloat16, 128)
     wanted = {
         "flash_attn_4": spec,
         "flash_attn_3": replace(spec, window=3),
         "flash_attn_2": replace(spec, dropout=0.1),
-        "sdpa": replace(spec, sinks=True),
+        "torch_varlen": replace(spec, sinks=True),
+        "torch_efficient": replace(spec, head_dim=512),
+        "sdpa": replace(spec, head_dim=512, window=3),
     }
     assert {name: choose_backend(asked) for name, asked in wanted.items()} == {name: name for name in wanted}
-    install(FLASH_2, FLASH_3, FLASH_4, TORCH, capability=(8, 0))
+    install(*STAND_INS, capability=(8, 0))
     assert choose_backend(spec) == "flash_attn_2"
+    install(*STAND_INS, capability=(7, 5))
+    assert choose_backend(replace(spec, dtype=torch.float16)) == "torch_efficient"
+    assert choose_backend(spec) == "sdpa"
+
+
+LIMITS_OF_FLASH = [  # what memory-efficient attention takes instead
+    {"dtype": torch.float32},
+    {"head_dim": 264},
+    {"head_dim": 32, "v_head_dim": 264},
+    {"capability": (8, 9), "head_dim": 208},
+    {"capability": (12, 0), "head_dim": 256, "dropout": 0.1},
+    {"capability": (7, 5), "dtype": torch.float16},
+]
 
 
 @ALL
 @pytest.mark.parametrize(
     "change",
-    [
-        {"dtype": torch.float32},
-        {"head_dim": 20},
-        {"head_dim": 264},
-        {"v_head_dim": 64},
-        {"capability": (8, 9), "head_dim": 208},
-        {"capability": (12, 0), "head_dim": 256, "dropout": 0.1},
-        {"softcap": 2.0, "dropout": 0.1},
-    ],
+    [*LIMITS_OF_FLASH, {"softcap": 2.0, "dropout": 0.1}, {"dtype": torch.float64}, {"capability": (7, 5)}],
     ids=str,
 )
 def test_what_the_table_refuses_a_card_would_refuse(install, stand_in, change):
     install(stand_in, capability=change.get("capability", (9, 0)))
-    head_dim = change.get("head_dim", 32)
-    q, k, v, cu = inputs(head_dim=head_dim, dtype=change.get("dtype", torch.bfloat16))
-    v = v.new_zeros(*v.shape[:2], change.get("v_head_dim", head_dim))
+    sizes = {"head_dim": change.get("head_dim", 32), "v_head_dim": change.get("v_head_dim")}
+    q, k, v, cu = inputs(dtype=change.get("dtype", torch.bfloat16), **sizes)
     options = {name: change[name] for name in ("softcap", "dropout") if name in change}
-    spec = AttentionSpec(
-        "cuda",
-        q.dtype,
-        max(head_dim, v.shape[-1]),
-        head_dim == v.shape[-1],
-        **{"softcap": None, "dropout": 0.0} | options,
-    )
+    spec = spec_of(q, v, options)
+    if stand_in is EFFICIENT and change in LIMITS_OF_FLASH:
+        assert why_not(stand_in.backend, spec) is None
+        if not options:
+            assert_matches_the_definition((q, k, v), cu, stand_in.backend)
+        return
     assert why_not(stand_in.backend, spec) is not None
     with pytest.raises(ValueError, match="cannot run this attention"):
         varlen_attention(q, k, v, cu, 7, backend=stand_in.backend, **options)
-    # Softer than the table: flash-attn 2 pads head sizes, 3 and 4 know some larger v. The table waits for a card.
-    soft = {FLASH_2: ["head_dim 20"], FLASH_3: ["v_head_dim 64"], FLASH_4: ["v_head_dim 64"]}.get(stand_in, [])
-    if set(options) <= stand_in.features and not any(f"{name} {value}" in soft for name, value in change.items()):
+    older = change.get("capability") == (7, 5)  # what a package says there is not mirrored
+    if set(options) <= stand_in.features and not (older and stand_in in (FLASH_2, TORCH)):
         with pytest.raises((RuntimeError, AssertionError)):
             BACKENDS[stand_in.backend].run(q, k, v, cu, 7, 0.2, None, spec)
 
@@ -253,9 +347,9 @@ def test_what_the_table_refuses_a_card_would_refuse(install, stand_in, change):
 def test_a_feature_that_the_table_lacks_is_no_parameter_of_the_function(stand_in):
     names = {"dropout": "dropout_p", "softcap": "softcap", "window": "window_size", "sinks": "learnable_sink"}
     names |= {"window": "window_size_left"} if stand_in is TORCH else {}
-    if stand_in is not FLASH_4:  # its source has all but dropout; see the table
+    if stand_in not in (FLASH_4, EFFICIENT):  # flash-attn 4 has all but dropout, and a window is not claimed: the table
         has = inspect.signature(stand_in.function).parameters
-        assert {feature for feature, name in names.items() if name in has} == stand_in.features
+        assert {feature for feature, name in names.items() if name in has} == stand_in.features - {"sinks"}
 
 
 @pytest.mark.parametrize(
@@ -285,10 +379,11 @@ def test_the_stand_ins_are_strict(install, change, message):
         TORCH.function(**call | change)
 
 
-@pytest.mark.parametrize("function", [TORCH.function, torch_varlen_backward], ids=["forward", "backward"])
-def test_the_operators_of_the_installed_torch_are_those_of_the_stand_in(function):
-    name = "_flash_attention_backward" if function is torch_varlen_backward else "_flash_attention_forward"
-    schema = getattr(torch.ops.aten, name).default._schema
+@OPERATORS
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_operators_of_the_installed_torch_are_those_of_the_stand_in(stand_in, direction):
+    function = stand_in.function if direction == "forward" else stand_in.backward
+    schema = getattr(torch.ops.aten, stand_in.module.replace("forward", direction)).default._schema
     ours = [(p.name, p.kind is p.KEYWORD_ONLY) for p in inspect.signature(function).parameters.values()]
     theirs = [(argument.name, argument.kwarg_only) for argument in schema.arguments]
     assert theirs[: len(ours)] == ours
@@ -303,19 +398,7 @@ def test_the_operators_are_called_as_pytorchs_own_function_calls_them(install, o
     takes, recorded = inspect.signature(varlen_attn).parameters, []
     if "window_size" not in takes:
         pytest.skip("torch 2.10's varlen_attn takes no scale and no window")
-
-    def recording(function):
-        def record(*args, **kwargs):
-            given = {**dict(zip(inspect.signature(function).parameters, args, strict=False)), **kwargs}
-            # without dropout no kernel reads the random state, and what is not given is None
-            state = {"rng_state", "unused"}
-            given = {name: value for name, value in given.items() if name not in state and value is not None}
-            recorded.append({name: described(value) for name, value in given.items()})
-            return function(*args, **{name: value for name, value in kwargs.items() if value is not None})
-
-        return record
-
-    install(replace(TORCH, function=recording(TORCH.function)), backward=recording(torch_varlen_backward))
+    install(recording(TORCH, recorded))
     q, k, v, cu = inputs()
     leaves = [x.requires_grad_() for x in (q, k, v)]
     left = options.get("window", 0) - 1
@@ -330,6 +413,48 @@ def test_the_operators_are_called_as_pytorchs_own_function_calls_them(install, o
     assert len(recorded) == 4
     assert recorded[:2] == recorded[2:]
     assert recorded[0].keys() >= {"query", "cum_seq_k", "max_k", "scale", "window_size_left", "is_causal"}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_memory_efficient_attention_is_called_as_nested_tensors_call_it(install, monkeypatch, causal):
+    from torch.nested._internal import sdpa as of_nested
+
+    recorded = []
+    install(recording(EFFICIENT, recorded))
+    monkeypatch.setattr(of_nested, "_select_sdp_backend", lambda *_: SDPBackend.EFFICIENT_ATTENTION)
+    *qkv, cu = inputs(key_heads=4)
+    leaves = [x.requires_grad_() for x in qkv]
+
+    def nested(q, k, v):
+        rows = [torch.nested.nested_tensor_from_jagged(x, cu, max_seqlen=7) for x in (q, k, v)]
+        rows = [x.transpose(1, 2) for x in rows]
+        return F.scaled_dot_product_attention(*rows, is_causal=causal, scale=32**-0.5).transpose(1, 2)
+
+    for function in (
+        lambda: varlen_attention(*leaves, cu, 7, causal=causal, backend="torch_efficient"),
+        lambda: nested(*leaves).values(),
+    ):
+        out = function()
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+    assert len(recorded) == 4
+    assert recorded[:2] == recorded[2:]
+
+
+def recording(stand_in, recorded):
+    """A stand-in for an operator that lists what it is given."""
+
+    def watched(function):
+        def record(*args, **kwargs):
+            given = {**dict(zip(inspect.signature(function).parameters, args, strict=False)), **kwargs}
+            # without dropout no kernel reads the random state, and what is not given is None
+            state = {"rng_state", "unused", "philox_seed", "philox_offset", "logsumexp"}
+            given = {name: value for name, value in given.items() if name not in state and value is not None}
+            recorded.append({name: described(value) for name, value in given.items()})
+            return function(*args, **{name: value for name, value in kwargs.items() if value is not None})
+
+        return record
+
+    return replace(stand_in, function=watched(stand_in.function), backward=watched(stand_in.backward))
 
 
 def described(value):

@@ -22,11 +22,11 @@ SINKS = torch.linspace(-1, 1, 4, dtype=torch.float64)
 LENGTHS = (25, 1, 25, 25, 0, 70, 0, 0)
 
 
-def inputs(lengths, heads=4, key_heads=2, head_dim=16, dtype=torch.float32):
+def inputs(lengths, heads=4, key_heads=2, head_dim=16, dtype=torch.float32, v_head_dim=None):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
-        torch.randn(sum(lengths), h, head_dim, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-        for h in (heads, key_heads, key_heads)
+        torch.randn(sum(lengths), *shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for shape in ((heads, head_dim), (key_heads, head_dim), (key_heads, v_head_dim or head_dim))
     )
     return q, k, v, torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int()
 
@@ -53,12 +53,13 @@ def sdpa_with_block_mask(q, k, v, cu, longest, *, causal=True, window=None):
 
 def assert_matches_the_definition(arguments, lengths, backend="auto", plain=reference, **options):
     *qkv, cu = arguments
-    upstream = torch.randn(qkv[0].shape, dtype=torch.float64, device=cu.device)
+    upstream = torch.randn(*qkv[0].shape[:2], qkv[2].shape[2], dtype=torch.float64, device=cu.device)
+    sinks = [x.to(qkv[0].device, qkv[0].dtype) for x in [options.pop("sinks", None)] if x is not None]
 
     def run(function, dtype, **extra):
-        leaves = [x.detach().to(dtype).requires_grad_() for x in qkv]
-        cast = {n: x.to(dtype) if isinstance(x, torch.Tensor) else x for n, x in options.items()}
-        out = function(*leaves, cu, max(lengths), **cast, **extra)
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (*qkv, *sinks)]
+        extra |= options | ({"sinks": leaves[3]} if sinks else {})
+        out = function(*leaves[:3], cu, max(lengths), **extra)
         return [out, *torch.autograd.grad((out * upstream.to(dtype)).sum(), leaves)]
 
     ours, own = run(varlen_attention, qkv[0].dtype, backend=backend), run(plain, qkv[0].dtype)
@@ -81,7 +82,7 @@ def assert_matches_the_definition(arguments, lengths, backend="auto", plain=refe
     ids=str,
 )
 def test_outputs_and_gradients_match_the_definition(dtype, options):
-    options = {n: (torch.linspace(-1, 1, 4, dtype=dtype) if n == "sinks" else x) for n, x in options.items()}
+    options = {n: (SINKS if n == "sinks" else x) for n, x in options.items()}
     assert_matches_the_definition(inputs(LENGTHS, dtype=dtype), LENGTHS, **options)
 
 
@@ -193,7 +194,7 @@ ON_CUDA = AttentionSpec("cuda", torch.bfloat16, 64)
         ("torch_varlen", replace(ON_CUDA, device="cpu"), "CUDA device"),
         ("flash_attn_2", replace(ON_CUDA, device="cpu"), "CUDA device"),
         ("flash_attn_2", ON_CUDA, "not installed"),
-        ("torch_varlen", replace(ON_CUDA, dtype=torch.float32), "bfloat16 or float16"),
+        ("torch_varlen", replace(ON_CUDA, dtype=torch.float32), "bfloat16 or torch.float16"),
     ],
 )
 def test_a_back_end_that_cannot_run_says_why(name, spec, reason):
@@ -207,12 +208,13 @@ def test_a_back_end_that_cannot_run_says_why(name, spec, reason):
     [
         (ON_CUDA, True),
         (replace(ON_CUDA, softcap=30.0), False),
-        (replace(ON_CUDA, sinks=True), False),
+        (replace(ON_CUDA, softcap=30.0, head_dim=512), False),
+        (replace(ON_CUDA, window=3, head_dim=512), False),
+        (replace(ON_CUDA, sinks=True), True),
         (replace(ON_CUDA, dropout=0.1), True),
         (replace(ON_CUDA, window=3), True),
-        (replace(ON_CUDA, head_dim=20), False),
-        (replace(ON_CUDA, head_dim=512), False),
-        (replace(ON_CUDA, equal_head_dims=False), False),
+        (replace(ON_CUDA, head_dim=20), True),
+        (replace(ON_CUDA, equal_head_dims=False), True),
     ],
 )
 def test_what_torch_varlen_can_do(monkeypatch, spec, able):
@@ -227,9 +229,9 @@ def test_what_torch_varlen_can_do(monkeypatch, spec, able):
         why_not.cache_clear()
 
 
-def test_true_float32_on_cuda_takes_one_sdpa_call_per_document(monkeypatch):
+def test_float64_on_cuda_takes_one_sdpa_call_per_document(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    assert choose_backend(replace(ON_CUDA, dtype=torch.float32)) == "sdpa"
+    assert choose_backend(replace(ON_CUDA, dtype=torch.float64)) == "sdpa"
 
 
 @pytest.mark.parametrize(
@@ -293,6 +295,30 @@ def test_gpu_back_ends_match_the_definition(name, head_dim, key_heads, options):
     arguments = cuda_inputs(lengths, torch.bfloat16, head_dim=head_dim, key_heads=key_heads)
     assert_matches_the_definition(arguments, lengths, backend=name, **options)
     assert_matches_the_definition(arguments, lengths, backend=name, scale=0.1, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", GPU_BACK_ENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("sizes", [(64, 64), (20, 20), (192, 128), (96, 64), (24, 40), (512, 512)], ids=str)
+def test_gpu_back_ends_take_other_head_sizes_and_dtypes(name, dtype, sizes):
+    if (reason := why_not(name, AttentionSpec("cuda", dtype, max(sizes), sizes[0] == sizes[1]))) is not None:
+        pytest.skip(reason)
+    lengths = (100, 1, 64, 0, 64, 333)
+    arguments = cuda_inputs(lengths, dtype, head_dim=sizes[0], v_head_dim=sizes[1])
+    assert_matches_the_definition(arguments, lengths, backend=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", GPU_BACK_ENDS)
+@pytest.mark.parametrize("options", [{}, {"window": 16}, {"scale": 0.1}], ids=str)
+def test_gpu_back_ends_with_sinks_match_the_definition(name, options):
+    spec = AttentionSpec("cuda", torch.bfloat16, 64, window=options.get("window"), sinks=True)
+    if (reason := why_not(name, spec)) is not None:
+        pytest.skip(reason)
+    lengths = (100, 1, 64, 0, 64, 333)
+    arguments = cuda_inputs(lengths, torch.bfloat16, heads=32, head_dim=64)
+    assert_matches_the_definition(arguments, lengths, backend=name, sinks=torch.linspace(-1, 2, 32), **options)
 
 
 @pytest.mark.gpu

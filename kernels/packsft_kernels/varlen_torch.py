@@ -1,0 +1,133 @@
+"""PyTorch's own operators for documents in a row: FlashAttention, with attention sinks too, and memory-efficient
+attention.
+
+**Sinks** (gpt-oss) are one more logit per head in each softmax, without a value. The kernels of FlashAttention know
+none, and need none. Let `lse` be the logarithm of a softmax's sum of exponentials, and `s` the sink. The sum becomes
+
+    lse' = log(exp(lse) + exp(s)),
+
+and the output `out' = exp(lse - lse') * out`. The backward of the kernel is given `lse` and `out`, and computes the
+weights and their gradients again (Dao et al. 2022, arXiv:2205.14135, algorithm 4):
+
+    P = exp(scores - lse),    dscores = P * (dout @ v.T - sum(dout * out)).
+
+Given `lse'` and `out'` in their place, it computes those of the softmax with the sink. The gradient of the sink itself
+is `-exp(s - lse') * sum(dout * out')`, summed over the tokens: its value is 0.
+
+Shapes: T tokens, D documents, H query heads, G key heads, K head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from packsft_kernels.attention_spec import AttentionSpec
+
+
+def torch_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, sinks: Tensor | None, spec: AttentionSpec
+) -> Tensor:
+    # The operator below `torch.nn.attention.varlen`, whose two operators in Python are most of a short call's time. It
+    # has its own backward, and takes grouped heads, a scale, a window and dropout in every release since 2.10.
+    left, right = spec.window_pair
+    row = cu, cu, longest, longest, spec.dropout, (left, right) == (-1, 0)
+    window = {"window_size_left": left, "window_size_right": right}
+    if sinks is not None:
+        return _FlashWithSinks.apply(q, k, v, sinks, row, {"scale": scale, **window})
+    return torch.ops.aten._flash_attention_forward.default(q, k, v, *row, False, scale=scale, **window)[0]
+
+
+class _FlashWithSinks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, row: tuple[Any, ...], options: dict[str, Any]
+    ) -> Tensor:
+        out, lse, *random_state, _ = torch.ops.aten._flash_attention_forward.default(q, k, v, *row, False, **options)
+        lse_with_sink = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])  # [H, T]
+        # Not in place: traced by torch 2.11, the gradients would be zeros, without a word.
+        out = (out * (lse - lse_with_sink).exp().T[..., None]).to(q.dtype)
+        ctx.save_for_backward(q, k, v, sinks, row[0], out, lse_with_sink, *random_state)
+        ctx.row, ctx.options = row[2:], options
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, sinks, cu, out, lse, *random_state = ctx.saved_tensors
+        dq, dk, dv = torch.ops.aten._flash_attention_backward.default(
+            grad, q, k, v, out, lse, cu, cu, *ctx.row, *random_state, **ctx.options
+        )
+        dsinks = None
+        if ctx.needs_input_grad[3]:
+            dlogits = (grad.float() * out).sum(-1).T * (sinks[:, None] - lse).exp()  # [H, T]
+            dsinks = -dlogits.sum(1).to(sinks.dtype)
+        return dq, dk, dv, dsinks, None, None
+
+
+def torch_efficient(
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, sinks: Tensor | None, spec: AttentionSpec
+) -> Tensor:
+    # It knows no grouped heads.
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x if groups == 1 else x.repeat_interleave(groups, dim=1) for x in (k, v))
+    return _Efficient.apply(q[None], k[None], v[None], cu, longest, scale, spec.causal, spec.dropout).squeeze(0)
+
+
+class _Efficient(torch.autograd.Function):
+    """The operators that SDPA of PyTorch's nested tensors calls. Tracers cannot take PyTorch's own derivative before
+    2.15: the shapes registered for the backward lack an argument."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu: Tensor,
+        longest: int,
+        scale: float,
+        causal: bool,
+        dropout: float,
+    ) -> Tensor:
+        out, lse, seed, offset, _, _ = torch.ops.aten._efficient_attention_forward.default(
+            q, k, v, None, cu, cu, longest, longest, dropout, int(causal), True, scale=scale
+        )
+        ctx.save_for_backward(q, k, v, out, cu, lse, seed, offset)
+        ctx.options = longest, scale, causal, dropout
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = torch.ops.packsft.varlen_efficient_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options)
+        return *gradients, *[None] * 5
+
+
+@torch.library.custom_op("packsft::varlen_efficient_backward", mutates_args=())
+def _efficient_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    cu: Tensor,
+    lse: Tensor,
+    seed: Tensor,
+    offset: Tensor,
+    longest: int,
+    scale: float,
+    causal: bool,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.aten._efficient_attention_backward.default(
+        grad, q, k, v, None, out, cu, cu, longest, longest, lse, dropout, seed, offset, int(causal), False, scale=scale
+    )[:3]  # fmt: skip
+
+
+@_efficient_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
