@@ -7,14 +7,13 @@ Legend: N rows of logits, V vocabulary.
 """
 
 import dataclasses
-import functools
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from packsft_kernels.autograd import differentiable_once
 from packsft_kernels.cross_entropy_kernel import scale_
 from packsft_kernels.cross_entropy_rows import RowOutputs, loss_rows, loss_rows_fake
 from packsft_kernels.loss_options import OPTIONS_SCHEMA, LossOptions, LossOutput
@@ -89,34 +88,6 @@ def _(
 
 
 # ----------------------------------------------------------------------------------------------------------- autograd
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError("packsft_kernels: a loss can be differentiated once; second derivatives are not supported")
-
-
-def differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Allow `create_graph=True`, but raise when its result is differentiated.
-
-    PyTorch's `once_differentiable` raises only if the upstream gradient requires a derivative. Our gradient also
-    depends on the inputs, so a missing second derivative would silently be 0.
-    """
-
-    @functools.wraps(backward)
-    def wrapped(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            grads = backward(ctx, *upstream)
-        if not torch.is_grad_enabled():
-            return grads
-        return tuple(None if g is None else _NoSecondDerivative.apply(g.detach().requires_grad_()) for g in grads)
-
-    return wrapped
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

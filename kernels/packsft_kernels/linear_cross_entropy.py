@@ -22,12 +22,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from packsft_kernels import launch
+from packsft_kernels.autograd import differentiable_once
 from packsft_kernels.cross_entropy import (
     check_argument,
     check_reduction,
     check_rows,
     describe,
-    differentiable_once,
     inverse_items,
     scaled_sum,
     to_loss_output,

@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from packsft_kernels.attention_spec import AttentionSpec
+from packsft_kernels.autograd import differentiable_once
 
 
 def torch_varlen(
@@ -55,7 +55,7 @@ class _FlashWithSinks(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, cu, out, lse, *random_state = ctx.saved_tensors
         dq, dk, dv = torch.ops.aten._flash_attention_backward.default(
@@ -101,7 +101,7 @@ class _Efficient(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradients = torch.ops.packsft.varlen_efficient_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options)
         return *gradients, *[None] * 5

@@ -232,6 +232,18 @@ def test_dropout_reaches_flash_attention(install, stand_in, sinks):
         torch.testing.assert_close(grad[5, group].float(), expected.expand(32), rtol=1e-2, atol=0)
 
 
+@OPERATORS
+def test_a_second_derivative_raises(install, stand_in):
+    install(stand_in)
+    q, k, v, cu = inputs()
+    q.requires_grad_()
+    sinks = torch.zeros(4) if "sinks" in stand_in.features else None
+    out = varlen_attention(q, k, v, cu, 7, sinks=sinks, backend=stand_in.backend)
+    (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        grad.sum().backward()
+
+
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize(
     ("stand_in", "options"),
