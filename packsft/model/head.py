@@ -4,7 +4,8 @@
 backbone and scores only the listed positions, in one of two ways:
 
 - fused: `linear_cross_entropy` on the head's weight and the low-rank products that a LoRA adds to it. A probe first
-  shows that it reproduces the model's own log-probabilities.
+  shows that it reproduces the model's own log-probabilities. If the router's loss of a mixture of experts is wanted, it
+  takes the place of the head within the model's own forward, which alone computes that loss.
 - compact logits: the model's own head on the scored positions, then `cross_entropy`. This works with any head: other
   adapters, quantised weights, transforms between backbone and head.
 
@@ -91,7 +92,7 @@ def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss
     Args:
         model: a causal language model with output embeddings.
         options: the loss; softcap and logit scale are taken from the model.
-        needs_aux_loss: whether the router loss of a mixture of experts is needed; only the model's own output has it.
+        needs_aux_loss: whether the router loss of a mixture of experts is needed.
 
     Returns:
         None if the head is fused, otherwise the reason for compact logits.
@@ -106,15 +107,12 @@ def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss
         )
     options = replace(options, entropy=True, correct=True)
     fused_options = replace(options, **_logit_transform(model.config.get_text_config()))
-    why_compact = (
-        "the router's auxiliary loss comes with the model's own output"
-        if needs_aux_loss
-        else _why_not_fused(model, fused_options)
-    )
-    if needs_aux_loss:
-        gather_router_logits(backbone_of(model))
     # a function of `self`: a deep copy of the model then runs on its own weights
     own_forward = _own_forward(model)
+    run = _in_own_forward if needs_aux_loss else _behind_backbone
+    why_compact = _why_not_fused(model, fused_options, functools.partial(run, own_forward))
+    if needs_aux_loss:
+        gather_router_logits(backbone_of(model))
 
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         if "loss_rows" not in kwargs:
@@ -124,11 +122,13 @@ def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss
         num_items, apart = kwargs.pop("num_items", None), kwargs.pop("loss_apart", False)
         # looked up on each call: wrappers replace the head, and another adapter may be active now
         head = split_head(self.get_output_embeddings())
-        if why_compact is None and not isinstance(head, str):
-            hidden = backbone_of(self)(*args, use_cache=False, **kwargs).last_hidden_state
+        if why_compact is None and not isinstance(head, str) and not (needs_aux_loss and _needs_logits(self)):
             given: dict[str, Any] = {"rows": rows, "targets": targets, "weights": weights, "num_items": num_items}
             losses = functools.partial(_fused_losses, self, options=fused_options, **given)
-            return _head_output(_called_through(_sharded(self.get_output_embeddings()), losses, hidden), device, apart)
+            sums, aux_loss = run(own_forward, self, losses, *args, use_cache=False, **kwargs)
+            if aux_loss is not None:
+                self.packsft_values[-1] = aux_loss.detach()
+            return _head_output(sums, device, apart, aux_loss)
         outputs, logits = _compact_logits(self, own_forward, rows, *args, use_cache=False, **kwargs)
         targets, weights, num_items = _to(logits.device, targets, weights, num_items)
         # only this function uses the logits, so their gradient may overwrite them
@@ -168,6 +168,50 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
         return model.base_model
     # Llama 4 and Mllama: their prefix names the larger model that holds them
     return next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
+
+
+def _behind_backbone(
+    own_forward: Callable[..., Any], model: Any, score: Callable[[Tensor], Any], *args: Any, **kwargs: Any
+) -> tuple[Any, None]:
+    """(`score` of the last hidden states, no router's loss). The model's own forward does not run."""
+    hidden = backbone_of(model)(*args, **kwargs).last_hidden_state
+    return _called_through(_sharded(model.get_output_embeddings()), score, hidden), None
+
+
+def _in_own_forward(
+    own_forward: Callable[..., Any], model: Any, score: Callable[[Tensor], Any], *args: Any, **kwargs: Any
+) -> tuple[Any, Tensor | None]:
+    """(`score` of the hidden states that the head is given, the router's loss) of the model's own forward, in which
+    `score` takes the place of the head. The model gets logits without a column.
+
+    Raises:
+        ValueError: the forward does not call its head, or calls it several times; or a hook has to see logits.
+    """
+    if _needs_logits(model):
+        raise ValueError("a hook of the head sees its logits")
+    head: Any = model.get_output_embeddings()
+    within = [module for module in _sharded(head) if module is not head]
+    scores: list[Any] = []
+
+    def keep(head: nn.Module, inputs: tuple[Tensor], scored: Any) -> Tensor:  # after the hooks of FSDP2 and ZeRO-3
+        scores.append(scored)
+        return inputs[0].new_empty(*inputs[0].shape[:-1], 0)
+
+    hook = head.register_forward_hook(keep)
+    try:
+        with _as_forward(head, lambda hidden: _called_through(within, score, hidden)):
+            outputs = own_forward(model, *args, **kwargs)
+    finally:
+        hook.remove()
+    if len(scores) != 1:
+        raise ValueError(f"the forward of {type(model).__name__} calls its head {len(scores)} times")
+    return scores[0], getattr(outputs, "aux_loss", None)
+
+
+def _needs_logits(model: Any) -> bool:
+    """Whether the head has hooks other than those of FSDP2 and ZeRO-3 (tensor parallelism, a user's), or is traced."""
+    head: Any = model.get_output_embeddings()
+    return torch.compiler.is_compiling() or (bool(head._forward_hooks) and head not in _sharded(head))
 
 
 def _fused_loss(
@@ -275,15 +319,22 @@ def _called_through(modules: Sequence[Any], function: Callable[[Tensor], Any], h
     if not modules:
         return function(hidden)
     outer, *inner = modules
-    own = vars(outer).get("forward")
-    outer.forward = lambda hidden: _called_through(inner, function, hidden)
-    try:
+    with _as_forward(outer, lambda hidden: _called_through(inner, function, hidden)):
         return outer(hidden)
+
+
+@contextmanager
+def _as_forward(module: Any, function: Callable[[Tensor], Any]) -> Iterator[None]:
+    """While open, `function` is the forward of the module."""
+    own = vars(module).get("forward")
+    module.forward = function
+    try:
+        yield
     finally:
         if own is None:
-            del outer.forward
+            del module.forward
         else:
-            outer.forward = own
+            module.forward = own
 
 
 def _logit_transform(config: Any) -> dict[str, Any]:
@@ -319,8 +370,11 @@ def _own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _why_not_fused(model: PreTrainedModel, options: LossOptions) -> str | None:
-    """None if the fused head gives the model's own log-probabilities on a few tokens, otherwise the reason."""
+def _why_not_fused(model: PreTrainedModel, options: LossOptions, run: Callable[..., tuple[Any, Any]]) -> str | None:
+    """None if the fused head gives the model's own log-probabilities on a few tokens, otherwise the reason.
+
+    `run` is `_behind_backbone` or `_in_own_forward`, with the model's own forward.
+    """
     head = split_head(model.get_output_embeddings())
     if isinstance(head, str):
         return head
@@ -334,15 +388,13 @@ def _why_not_fused(model: PreTrainedModel, options: LossOptions) -> str | None:
         plain = replace(options, label_smoothing=0.0, z_loss=0.0, dft=False)
         with eval_mode(model), exercised(additions):
             logits = _own_logits(model, ids)
-            hidden = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
+
+            def log_prob(hidden: Tensor) -> tuple[Tensor, Tensor]:
+                unsharded: Any = split_head(model.get_output_embeddings())
+                return _fused_loss(unsharded, hidden, rows, targets, None, plain, None).log_prob, hidden
+
             # through its modules, as in training: FSDP2 may shard it in one group with a layer that has just run
-            module: Any = model.get_output_embeddings()
-
-            def log_prob(hidden: Tensor) -> tuple[Tensor]:
-                unsharded: Any = split_head(module)
-                return (_fused_loss(unsharded, hidden, rows, targets, None, plain, None).log_prob,)
-
-            (ours,) = _called_through(_sharded(module), log_prob, hidden)
+            (ours, hidden), _ = run(model, log_prob, input_ids=ids, use_cache=False)
         with gathered_parameters(linear.weight) as (weight,):
             terms = float(weight.norm(dim=1).max()) * float(hidden.norm(dim=-1).max())
         ours, targets = _to(logits.device, ours, targets)

@@ -29,6 +29,9 @@ RUNS = {
     "LoRA on the head": LLAMA | UNTIED | {"lora": {"target_modules": [*LAYERS, "lm_head"]}},
     "a copy of the head": LLAMA | UNTIED | {"lora": {"target_modules": LAYERS, "modules_to_save": ["lm_head"]}},
 }
+ROUTED = {"family": "qwen2_moe", "router_aux_loss_coef": 0.5}
+# A pass has one row: a router's loss depends on what else is in a pass
+RUNS["a router's loss"] = LLAMA | ROUTED | {"packing": False, "tokens_per_pass": None, "per_device_train_batch_size": 1}
 STAGES = {name: (1, 2, 3) if name in ("step", "bfd") else (3,) for name in RUNS}
 SAVING = {"optim": "adamw_torch", "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2}
 CPU = {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
@@ -41,7 +44,11 @@ def folder(tmp_path_factory):
 
 def runs(folder, processes):
     each = {"per_device_train_batch_size": 4 // processes, "gradient_accumulation_steps": 2}
-    return {name: options | each | {"folder": str(folder / name)} for name, options in RUNS.items()}
+    one_row = {"gradient_accumulation_steps": 8 // processes}
+    return {
+        name: options | (one_row if "per_device_train_batch_size" in options else each) | {"folder": str(folder / name)}
+        for name, options in RUNS.items()
+    }
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,9 @@ WAYS = {
     "no reshard": {"fsdp_config": {"reshard_after_forward": False}},
     "sums of the last pass": {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": False}}},
 }
+# A pass has one row: a router's loss depends on what else is in a pass
+ROUTED = SGD | {"family": "qwen2_moe", "packing": False, "router_aux_loss_coef": 0.5, "per_device_train_batch_size": 1}
+ROUTERS = {"a router's loss": ROUTED, "a router's loss, tied": ROUTED | {"model": {"tie_word_embeddings": True}}}
 HALF = LLAMA | {"dtype": "float32", "bf16": True}
 
 
@@ -49,6 +52,9 @@ def cells(processes):
     for name, options in WAYS.items():
         given = dict(options) if processes > 1 else {k: v for k, v in options.items() if k != "fsdp_config"}
         runs[name] = LLAMA | each | layer | given
+    experts = {"layer": "Qwen2MoeDecoderLayer"} if processes > 1 else {}
+    for name, options in ROUTERS.items():
+        runs[name] = options | experts | {"gradient_accumulation_steps": 8 // processes}
     runs["bfloat16"] = HALF | each | layer
     return json.dumps(runs)
 
@@ -110,7 +116,7 @@ def four(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("name", [*MODELS, *WAYS, *FOUR])
+@pytest.mark.parametrize("name", [*MODELS, *WAYS, *ROUTERS, *FOUR])
 def test_processes_under_fsdp2_give_the_weights_of_one_with_the_fused_head(name, one, two, four):
     model = FOUR[name][0] if name in FOUR else name
     ours, theirs = (four if name in FOUR else two)[name], one[model] | {"weights": dict(one[model]["weights"])}

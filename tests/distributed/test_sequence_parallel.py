@@ -68,7 +68,8 @@ def test_ranks_that_share_a_row_train_as_one(name, one, many):
     if name not in many:
         pytest.skip("two groups take other passes")
     ours, theirs = many[name], one[name]
-    assert (ours["fused"] > 0) == (theirs["fused"] > 0) == (name != ROUTED)
+    assert ours["fused"] > 0
+    assert theirs["fused"] > 0
     assert ours["weights"].keys() == theirs["weights"].keys()
     largest = max(weight.abs().max() for weight in theirs["weights"].values())
     for weight in theirs["weights"]:

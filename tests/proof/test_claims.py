@@ -111,7 +111,7 @@ def test_a_head_whose_softcap_is_missed_is_caught(tmp_path, monkeypatch):
     model = tiny_model("gemma2", final_logit_softcapping=0.1)
     # the probe at construction refuses it
     assert "log-probabilities would be off" in trainer(tmp_path, model=copy.deepcopy(model)).why_compact
-    monkeypatch.setattr(head, "_why_not_fused", lambda model, options: None)
+    monkeypatch.setattr(head, "_why_not_fused", lambda *_: None)
     check = trainer(tmp_path, model=model).check_packing()
     assert failing(check) == [HEAD, ALONE]
 
