@@ -117,13 +117,13 @@ def totals(families: dict[str, Result]) -> str:
     wrong = ", ".join(
         f"`{name}`" for name, result in families.items() if not (is_right(result) and within_rounding(result))
     )
-    routers = sum("router_loss_on" in result for result in families.values())
+    routers = Counter(result["router_loss_on"]["head"] for result in families.values() if "router_loss_on" in result)
     said = ", ".join(f"{verdicts[name]} {name}" for name in ("clean", "leaks", "differs", "raises"))
     return (
         f"packsft: {right} of {len(families)} right{f' (not {wrong})' if wrong else ''}; {count['packed']} packed and "
         f"{count['padded']} padded; {count['fused']} with the fused head and {count['compact']} with compact logits. "
-        f"{routers} return an auxiliary loss of their router: with it on they take compact logits, measured as well. "
-        f"TRL's packed path: {said}.\n"
+        f"{routers.total()} return an auxiliary loss of their router, which is measured as well: with it on "
+        f"{routers['fused']} are fused. TRL's packed path: {said}.\n"
     )
 
 

@@ -4,10 +4,11 @@
 backbone and scores only the listed positions, in one of two ways:
 
 - fused: `linear_cross_entropy` on the head's weight and the low-rank products that a LoRA adds to it. A probe first
-  shows that it reproduces the model's own log-probabilities. If the router's loss of a mixture of experts is wanted, it
-  takes the place of the head within the model's own forward, which alone computes that loss.
+  shows that it reproduces the model's own log-probabilities. It comes behind the backbone. Or it takes the place of the
+  head within the model's own forward, which alone computes the router's loss of a mixture of experts, and whatever a
+  model has between backbone and head.
 - compact logits: the model's own head on the scored positions, then `cross_entropy`. This works with any head: other
-  adapters, quantised weights, transforms between backbone and head.
+  adapters, quantised weights.
 
 It runs inside the forward so that the hooks of DDP, FSDP and ZeRO fire around it.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import logging
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -106,11 +108,9 @@ def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss
             "packsft trains causal language models, load one with AutoModelForCausalLM"
         )
     options = replace(options, entropy=True, correct=True)
-    fused_options = replace(options, **_logit_transform(model.config.get_text_config()))
     # a function of `self`: a deep copy of the model then runs on its own weights
     own_forward = _own_forward(model)
-    run = _in_own_forward if needs_aux_loss else _behind_backbone
-    why_compact = _why_not_fused(model, fused_options, functools.partial(run, own_forward))
+    why_compact, fused_options, run = _way_to_fuse(model, options, own_forward, needs_aux_loss)
     if needs_aux_loss:
         gather_router_logits(backbone_of(model))
 
@@ -122,7 +122,8 @@ def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss
         num_items, apart = kwargs.pop("num_items", None), kwargs.pop("loss_apart", False)
         # looked up on each call: wrappers replace the head, and another adapter may be active now
         head = split_head(self.get_output_embeddings())
-        if why_compact is None and not isinstance(head, str) and not (needs_aux_loss and _needs_logits(self)):
+        needs_logits = run is _in_own_forward and _needs_logits(self)
+        if why_compact is None and not isinstance(head, str) and not needs_logits:
             given: dict[str, Any] = {"rows": rows, "targets": targets, "weights": weights, "num_items": num_items}
             losses = functools.partial(_fused_losses, self, options=fused_options, **given)
             sums, aux_loss = run(own_forward, self, losses, *args, use_cache=False, **kwargs)
@@ -168,6 +169,22 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
         return model.base_model
     # Llama 4 and Mllama: their prefix names the larger model that holds them
     return next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
+
+
+def _way_to_fuse(
+    model: PreTrainedModel, options: LossOptions, own_forward: Callable[..., Any], needs_aux_loss: bool
+) -> tuple[str | None, LossOptions, Callable[..., tuple[Any, Any]]]:
+    """(None, or why no way is right; the loss with the model's transform of its logits; where the head is)."""
+    places = [_in_own_forward] if needs_aux_loss else [_behind_backbone, _in_own_forward]
+    configured = replace(options, **_logit_transform(model.config.get_text_config()))
+    # Aya Vision has the scale of its language model in the configuration, and does not scale its logits
+    transforms = [configured, *([options] if configured != options else [])]
+    reasons = []
+    for place, transform in itertools.product(places, transforms):
+        reasons.append(_why_not_fused(model, transform, functools.partial(place, own_forward)))
+        if reasons[-1] is None:
+            return None, transform, place
+    return reasons[0], configured, places[0]
 
 
 def _behind_backbone(
@@ -391,6 +408,8 @@ def _why_not_fused(model: PreTrainedModel, options: LossOptions, run: Callable[.
 
             def log_prob(hidden: Tensor) -> tuple[Tensor, Tensor]:
                 unsharded: Any = split_head(model.get_output_embeddings())
+                if hidden.shape[:-1].numel() != ids.numel():  # on a GPU, a row that is not there ends the process
+                    raise ValueError(f"the head is given {tuple(hidden.shape)} for {ids.numel()} tokens")
                 return _fused_loss(unsharded, hidden, rows, targets, None, plain, None).log_prob, hidden
 
             # through its modules, as in training: FSDP2 may shard it in one group with a layer that has just run

@@ -14,7 +14,6 @@ from trl import SFTConfig, SFTTrainer
 
 from packsft import PackedSFTTrainer
 from packsft.config import _say_no_accelerator
-from packsft.model import head
 from packsft.model.head import install_head
 from packsft.notices import never_fires
 
@@ -292,8 +291,10 @@ def test_the_head_is_fused_whatever_the_size_of_its_log_probabilities(vocabulary
 
 
 def test_a_head_whose_scale_is_missed_is_not_fused(monkeypatch):
-    monkeypatch.setattr(head, "_logit_transform", lambda config: {"softcap": None, "logit_scale": 1.001})
-    assert "log-probabilities would be off by" in install_head(tiny_model(vocab_size=49_152), LossOptions())
+    model = tiny_model("llama", vocab_size=49_152)
+    own = model.forward
+    monkeypatch.setattr(model, "forward", lambda *a, **k: (out := own(*a, **k)) | {"logits": 1.001 * out.logits})
+    assert "log-probabilities would be off by" in install_head(model, LossOptions())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,95 @@
+"""Where the fused head takes the place of the model's own: within its forward, which alone has the router's loss."""
+
+import copy
+
+import pytest
+import torch
+from packsft_kernels import LossOptions
+from runs import losses, trainer
+from tiny import tiny_model
+from tiny_models import tiny_model as tiny_family
+from transformers import Qwen2MoeForCausalLM
+
+from packsft.model.head import install_head
+
+ROUTED = {"max_steps": 2, "router_aux_loss_coef": 0.5}
+FAMILIES = {"qwen2_moe": ROUTED, "modernbert-decoder": {"max_steps": 2}}
+
+
+def built(family):
+    return tiny_model(family, torch.float64) if family == "qwen2_moe" else tiny_family(family)
+
+
+def losses_of(ours):
+    ours.train()
+    return losses(ours)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_logits_are_made(family, tmp_path, monkeypatch):
+    ours, ran, linear = trainer(tmp_path, built(family), **FAMILIES[family]), set(), torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: ran.add(self) or linear(self, x))
+    ours.train()
+    assert ours.why_compact is None
+    assert ran
+    assert ours.model.get_output_embeddings() not in ran
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_hook_that_comes_later_sees_the_logits(family, tmp_path):
+    expected, seen = losses_of(trainer(tmp_path, built(family), **FAMILIES[family])), []
+    ours = trainer(tmp_path, built(family), **FAMILIES[family])
+    ours.model.get_output_embeddings().register_forward_hook(lambda module, inputs, logits: seen.append(logits.shape))
+    assert losses_of(ours) == pytest.approx(expected, rel=1e-9)
+    assert {shape[-1] for shape in seen} == {ours.model.config.vocab_size}
+
+
+def test_the_head_itself_is_as_before(tmp_path):
+    ours = trainer(tmp_path, built("qwen2_moe"), **ROUTED)
+    head = ours.model.get_output_embeddings()
+    before = dict(vars(head)), len(head._forward_hooks)
+    ours.train()
+    assert (dict(vars(head)).keys(), len(head._forward_hooks)) == (before[0].keys(), before[1])
+
+
+class Twice(Qwen2MoeForCausalLM):
+    def forward(self, *args, **kwargs):
+        self.lm_head(self.lm_head.weight[None, :8])
+        return super().forward(*args, **kwargs)
+
+
+class Never(Qwen2MoeForCausalLM):
+    def forward(self, *args, **kwargs):
+        head = self.lm_head
+        self._modules["lm_head"] = torch.nn.Linear(1, 1)
+        self.lm_head.forward = lambda hidden: torch.nn.functional.linear(hidden, head.weight)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self._modules["lm_head"] = head
+
+
+class OfTheLast(Qwen2MoeForCausalLM):
+    def forward(self, *args, logits_to_keep=7, **kwargs):
+        return super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)
+
+
+REASONS = [
+    (Never, "calls its head 0 times"),
+    (Twice, "calls its head 2 times"),
+    (OfTheLast, "given (1, 7, 32) for 8 tokens"),
+]
+
+
+@pytest.mark.parametrize(("kind", "reason"), REASONS)
+def test_a_forward_that_does_not_call_its_head_once_on_all_tokens_is_not_fused(kind, reason):
+    model = built("qwen2_moe")
+    model.__class__ = kind
+    assert reason in install_head(model, LossOptions(), needs_aux_loss=True)
+
+
+def test_what_is_not_fused_makes_logits(tmp_path):
+    model = built("qwen2_moe")
+    expected = losses_of(trainer(tmp_path, copy.deepcopy(model), **ROUTED))
+    model.__class__ = Never
+    assert losses_of(trainer(tmp_path, model, **ROUTED)) == pytest.approx(expected, rel=1e-9)
