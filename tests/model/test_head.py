@@ -13,7 +13,7 @@ from transformers import Qwen2MoeForCausalLM
 from packsft.model.head import install_head
 
 ROUTED = {"max_steps": 2, "router_aux_loss_coef": 0.5}
-FAMILIES = {"qwen2_moe": ROUTED, "modernbert-decoder": {"max_steps": 2}}
+FAMILIES = {"qwen2_moe": ROUTED, "roformer": {"max_steps": 2}}
 
 
 def built(family):
