@@ -15,10 +15,19 @@ from harness.floors import attention_gemms
 from harness.measure import Figure, Settings, device, figure, interleave, training_dtype
 from harness.peers import LEFT_OUT, OURS, PLAIN_ATTENTION, Attention, Peer, attentions, ours, sdpa
 from harness.shapes import LLAMA_1B_ATTENTION, PACK_LENGTHS, SMOLLM2_ATTENTION, AttentionShape
+from packsft_kernels.attention_spec import AttentionSpec
+from packsft_kernels.varlen_attention import choose_backend, varlen_attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 ONE_CALL = "one SDPA call on the batch"
+PER_DOCUMENT = "one SDPA call per document"
+# (query heads, key heads, size of keys, size of values): what FlashAttention alone does not take
+BEYOND_FLASH = {
+    "sinks, as in gpt-oss": (64, 8, 64, 64),
+    "values of another size, as in DeepSeek": (16, 16, 192, 128),
+    "a head size of 512, as in Gemma 4": (8, 1, 512, 512),
+}
 
 
 def bench(settings: Settings) -> Iterator[Figure]:
@@ -44,6 +53,8 @@ def bench(settings: Settings) -> Iterator[Figure]:
     # of competitors that build their masks anew
     yield from memory(peers_of(bounds, qkv), verdicts, timing, "Extra memory of attention")
     yield _equal_lengths(shape, settings.quick)
+    for name, beyond in BEYOND_FLASH.items():
+        yield _beside_per_document(name, beyond, lengths, settings.quick)
     yield _same_bits(shape)
 
 
@@ -108,6 +119,29 @@ def _equal_lengths(shape: AttentionShape, quick: bool) -> Figure:
         f"{OURS}, {D} documents of {L} tokens", times[OURS].median, "s", spread=times[OURS].spread,
         ratio=times[OURS].median / times[ONE_CALL].median, ratio_of=f"time / {ONE_CALL}", at_most=1.05,
         note=f"1.05 rather than 1: the noise of two timings; SDPA ran {chosen}",
+    )  # fmt: skip
+
+
+def _beside_per_document(name: str, shape: tuple[int, ...], lengths: tuple[int, ...], quick: bool) -> Figure:
+    H, G, K, V = shape
+    bounds, T = boundaries(lengths), sum(lengths)
+    torch.manual_seed(0)
+    shapes = (T, H, K), (T, G, K), (T, G, V), (T, H, V)
+    *qkv, grad = (torch.randn(shape, device=device()).to(training_dtype()).requires_grad_() for shape in shapes)
+    sinks = torch.randn(H, device=device()) if "sinks" in name else None
+    backend = choose_backend(AttentionSpec(device().type, grad.dtype, max(K, V), K == V, sinks=sinks is not None))
+    if backend == "sdpa":
+        return figure(name, note=f"on this machine {PER_DOCUMENT}")
+
+    def step(backend: str) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(
+            varlen_attention(*qkv, bounds, max(lengths), sinks=sinks, backend=backend), qkv, grad
+        )
+
+    times = interleave({OURS: step(backend), PER_DOCUMENT: step("sdpa")}, 3 if quick else 10, warmup=2)
+    return figure(
+        f"{name}: {backend}", times[OURS].median, "s", spread=times[OURS].spread,
+        ratio=times[OURS].median / times[PER_DOCUMENT].median, ratio_of=f"time / {PER_DOCUMENT}",
     )  # fmt: skip
 
 

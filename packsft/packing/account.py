@@ -87,8 +87,8 @@ class Account:
             raise ValueError(
                 f"the {name} loses {self.tokens_lost} of {self.tokens_in} tokens "
                 f"({self.tokens_lost / self.tokens_in:.2%}), more than max_lost_fraction={max_lost_fraction} allows: "
-                f"{'; '.join(self.describe_losses(max_length))}. Raise max_length or max_lost_fraction, or set "
-                "overlong='split'"
+                f"{'; '.join(self.describe_losses(max_length))}. Raise max_length or max_lost_fraction, or (without "
+                "pictures) set overlong='split'"
             )
 
 
