@@ -83,7 +83,7 @@ class PackedSFTConfig(SFTConfig):
             without a scored token. If more are lost, the run stops before training.
         attention_backend (`str`, *optional*, defaults to `"auto"`):
             Computes the attention within documents. `"auto"` takes the first backend that can run; or `"flash_attn_4"`,
-            `"flash_attn_3"`, `"flash_attn_2"`, `"torch_varlen"`, `"torch_efficient"`, `"sdpa"`.
+            `"flash_attn_3"`, `"flash_attn_2"`, `"torch_varlen"`, `"sdpa"`.
         check_packing (`str`, *optional*, defaults to `"on"`):
             `"on"` checks at construction, on the model itself, that packed documents cannot see each other; `"off"`
             skips this. It costs one forward and two backwards of 34 tokens, and one forward of 11.

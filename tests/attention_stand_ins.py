@@ -12,11 +12,8 @@ What they mirror (which checks are made in Python, which in C++, is not kept apa
     torch_varlen        `aten::_flash_attention_forward`, the operator below `torch.nn.attention.varlen`, and its
                         backward; the schema of torch 2.10 to 2.15, the checks in PyTorch's own
                         `transformers/cuda/flash_attn/flash_api.cpp`. The derivative is PyTorch's.
-    torch_efficient     `aten::_efficient_attention_forward` and its backward, as `torch/nested/_internal/sdpa.py` calls
-                        it; the checks in `transformers/cuda/attention.cu` and `attention_backward.cu`
 """
 
-import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -115,16 +112,11 @@ class FlashAlgorithm(torch.autograd.Function):
         return dq, dk, dv, dsinks, None, None
 
 
-HALF = torch.float16, torch.bfloat16
-
-
-def check(
-    q, k, v, cu_q, cu_k, max_q, max_k, *, dtypes=HALF, largest=256, equal_sizes=True, error=RuntimeError
-):  # fmt: skip
+def check(q, k, v, cu_q, cu_k, max_q, max_k, *, largest=256, equal_sizes=True, error=RuntimeError):
     """What all of them check, and what none does but must hold."""
     cards = {x.device for x in (q, k, v, cu_q, cu_k)}
     require(len(cards) == 1, f"tensors on {cards}", error)
-    require(q.dtype in dtypes, f"none of {dtypes}: {q.dtype}", error)
+    require(q.dtype in (torch.float16, torch.bfloat16), f"neither float16 nor bfloat16: {q.dtype}", error)
     require(q.dtype == k.dtype == v.dtype, f"dtypes differ: {q.dtype}, {k.dtype}, {v.dtype}", error)
     require(q.ndim == k.ndim == v.ndim == 3, "not [T, heads, head size]", error)
     require(k.shape[:2] == v.shape[:2] and q.shape[2] == k.shape[2], "shapes of q, k and v do not fit", error)
@@ -237,62 +229,13 @@ def torch_varlen_backward(
     """Gradients of query, key and value, with the same weights dropped as in the forward."""
     check(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    for x in (grad_out, out):
+        require(x.dtype == query.dtype and x.shape == query.shape, f"{tuple(x.shape)} {x.dtype} of an output")
     require(logsumexp.dtype == torch.float32 and logsumexp.shape == (query.shape[1], len(query)), "logsumexp")
     return gradients(
         grad_out, query, key, value, out, logsumexp, cum_seq_q, causal=is_causal,
         window=(window_size_left, window_size_right), scale=scale, dropout=dropout_p, seed=int(rng_state[0]),
     )  # fmt: skip
-
-
-def check_efficient(query, key, value, bias, cu_q, cu_k, max_q, max_k):
-    require(query.ndim == key.ndim == value.ndim == 4 and len(query) == 1, "not [1, T, heads, head size]")
-    require(query.shape[2] == key.shape[2] == value.shape[2], "it knows no grouped heads")
-    require(bias is None, "the definition has no bias", NotImplementedError)
-    require(query.dtype != torch.bfloat16 or torch.cuda.get_device_capability()[0] >= 8, "no bfloat16 before Ampere")
-    q, k, v = (x.squeeze(0) for x in (query, key, value))
-    check(q, k, v, cu_q, cu_k, max_q, max_k, dtypes=(*HALF, torch.float32), largest=2**16, equal_sizes=False)
-    return q, k, v
-
-
-def torch_efficient(
-    query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, custom_mask_type,
-    compute_log_sumexp=False, *, scale=None, seqlen_k=None, window_size=None,
-):  # fmt: skip
-    """Returns (output, logsumexp, seed, offset, max_seqlen_q, max_seqlen_k)."""
-    require(custom_mask_type in (0, 1), f"the definition has no mask {custom_mask_type}", NotImplementedError)
-    require(seqlen_k is None and window_size is None, "the definition has no such lengths", NotImplementedError)
-    require(compute_log_sumexp, "a backward needs the logsumexp")
-    q, k, v = check_efficient(query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    seed = torch.randint(2**31, ())
-    with torch.random.fork_rng():
-        torch.manual_seed(int(seed))
-        out = attend(
-            q, k, v, cu_seqlens_q, max_seqlen_q, causal=custom_mask_type == 1, window=(-1, -1), scale=scale,
-            dropout=dropout_p,
-        )  # fmt: skip
-    logsumexp = torch.full((len(cu_seqlens_q) - 1, q.shape[1], math.ceil(max_seqlen_q / 32) * 32), math.nan)
-    ours = logsumexp_of(q, k, cu_seqlens_q, causal=custom_mask_type == 1, window=(-1, -1), scale=scale)
-    for document, (start, stop) in enumerate(pairwise(cu_seqlens_q.tolist())):
-        logsumexp[document, :, : stop - start] = ours[:, start:stop]
-    return out[None].contiguous(), logsumexp, seed, torch.zeros((), dtype=torch.long), max_seqlen_q, max_seqlen_k
-
-
-def torch_efficient_backward(
-    grad_out_, query, key, value, bias, out, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, logsumexp,
-    dropout_p, philox_seed, philox_offset, custom_mask_type, bias_requires_grad, *, scale=None, num_splits_key=None,
-    window_size=None, shared_storage_dqdkdv=False,
-):  # fmt: skip
-    """Gradients of query, key, value and (none) of the bias."""
-    q, k, v = check_efficient(query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    lengths = cu_seqlens_q.diff().tolist()
-    lse = torch.cat([row[:, :length] for row, length in zip(logsumexp, lengths, strict=True)], dim=1)
-    found = gradients(
-        grad_out_[0], q, k, v, out[0], lse, cu_seqlens_q, causal=custom_mask_type == 1, window=(-1, -1), scale=scale,
-        dropout=dropout_p, seed=int(philox_seed),
-    )  # fmt: skip
-    return *(x[None] for x in found), query.new_empty(0)
 
 
 @dataclass(frozen=True)
@@ -325,9 +268,5 @@ STAND_INS = [
     StandIn(
         torch_varlen, "torch_varlen", "_flash_attention_forward", "", frozenset({"window", "sinks", "dropout"}),
         torch_varlen_backward,
-    ),
-    StandIn(
-        torch_efficient, "torch_efficient", "_efficient_attention_forward", "", frozenset({"dropout"}),
-        torch_efficient_backward, 2**16,
     ),
 ]  # fmt: skip

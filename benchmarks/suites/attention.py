@@ -22,11 +22,10 @@ from torch.nn.attention import SDPBackend
 
 ONE_CALL = "one SDPA call on the batch"
 PER_DOCUMENT = "one SDPA call per document"
-# (query heads, key heads, size of keys, size of values): what FlashAttention alone does not take
+# (query heads, key heads, size of keys, size of values): what the kernels of FlashAttention do not take as it is
 BEYOND_FLASH = {
     "sinks, as in gpt-oss": (64, 8, 64, 64),
     "values of another size, as in DeepSeek": (16, 16, 192, 128),
-    "a head size of 512, as in Gemma 4": (8, 1, 512, 512),
 }
 
 

@@ -6,8 +6,7 @@ this order:
 
     flash_attn_4, flash_attn_3, flash_attn_2   the packages, if installed and able
     torch_varlen                               PyTorch's own FlashAttention, on Ampere and newer
-    torch_efficient                            PyTorch's memory-efficient attention: float32, older cards, large heads
-    sdpa                                       one SDPA call per document: the CPU, and all other calls
+    sdpa                                       one SDPA call per document: the CPU, float32, and all other calls
 
 `why_not` looks up in a table whether a backend can run a call, and gives the reason. This file knows tensors only.
 
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from packsft_kernels.attention_spec import HALF_DTYPES, AttentionSpec
 from packsft_kernels.varlen_sdpa import sdpa
-from packsft_kernels.varlen_torch import torch_efficient, torch_varlen
+from packsft_kernels.varlen_torch import torch_varlen
 
 FLOAT_DTYPES = (*HALF_DTYPES, torch.float32, torch.float64)
 
@@ -89,7 +88,7 @@ def varlen_attention(
     name, spec = _chosen(backend, *asked), AttentionSpec(*asked)
     scale, v_head_dim = q.shape[-1] ** -0.5 if scale is None else scale, v.shape[-1]
     if name != "sdpa":
-        q, k, v = (_in_units_of_16_bytes(x, spec.head_dim) for x in (q, k, v))
+        q, k, v = (_as_flash_reads_it(x, spec.head_dim) for x in (q, k, v))
         cu_seqlens = cu_seqlens.contiguous()
         # At 1, flash-attention 2 reads grouped q as [D, H, K], which fails if a document is empty.
         max_seqlen = max(max_seqlen, 2)
@@ -140,8 +139,8 @@ def why_not(name: str, spec: AttentionSpec) -> str | None:
         return "SDPA has no dropout with a softcap or sinks" if spec.dropout and (spec.softcap or spec.sinks) else None
     if spec.device != "cuda":
         return f"it needs a CUDA device, but the tensors are on {spec.device!r}"
-    if spec.dtype not in backend.dtypes:
-        return f"it needs {' or '.join(map(str, backend.dtypes))}, got {spec.dtype}"
+    if spec.dtype not in HALF_DTYPES:
+        return f"it needs bfloat16 or float16, got {spec.dtype}"
     if name == "flash_attn_2" and spec.softcap is not None and spec.dropout:
         return "it does not support dropout with a softcap"
     if backend.package is not None and not _installed(backend.package):
@@ -149,13 +148,12 @@ def why_not(name: str, spec: AttentionSpec) -> str | None:
     if backend.package is None and not torch.backends.cuda.is_flash_attention_available():
         return f"torch {torch.__version__} was built without FlashAttention"
     capability = torch.cuda.get_device_capability()
-    oldest = 8 if spec.dtype == torch.bfloat16 else backend.min_capability
-    if not max(backend.min_capability, oldest) <= capability[0] <= backend.max_capability:
-        return f"it does not run {spec.dtype} on compute capability {capability[0]}.{capability[1]}"
+    if not backend.min_capability <= capability[0] <= backend.max_capability:
+        return f"it does not run on compute capability {capability[0]}.{capability[1]}"
     if spec.head_dim > backend.max_head_dim:
         return f"head size {spec.head_dim} is above {backend.max_head_dim}"
     # GPUs with 99 KiB of shared memory: some releases refuse these head sizes there, and only in the backward.
-    small = name != "torch_efficient" and (capability[0] == 12 or (capability[0] == 8 and capability[1] > 0))
+    small = capability[0] == 12 or (capability[0] == 8 and capability[1] > 0)
     if small and (192 < spec.head_dim <= 224 or (spec.head_dim > 192 and spec.dropout > 0)):
         return f"its backward does not support head size {spec.head_dim} with dropout {spec.dropout} on {capability}"
     asked = {
@@ -239,9 +237,10 @@ def _compute_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
 
 
-def _in_units_of_16_bytes(x: Tensor, head_dim: int) -> Tensor:
-    """`x` with rows that flash kernels can load, and in the one head size that they know for q, k and v: a multiple of
-    8, filled up with zeros, which change no score and only add zeros to the output. Not all of them check this."""
+def _as_flash_reads_it(x: Tensor, head_dim: int) -> Tensor:
+    """`x` in the one head size that flash kernels know for q, k and v, and with rows that they can load in units of 16
+    bytes. Not all of them check this. Zeros fill up the head size: they change no score, and add zeros to the output.
+    """
     if missing := math.ceil(head_dim / 8) * 8 - x.shape[-1]:
         return F.pad(x, (0, missing))
     return x if x.stride(-1) == 1 and all(n % 8 == 0 for n in x.stride()[:-1]) else x.contiguous()
@@ -295,7 +294,6 @@ class Backend:
     min_capability: int = 8
     max_capability: int = 12
     max_head_dim: int = 256
-    dtypes: tuple[torch.dtype, ...] = HALF_DTYPES
 
 
 BACKENDS: dict[str, Backend] = {
@@ -314,8 +312,5 @@ BACKENDS: dict[str, Backend] = {
         _flash_attn_2, "flash_attn.flash_attn_interface", frozenset({"window", "softcap", "dropout"})
     ),
     "torch_varlen": Backend(torch_varlen, None, frozenset({"window", "sinks", "dropout"})),
-    "torch_efficient": Backend(
-        torch_efficient, None, frozenset({"dropout"}), 7, max_head_dim=2**16, dtypes=(*HALF_DTYPES, torch.float32)
-    ),
     "sdpa": Backend(sdpa, None, frozenset({"window", "softcap", "sinks", "dropout"}), 0),
 }

@@ -1,7 +1,6 @@
-"""PyTorch's own operators for documents in a row: FlashAttention, with attention sinks too, and memory-efficient
-attention.
+"""PyTorch's own FlashAttention for documents in a row, with attention sinks, too.
 
-**Sinks** (gpt-oss) are one more logit per head in each softmax, without a value. The kernels of FlashAttention know
+Sinks (gpt-oss) are one more logit per head in each softmax, without a value. The kernels of FlashAttention know
 none, and need none. Let `lse` be the logarithm of a softmax's sum of exponentials, and `s` the sink. The sum becomes
 
     lse' = log(exp(lse) + exp(s)),
@@ -66,68 +65,3 @@ class _FlashWithSinks(torch.autograd.Function):
             dlogits = (grad.float() * out).sum(-1).T * (sinks[:, None] - lse).exp()  # [H, T]
             dsinks = -dlogits.sum(1).to(sinks.dtype)
         return dq, dk, dv, dsinks, None, None
-
-
-def torch_efficient(
-    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, sinks: Tensor | None, spec: AttentionSpec
-) -> Tensor:
-    # It knows no grouped heads.
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x if groups == 1 else x.repeat_interleave(groups, dim=1) for x in (k, v))
-    return _Efficient.apply(q[None], k[None], v[None], cu, longest, scale, spec.causal, spec.dropout).squeeze(0)
-
-
-class _Efficient(torch.autograd.Function):
-    """The operators that SDPA of PyTorch's nested tensors calls. Tracers cannot take PyTorch's own derivative before
-    2.15: the shapes registered for the backward lack an argument."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu: Tensor,
-        longest: int,
-        scale: float,
-        causal: bool,
-        dropout: float,
-    ) -> Tensor:
-        out, lse, seed, offset, _, _ = torch.ops.aten._efficient_attention_forward.default(
-            q, k, v, None, cu, cu, longest, longest, dropout, int(causal), True, scale=scale
-        )
-        ctx.save_for_backward(q, k, v, out, cu, lse, seed, offset)
-        ctx.options = longest, scale, causal, dropout
-        return out
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = torch.ops.packsft.varlen_efficient_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options)
-        return *gradients, *[None] * 5
-
-
-@torch.library.custom_op("packsft::varlen_efficient_backward", mutates_args=())
-def _efficient_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    cu: Tensor,
-    lse: Tensor,
-    seed: Tensor,
-    offset: Tensor,
-    longest: int,
-    scale: float,
-    causal: bool,
-    dropout: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.aten._efficient_attention_backward.default(
-        grad, q, k, v, None, out, cu, cu, longest, longest, lse, dropout, seed, offset, int(causal), False, scale=scale
-    )[:3]  # fmt: skip
-
-
-@_efficient_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

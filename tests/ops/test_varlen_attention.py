@@ -194,7 +194,7 @@ ON_CUDA = AttentionSpec("cuda", torch.bfloat16, 64)
         ("torch_varlen", replace(ON_CUDA, device="cpu"), "CUDA device"),
         ("flash_attn_2", replace(ON_CUDA, device="cpu"), "CUDA device"),
         ("flash_attn_2", ON_CUDA, "not installed"),
-        ("torch_varlen", replace(ON_CUDA, dtype=torch.float32), "bfloat16 or torch.float16"),
+        ("torch_varlen", replace(ON_CUDA, dtype=torch.float32), "bfloat16 or float16"),
     ],
 )
 def test_a_back_end_that_cannot_run_says_why(name, spec, reason):
@@ -208,8 +208,7 @@ def test_a_back_end_that_cannot_run_says_why(name, spec, reason):
     [
         (ON_CUDA, True),
         (replace(ON_CUDA, softcap=30.0), False),
-        (replace(ON_CUDA, softcap=30.0, head_dim=512), False),
-        (replace(ON_CUDA, window=3, head_dim=512), False),
+        (replace(ON_CUDA, head_dim=512), False),
         (replace(ON_CUDA, sinks=True), True),
         (replace(ON_CUDA, dropout=0.1), True),
         (replace(ON_CUDA, window=3), True),
@@ -229,9 +228,9 @@ def test_what_torch_varlen_can_do(monkeypatch, spec, able):
         why_not.cache_clear()
 
 
-def test_float64_on_cuda_takes_one_sdpa_call_per_document(monkeypatch):
+def test_true_float32_on_cuda_takes_one_sdpa_call_per_document(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    assert choose_backend(replace(ON_CUDA, dtype=torch.float64)) == "sdpa"
+    assert choose_backend(replace(ON_CUDA, dtype=torch.float32)) == "sdpa"
 
 
 @pytest.mark.parametrize(
@@ -299,8 +298,8 @@ def test_gpu_back_ends_match_the_definition(name, head_dim, key_heads, options):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", GPU_BACK_ENDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("sizes", [(64, 64), (20, 20), (192, 128), (96, 64), (24, 40), (512, 512)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [(20, 20), (192, 128), (96, 64), (24, 40)], ids=str)
 def test_gpu_back_ends_take_other_head_sizes_and_dtypes(name, dtype, sizes):
     if (reason := why_not(name, AttentionSpec("cuda", dtype, max(sizes), sizes[0] == sizes[1]))) is not None:
         pytest.skip(reason)
