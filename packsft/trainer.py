@@ -151,6 +151,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
                 any_rank=any_rank_of(self.accelerator),
                 needs_aux_loss=self.aux_loss_enabled,
                 compiles_layers=getattr(self.args, "compile_layers", False),
+                traced=self.args.torch_compile,
                 sequence=self._sequence,
             )
         packs_evaluation = self.args.packing if self.args.eval_packing is None else self.args.eval_packing

@@ -15,14 +15,14 @@ class _NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError("packsft_kernels can be differentiated once: second derivatives are not supported")
+        raise RuntimeError("packsft_kernels: a loss, and attention with sinks, can be differentiated once, not twice")
 
 
 def differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
     """Allow `create_graph=True`, but raise when its result is differentiated.
 
-    PyTorch's `once_differentiable` raises only if the upstream gradient requires a derivative. Our gradient also
-    depends on the inputs, so a missing second derivative would silently be 0.
+    PyTorch's `once_differentiable` raises only if the upstream gradient requires a derivative. The gradients of a loss
+    and of attention also depend on their inputs, so a missing second derivative would silently be 0.
     """
 
     @functools.wraps(backward)

@@ -173,10 +173,11 @@ def backend_of(model: PreTrainedModel) -> tuple[str, AttentionSpec]:
     # DeepSeek's `head_dim` is that of the rotated part alone
     head_dim = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None)
     head_dim = head_dim or config.hidden_size // config.num_attention_heads
+    v_head_dim = getattr(config, "v_head_dim", None) or head_dim
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
     dropout = getattr(config, "attention_dropout", None) or getattr(config, "attn_pdrop", None) or 0.0  # GPT-2's name
     spec = AttentionSpec(
-        device, dtype, head_dim, dropout=dropout,
+        device, dtype, max(head_dim, v_head_dim), head_dim == v_head_dim, dropout=dropout,
         softcap=getattr(config, "attn_logit_softcapping", None), window=getattr(config, "sliding_window", None),
         sinks=any(name.endswith("sinks") for name, _ in model.named_parameters()),
     )  # fmt: skip

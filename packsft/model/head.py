@@ -83,7 +83,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss: bool = False) -> str | None:
+def install_head(
+    model: PreTrainedModel, options: LossOptions, *, needs_aux_loss: bool = False, traced: bool = False
+) -> str | None:
     """Teach `model.forward` the keyword arguments `loss_rows`, `loss_targets`, `loss_weights` and `num_items`.
 
     Without them the forward does not change. An adapter may add to `loss` (AdaLoRA: how far its matrices are from
@@ -95,6 +97,7 @@ def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss
         model: a causal language model with output embeddings.
         options: the loss; softcap and logit scale are taken from the model.
         needs_aux_loss: whether the router loss of a mixture of experts is needed.
+        traced: whether the whole model is going to be compiled. Then nothing takes the place of its head.
 
     Returns:
         None if the head is fused, otherwise the reason for compact logits.
@@ -110,7 +113,7 @@ def install_head(model: PreTrainedModel, options: LossOptions, *, needs_aux_loss
     options = replace(options, entropy=True, correct=True)
     # a function of `self`: a deep copy of the model then runs on its own weights
     own_forward = _own_forward(model)
-    why_compact, fused_options, run = _way_to_fuse(model, options, own_forward, needs_aux_loss)
+    why_compact, fused_options, run = _way_to_fuse(model, options, own_forward, needs_aux_loss, traced)
     if needs_aux_loss:
         gather_router_logits(backbone_of(model))
 
@@ -172,16 +175,19 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
 
 
 def _way_to_fuse(
-    model: PreTrainedModel, options: LossOptions, own_forward: Callable[..., Any], needs_aux_loss: bool
+    model: PreTrainedModel, options: LossOptions, own_forward: Callable[..., Any], needs_aux_loss: bool, traced: bool
 ) -> tuple[str | None, LossOptions, Callable[..., tuple[Any, Any]]]:
     """(None, or why no way is right; the loss with the model's transform of its logits; where the head is)."""
-    places = [_in_own_forward] if needs_aux_loss else [_behind_backbone, _in_own_forward]
     configured = replace(options, **_logit_transform(model.config.get_text_config()))
+    if needs_aux_loss and traced:
+        return "torch_compile traces the forward that alone has the router's loss", configured, _in_own_forward
+    places = [*([] if needs_aux_loss else [_behind_backbone]), *([] if traced else [_in_own_forward])]
+    own_logits = functools.cache(functools.partial(_own_logits, model))
     # Aya Vision has the scale of its language model in the configuration, and does not scale its logits
     transforms = [configured, *([options] if configured != options else [])]
     reasons = []
     for place, transform in itertools.product(places, transforms):
-        reasons.append(_why_not_fused(model, transform, functools.partial(place, own_forward)))
+        reasons.append(_why_not_fused(model, transform, functools.partial(place, own_forward), own_logits))
         if reasons[-1] is None:
             return None, transform, place
     return reasons[0], configured, places[0]
@@ -226,9 +232,11 @@ def _in_own_forward(
 
 
 def _needs_logits(model: Any) -> bool:
-    """Whether the head has hooks other than those of FSDP2 and ZeRO-3 (tensor parallelism, a user's), or is traced."""
-    head: Any = model.get_output_embeddings()
-    return torch.compiler.is_compiling() or (bool(head._forward_hooks) and head not in _sharded(head))
+    """Whether the head is traced, or has hooks that may look at its logits (a user's, tensor parallelism's)."""
+    hooks = model.get_output_embeddings()._forward_hooks.values()
+    blind = "torch.distributed.fsdp", "deepspeed", "trl"  # TRL's begins to offload activations again
+    seeing = [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith(blind)]
+    return torch.compiler.is_compiling() or bool(seeing)
 
 
 def _fused_loss(
@@ -367,8 +375,9 @@ def _logit_transform(config: Any) -> dict[str, Any]:
     return {"softcap": softcap, "logit_scale": 1.0 if scale is None else float(scale)}
 
 
-def _own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+def _own_logits(model: PreTrainedModel, tokens: tuple[int, ...]) -> Tensor:
     """`[T, V]`. Says so if the model's own loss is not the cross-entropy of the next tokens: nothing here uses it."""
+    ids = torch.tensor([tokens], device=device_of(model))
     try:
         outputs = model(input_ids=ids, labels=ids, use_cache=False)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -387,10 +396,15 @@ def _own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _why_not_fused(model: PreTrainedModel, options: LossOptions, run: Callable[..., tuple[Any, Any]]) -> str | None:
+def _why_not_fused(
+    model: PreTrainedModel,
+    options: LossOptions,
+    run: Callable[..., tuple[Any, Any]],
+    own_logits: Callable[[tuple[int, ...]], Tensor],
+) -> str | None:
     """None if the fused head gives the model's own log-probabilities on a few tokens, otherwise the reason.
 
-    `run` is `_behind_backbone` or `_in_own_forward`, with the model's own forward.
+    `run` is `_behind_backbone` or `_in_own_forward`, with the model's own forward; `own_logits` is `_own_logits`.
     """
     head = split_head(model.get_output_embeddings())
     if isinstance(head, str):
@@ -404,7 +418,7 @@ def _why_not_fused(model: PreTrainedModel, options: LossOptions, run: Callable[.
         rows = torch.arange(7, dtype=torch.int32, device=ids.device)
         plain = replace(options, label_smoothing=0.0, z_loss=0.0, dft=False)
         with eval_mode(model), exercised(additions):
-            logits = _own_logits(model, ids)
+            logits = own_logits(tuple(ids[0].tolist()))
 
             def log_prob(hidden: Tensor) -> tuple[Tensor, Tensor]:
                 unsharded: Any = split_head(model.get_output_embeddings())
@@ -418,7 +432,7 @@ def _why_not_fused(model: PreTrainedModel, options: LossOptions, run: Callable[.
             terms = float(weight.norm(dim=1).max()) * float(hidden.norm(dim=-1).max())
         ours, targets = _to(logits.device, ours, targets)
         theirs = logits[:7].double().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
         if is_out_of_memory(error):
             raise
         return f"the probe of the head failed: {error}"
@@ -426,7 +440,8 @@ def _why_not_fused(model: PreTrainedModel, options: LossOptions, run: Callable[.
     # log-probability. They may differ by a few units in the last place of the largest logit, of the largest
     # log-probability, and of the terms that a logit sums, in the dtype of the sums.
     eps = max(torch.finfo(tensor.dtype).eps for tensor in (logits, *(addition.idle for addition in additions)))
-    allowed = 4 * eps * float(logits.abs().max().clamp(min=1))
+    seen = logits[~(logits < torch.finfo(logits.dtype).min / 2)]  # some models mask tokens that they never generate
+    allowed = 4 * eps * float(seen.abs().max().clamp(min=1))
     allowed += 4 * torch.finfo(ours.dtype).eps * (float(theirs.abs().max()) + options.logit_scale * terms)
     difference = float((ours.double() - theirs).abs().max())
     if not difference <= allowed:

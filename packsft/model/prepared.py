@@ -43,6 +43,7 @@ class PreparedModel:
         any_rank: returns whether its argument is true on any rank; every rank calls it once.
         needs_aux_loss: whether the router loss of a mixture of experts is needed.
         compiles_layers: whether to compile the decoder layers for training; not on padded rows.
+        traced: whether the whole model is going to be compiled.
         sequence: the ranks that share each row, or None.
 
     Attributes:
@@ -73,6 +74,7 @@ class PreparedModel:
         any_rank: Callable[[bool], bool] = bool,
         needs_aux_loss: bool = False,
         compiles_layers: bool = False,
+        traced: bool = False,
         sequence: SequenceGroup | None = None,
     ) -> None:
         self.base_model: Any = base_model_of(model)
@@ -89,7 +91,7 @@ class PreparedModel:
         self._rotary_limit = install_rotary(self.base_model)
         self._on_unpackable = on_unpackable
         self._prepare_attention(attention_backend, check, any_rank)
-        self.why_compact = install_head(self.base_model, options, needs_aux_loss=needs_aux_loss)
+        self.why_compact = install_head(self.base_model, options, needs_aux_loss=needs_aux_loss, traced=traced)
         tuner: Any = getattr(model, "base_model", None)
         if is_peft_model(model) and "forward" in vars(tuner):  # of LLaMA-Adapter: the forward as it was
             tuner.forward = self.base_model.forward

@@ -32,6 +32,8 @@ RUNS = {
 ROUTED = {"family": "qwen2_moe", "router_aux_loss_coef": 0.5}
 # A pass has one row: a router's loss depends on what else is in a pass
 RUNS["a router's loss"] = LLAMA | ROUTED | {"packing": False, "tokens_per_pass": None, "per_device_train_batch_size": 1}
+HEAD = {"lora": {"target_modules": [*LAYERS, "lm_head"]}}
+RUNS["a router's loss, LoRA on the head"] = RUNS["a router's loss"] | HEAD
 STAGES = {name: (1, 2, 3) if name in ("step", "bfd") else (3,) for name in RUNS}
 SAVING = {"optim": "adamw_torch", "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2}
 CPU = {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}

@@ -8,7 +8,7 @@ from packsft_kernels import LossOptions
 from runs import losses, trainer
 from tiny import tiny_model
 from tiny_models import tiny_model as tiny_family
-from transformers import Qwen2MoeForCausalLM
+from transformers import LlamaForCausalLM, Qwen2MoeForCausalLM
 
 from packsft.model.head import install_head
 
@@ -74,10 +74,28 @@ class OfTheLast(Qwen2MoeForCausalLM):
         return super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)
 
 
+class Masking:
+    """As Chameleon: it never generates some tokens."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits[..., [15, 16, 17]] = torch.finfo(out.logits.dtype).min
+        return out
+
+
+class MaskingExperts(Masking, Qwen2MoeForCausalLM):
+    pass
+
+
+class MaskingLlama(Masking, LlamaForCausalLM):
+    pass
+
+
 REASONS = [
     (Never, "calls its head 0 times"),
     (Twice, "calls its head 2 times"),
     (OfTheLast, "given (1, 7, 32) for 8 tokens"),
+    (MaskingExperts, "out of bounds"),
 ]
 
 
@@ -86,6 +104,27 @@ def test_a_forward_that_does_not_call_its_head_once_on_all_tokens_is_not_fused(k
     model = built("qwen2_moe")
     model.__class__ = kind
     assert reason in install_head(model, LossOptions(), needs_aux_loss=True)
+
+
+def test_tokens_that_a_model_masks_are_not_overlooked():
+    model = tiny_model("llama")
+    model.__class__ = MaskingLlama
+    assert "log-probabilities would be off" in install_head(model, LossOptions())
+
+
+def test_a_forward_that_is_traced_keeps_its_head():
+    model = built("qwen2_moe")
+    assert "torch_compile" in install_head(model, LossOptions(), needs_aux_loss=True, traced=True)
+    assert install_head(model, LossOptions(), traced=True) is None
+
+
+def test_a_hook_of_trls_is_not_taken_for_one_that_sees_logits():
+    model, hook = built("qwen2_moe"), lambda *_: None
+    hook.__module__ = "trl.models.activation_offloading"
+    model.lm_head.register_forward_hook(hook)
+    assert install_head(model, LossOptions(), needs_aux_loss=True) is None
+    model.lm_head.register_forward_hook(lambda *_: None)
+    assert "a hook of the head" in install_head(model, LossOptions(), needs_aux_loss=True)
 
 
 def test_what_is_not_fused_makes_logits(tmp_path):
