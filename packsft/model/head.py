@@ -111,6 +111,7 @@ def install_head(
             "packsft trains causal language models, load one with AutoModelForCausalLM"
         )
     options = replace(options, entropy=True, correct=True)
+    vars(model).pop("packsft_needs_logits", None)  # of an earlier trainer
     # a function of `self`: a deep copy of the model then runs on its own weights
     own_forward = _own_forward(model)
     why_compact, fused_options, run = _way_to_fuse(model, options, own_forward, needs_aux_loss, traced)
@@ -125,14 +126,21 @@ def install_head(
         num_items, apart = kwargs.pop("num_items", None), kwargs.pop("loss_apart", False)
         # looked up on each call: wrappers replace the head, and another adapter may be active now
         head = split_head(self.get_output_embeddings())
-        needs_logits = run is _in_own_forward and _needs_logits(self)
-        if why_compact is None and not isinstance(head, str) and not needs_logits:
+        if why_compact is None and not isinstance(head, str) and not hasattr(self, "packsft_needs_logits"):
             given: dict[str, Any] = {"rows": rows, "targets": targets, "weights": weights, "num_items": num_items}
             losses = functools.partial(_fused_losses, self, options=fused_options, **given)
-            sums, aux_loss = run(own_forward, self, losses, *args, use_cache=False, **kwargs)
-            if aux_loss is not None:
-                self.packsft_values[-1] = aux_loss.detach()
-            return _head_output(sums, device, apart, aux_loss)
+            try:
+                sums, aux_loss = run(own_forward, self, losses, *args, use_cache=False, **kwargs)
+            except (NeedsLogits, LookupError, TypeError, AttributeError) as error:
+                if run is _behind_backbone:
+                    raise
+                if not torch.compiler.is_compiling():
+                    logger.warning("from now on the head makes logits of the scored tokens: %s", error)
+                    self.packsft_needs_logits = True
+            else:
+                if aux_loss is not None:
+                    self.packsft_values[-1] = aux_loss.detach()
+                return _head_output(sums, device, apart, aux_loss)
         outputs, logits = _compact_logits(self, own_forward, rows, *args, use_cache=False, **kwargs)
         targets, weights, num_items = _to(logits.device, targets, weights, num_items)
         # only this function uses the logits, so their gradient may overwrite them
@@ -182,12 +190,12 @@ def _way_to_fuse(
     if needs_aux_loss and traced:
         return "torch_compile traces the forward that alone has the router's loss", configured, _in_own_forward
     places = [*([] if needs_aux_loss else [_behind_backbone]), *([] if traced else [_in_own_forward])]
-    own_logits = functools.cache(functools.partial(_own_logits, model))
+    own_outputs = functools.cache(functools.partial(_own_outputs, model))
     # Aya Vision has the scale of its language model in the configuration, and does not scale its logits
     transforms = [configured, *([options] if configured != options else [])]
     reasons = []
     for place, transform in itertools.product(places, transforms):
-        reasons.append(_why_not_fused(model, transform, functools.partial(place, own_forward), own_logits))
+        reasons.append(_why_not_fused(model, transform, functools.partial(place, own_forward), own_outputs))
         if reasons[-1] is None:
             return None, transform, place
     return reasons[0], configured, places[0]
@@ -208,13 +216,22 @@ def _in_own_forward(
     `score` takes the place of the head. The model gets logits without a column.
 
     Raises:
-        ValueError: the forward does not call its head, or calls it several times; or a hook has to see logits.
+        NeedsLogits: the forward does not call its head once, on all tokens; or a hook has to see logits.
     """
-    if _needs_logits(model):
-        raise ValueError("a hook of the head sees its logits")
+    if (reason := _why_logits(model)) is not None:
+        raise NeedsLogits(reason)
     head: Any = model.get_output_embeddings()
     within = [module for module in _sharded(head) if module is not head]
-    scores: list[Any] = []
+    given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
+    tokens: Any = next(tensor for tensor in given if tensor is not None)
+    num_tokens, scores, calls = tokens.shape[:2].numel(), list[Any](), itertools.count(1)
+
+    def in_place_of_head(hidden: Tensor) -> Any:
+        if (call := next(calls)) > 1:
+            raise NeedsLogits(f"the forward of {type(model).__name__} calls its head {call} times")
+        if hidden.shape[:-1].numel() != num_tokens:  # on a GPU, a row that is not there ends the process
+            raise NeedsLogits(f"the head is given {tuple(hidden.shape)} for {num_tokens} tokens")
+        return _called_through(within, score, hidden)
 
     def keep(head: nn.Module, inputs: tuple[Tensor], scored: Any) -> Tensor:  # after the hooks of FSDP2 and ZeRO-3
         scores.append(scored)
@@ -222,21 +239,40 @@ def _in_own_forward(
 
     hook = head.register_forward_hook(keep)
     try:
-        with _as_forward(head, lambda hidden: _called_through(within, score, hidden)):
+        with _as_forward(head, in_place_of_head):
             outputs = own_forward(model, *args, **kwargs)
     finally:
         hook.remove()
-    if len(scores) != 1:
-        raise ValueError(f"the forward of {type(model).__name__} calls its head {len(scores)} times")
+    if not scores:
+        raise NeedsLogits(f"the forward of {type(model).__name__} does not call its head")
     return scores[0], getattr(outputs, "aux_loss", None)
 
 
-def _needs_logits(model: Any) -> bool:
-    """Whether the head is traced, or has hooks that may look at its logits (a user's, tensor parallelism's)."""
-    hooks = model.get_output_embeddings()._forward_hooks.values()
-    blind = "torch.distributed.fsdp", "deepspeed", "trl"  # TRL's begins to offload activations again
-    seeing = [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith(blind)]
-    return torch.compiler.is_compiling() or bool(seeing)
+class NeedsLogits(ValueError):
+    """Something has to see the logits of the model's own head."""
+
+
+# Hooks that look at no logits. TRL's begins to offload activations again.
+BLIND_HOOKS = ("torch.distributed.fsdp.", "deepspeed.", "trl.models.activation_offloading.")
+
+
+def _why_logits(model: Any) -> str | None:
+    """Why the head cannot be replaced within a forward: it is traced, or has hooks that may look at what it computes (a
+    user's, tensor parallelism's)."""
+    if torch.compiler.is_compiling():
+        return "the model is compiled"
+    head: Any = model.get_output_embeddings()
+    hooks = [
+        hook
+        for module in head.modules()
+        for kind in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_pre_hooks")
+        if not (module is head and kind == "_forward_pre_hooks")  # they run
+        for hook in getattr(module, kind).values()
+    ]
+    seeing = [hook for hook in hooks if not f"{getattr(hook, '__module__', '')}.".startswith(BLIND_HOOKS)]
+    if seeing or torch.nn.modules.module._global_forward_hooks:
+        return "a hook may look at what the head computes"
+    return None
 
 
 def _fused_loss(
@@ -375,24 +411,25 @@ def _logit_transform(config: Any) -> dict[str, Any]:
     return {"softcap": softcap, "logit_scale": 1.0 if scale is None else float(scale)}
 
 
-def _own_logits(model: PreTrainedModel, tokens: tuple[int, ...]) -> Tensor:
-    """`[T, V]`. Says so if the model's own loss is not the cross-entropy of the next tokens: nothing here uses it."""
+def _own_outputs(model: PreTrainedModel, tokens: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+    """Logits `[T, V]` and the router's loss. Says so if the model's own loss is not the cross-entropy of the next
+    tokens: nothing here uses it."""
     ids = torch.tensor([tokens], device=device_of(model))
     try:
         outputs = model(input_ids=ids, labels=ids, use_cache=False)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
-        return model(input_ids=ids, use_cache=False).logits[0]  # not a model that computes a loss
-    logits, own = outputs.logits[0], getattr(outputs, "loss", None)
-    if own is not None and getattr(outputs, "aux_loss", None) is None:
+        outputs = model(input_ids=ids, use_cache=False)  # not a model that computes a loss
+    logits, own, aux_loss = outputs.logits[0], getattr(outputs, "loss", None), getattr(outputs, "aux_loss", None)
+    if own is not None and aux_loss is None:
         expected = torch.nn.functional.cross_entropy(logits[:-1].float(), ids[0, 1:].to(logits.device))
         if (own.to(logits.device) - expected).abs() > 1e-3 * expected:
             logger.warning(
                 "the forward of %s computes a loss other than the cross-entropy of the next tokens (%.4g, not %.4g "
                 "on random ones): it is not trained on, as in TRL", type(model).__name__, own, expected,
             )  # fmt: skip
-    return logits
+    return logits, aux_loss
 
 
 @torch.no_grad()
@@ -400,11 +437,11 @@ def _why_not_fused(
     model: PreTrainedModel,
     options: LossOptions,
     run: Callable[..., tuple[Any, Any]],
-    own_logits: Callable[[tuple[int, ...]], Tensor],
+    own_outputs: Callable[[tuple[int, ...]], tuple[Tensor, Tensor | None]],
 ) -> str | None:
     """None if the fused head gives the model's own log-probabilities on a few tokens, otherwise the reason.
 
-    `run` is `_behind_backbone` or `_in_own_forward`, with the model's own forward; `own_logits` is `_own_logits`.
+    `run` is `_behind_backbone` or `_in_own_forward`, with the model's own forward; `own_outputs` is `_own_outputs`.
     """
     head = split_head(model.get_output_embeddings())
     if isinstance(head, str):
@@ -418,20 +455,20 @@ def _why_not_fused(
         rows = torch.arange(7, dtype=torch.int32, device=ids.device)
         plain = replace(options, label_smoothing=0.0, z_loss=0.0, dft=False)
         with eval_mode(model), exercised(additions):
-            logits = own_logits(tuple(ids[0].tolist()))
+            logits, own_aux_loss = own_outputs(tuple(ids[0].tolist()))
 
             def log_prob(hidden: Tensor) -> tuple[Tensor, Tensor]:
                 unsharded: Any = split_head(model.get_output_embeddings())
-                if hidden.shape[:-1].numel() != ids.numel():  # on a GPU, a row that is not there ends the process
-                    raise ValueError(f"the head is given {tuple(hidden.shape)} for {ids.numel()} tokens")
                 return _fused_loss(unsharded, hidden, rows, targets, None, plain, None).log_prob, hidden
 
             # through its modules, as in training: FSDP2 may shard it in one group with a layer that has just run
-            (ours, hidden), _ = run(model, log_prob, input_ids=ids, use_cache=False)
+            (ours, hidden), aux_loss = run(model, log_prob, input_ids=ids, use_cache=False)
         with gathered_parameters(linear.weight) as (weight,):
             terms = float(weight.norm(dim=1).max()) * float(hidden.norm(dim=-1).max())
         ours, targets = _to(logits.device, ours, targets)
         theirs = logits[:7].double().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    except NeedsLogits as error:
+        return str(error)
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
         if is_out_of_memory(error):
             raise
@@ -440,9 +477,14 @@ def _why_not_fused(
     # log-probability. They may differ by a few units in the last place of the largest logit, of the largest
     # log-probability, and of the terms that a logit sums, in the dtype of the sums.
     eps = max(torch.finfo(tensor.dtype).eps for tensor in (logits, *(addition.idle for addition in additions)))
-    seen = logits[~(logits < torch.finfo(logits.dtype).min / 2)]  # some models mask tokens that they never generate
+    # Some models mask tokens that they never generate: what is 1,000 nats below the largest logit allows nothing.
+    seen = logits[~(logits < logits.max(-1, keepdim=True).values - 1e3)]
     allowed = 4 * eps * float(seen.abs().max().clamp(min=1))
-    allowed += 4 * torch.finfo(ours.dtype).eps * (float(theirs.abs().max()) + options.logit_scale * terms)
+    largest = float(theirs.abs().max().clamp(max=1e3))
+    allowed += 4 * torch.finfo(ours.dtype).eps * (largest + options.logit_scale * terms)
+    routed = [loss.float() for loss in (aux_loss, own_aux_loss) if loss is not None]
+    if routed and not torch.allclose(routed[0], routed[-1], rtol=1e-3, equal_nan=True):
+        return "the router's loss depends on the logits"
     difference = float((ours.double() - theirs).abs().max())
     if not difference <= allowed:
         return f"its log-probabilities would be off by {difference:.2g} nats (allowed {allowed:.2g})"

@@ -32,7 +32,7 @@ class MetricSums:
 
     def _reset(self) -> None:
         self._device_sums: dict[str, Tensor] = {}
-        self._scored = self._tokens = self._micro_batches = self._steps = 0
+        self._scored = self._tokens = self._micro_batches = self._routed = self._steps = 0
         self._started: float | None = None
 
     def start(self) -> None:
@@ -57,7 +57,14 @@ class MetricSums:
         return kept
 
     def add(
-        self, output: HeadOutput, *, scored: int, tokens: int, items: float = 0.0, mean_loss: Tensor | None = None
+        self,
+        output: HeadOutput,
+        *,
+        scored: int,
+        tokens: int,
+        items: float = 0.0,
+        mean_loss: Tensor | None = None,
+        has_documents: bool = True,
     ) -> None:
         """Count one micro-batch.
 
@@ -67,11 +74,14 @@ class MetricSums:
             tokens: its tokens, known on the host.
             items: the denominator of `mean_loss`: N, or the sum of the weights.
             mean_loss: its mean loss, if losses are averaged (evaluation).
+            has_documents: whether its row has any; the router's loss of padding does not count.
         """
         self._micro_batches += 1
+        self._routed += has_documents
         self._scored += scored
         self._tokens += tokens
-        sums = {"entropy": output.entropy_sum, "num_correct": output.num_correct, "aux_loss": output.aux_loss}
+        aux_loss = None if output.aux_loss is None else output.aux_loss * has_documents
+        sums = {"entropy": output.entropy_sum, "num_correct": output.num_correct, "aux_loss": aux_loss}
         if mean_loss is not None:
             counted = torch.isfinite(mean_loss) | (not self._filter_nonfinite)
             sums["loss"] = torch.where(counted, mean_loss.double() * items, 0.0)
@@ -91,18 +101,18 @@ class MetricSums:
         """Sum over ranks, read the device once, and start anew. Empty if nothing was counted.
 
         Returns:
-            `entropy` and `mean_token_accuracy`; `loss` per scored token (or example) and `aux_loss` per micro-batch, if
-            they were counted; `tokens` and `seconds` since the clock was started; `steps`, and `finite_steps` of them,
-            if they were counted.
+            `entropy` and `mean_token_accuracy`; `loss` per scored token (or example) and `aux_loss` per micro-batch
+            that has documents, if they were counted; `tokens` and `seconds` since the clock was started; `steps`, and
+            `finite_steps` of them, if they were counted.
         """
         if not self._micro_batches:
             return {}
         names = sorted(self._device_sums)
-        counts = [float(self._scored), float(self._tokens), float(self._micro_batches)]
+        counts = [float(self._scored), float(self._tokens), float(self._routed)]
         values = torch.stack([self._device_sums[name] for name in names])
         values = torch.cat([values, torch.tensor(counts, dtype=values.dtype, device=values.device)])
         steps = self._steps
-        *sums, scored, tokens, micro_batches = accelerator.reduce(values, reduction="sum").tolist()
+        *sums, scored, tokens, routed = accelerator.reduce(values, reduction="sum").tolist()
         total = dict(zip(names, sums, strict=True))
         seconds = 0.0 if self._started is None else time.perf_counter() - self._started
         self._reset()
@@ -115,7 +125,7 @@ class MetricSums:
         if "loss" in total:
             metrics["loss"] = total["loss"] / total["loss_items"] if total["loss_items"] else math.nan
         if "aux_loss" in total:
-            metrics["aux_loss"] = total["aux_loss"] / micro_batches
+            metrics["aux_loss"] = total["aux_loss"] / max(routed, 1)
         if "finite_steps" in total:
             metrics |= {"steps": steps, "finite_steps": total["finite_steps"] / accelerator.num_processes}
         return metrics

@@ -36,12 +36,13 @@ def test_no_logits_are_made(family, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_hook_that_comes_later_sees_the_logits(family, tmp_path):
+def test_a_hook_that_comes_later_sees_the_logits(family, tmp_path, caplog):
     expected, seen = losses_of(trainer(tmp_path, built(family), **FAMILIES[family])), []
     ours = trainer(tmp_path, built(family), **FAMILIES[family])
     ours.model.get_output_embeddings().register_forward_hook(lambda module, inputs, logits: seen.append(logits.shape))
     assert losses_of(ours) == pytest.approx(expected, rel=1e-9)
     assert {shape[-1] for shape in seen} == {ours.model.config.vocab_size}
+    assert caplog.text.count("from now on the head makes logits of the scored tokens: a hook may look at") == 1
 
 
 def test_the_head_itself_is_as_before(tmp_path):
@@ -77,9 +78,11 @@ class OfTheLast(Qwen2MoeForCausalLM):
 class Masking:
     """As Chameleon: it never generates some tokens."""
 
+    mask = torch.finfo(torch.float32).min
+
     def forward(self, *args, **kwargs):
         out = super().forward(*args, **kwargs)
-        out.logits[..., [15, 16, 17]] = torch.finfo(out.logits.dtype).min
+        out.logits[..., [15, 16, 17]] = self.mask
         return out
 
 
@@ -91,11 +94,26 @@ class MaskingLlama(Masking, LlamaForCausalLM):
     pass
 
 
+class Squared(Qwen2MoeForCausalLM):
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.aux_loss = out.aux_loss + out.logits.pow(2).mean()
+        return out
+
+
+class AgainInTraining(Qwen2MoeForCausalLM):
+    def forward(self, *args, **kwargs):
+        if self.training:
+            self.lm_head(self.lm_head.weight[None, :8]).argmax(-1)
+        return super().forward(*args, **kwargs)
+
+
 REASONS = [
-    (Never, "calls its head 0 times"),
+    (Never, "does not call its head"),
     (Twice, "calls its head 2 times"),
     (OfTheLast, "given (1, 7, 32) for 8 tokens"),
     (MaskingExperts, "out of bounds"),
+    (Squared, "the router's loss depends on the logits"),
 ]
 
 
@@ -103,10 +121,13 @@ REASONS = [
 def test_a_forward_that_does_not_call_its_head_once_on_all_tokens_is_not_fused(kind, reason):
     model = built("qwen2_moe")
     model.__class__ = kind
+    model.config.output_router_logits = True  # as TRL sets it
     assert reason in install_head(model, LossOptions(), needs_aux_loss=True)
 
 
-def test_tokens_that_a_model_masks_are_not_overlooked():
+@pytest.mark.parametrize("mask", [Masking.mask, -1e9, -1e4, -float("inf")])
+def test_tokens_that_a_model_masks_are_not_overlooked(mask, monkeypatch):
+    monkeypatch.setattr(Masking, "mask", mask)
     model = tiny_model("llama")
     model.__class__ = MaskingLlama
     assert "log-probabilities would be off" in install_head(model, LossOptions())
@@ -124,11 +145,12 @@ def test_a_hook_of_trls_is_not_taken_for_one_that_sees_logits():
     model.lm_head.register_forward_hook(hook)
     assert install_head(model, LossOptions(), needs_aux_loss=True) is None
     model.lm_head.register_forward_hook(lambda *_: None)
-    assert "a hook of the head" in install_head(model, LossOptions(), needs_aux_loss=True)
+    assert "a hook may look" in install_head(model, LossOptions(), needs_aux_loss=True)
 
 
-def test_what_is_not_fused_makes_logits(tmp_path):
+@pytest.mark.parametrize("kind", [Never, AgainInTraining])
+def test_what_is_not_fused_makes_logits(kind, tmp_path):
     model = built("qwen2_moe")
     expected = losses_of(trainer(tmp_path, copy.deepcopy(model), **ROUTED))
-    model.__class__ = Never
+    model.__class__ = kind
     assert losses_of(trainer(tmp_path, model, **ROUTED)) == pytest.approx(expected, rel=1e-9)
