@@ -123,6 +123,19 @@ def test_the_routers_loss_on_padded_rows_leaves_out_the_padding(tmp_path, trains
     assert np.allclose(logged(ours, *names), logged(theirs, *names), rtol=2e-5)
 
 
+def test_a_row_without_documents_has_no_routers_loss_in_an_evaluation(tmp_path):
+    """As a rank has that gets no rows: only the padding of its row goes through the router."""
+    ours = run(PackedSFTTrainer, tmp_path, tiny_model("mixtral"), packing=False, **ROUTED)
+    ours.model.eval()
+    sums = []
+    for batches in ([token_rows(2)[:2]], [token_rows(2)[:2], {}]):
+        for columns in batches:
+            rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+            ours.compute_loss(ours.model, ours.data_collator(rows or [[]]))
+        sums.append(ours._sums["eval"].drain(ours.accelerator)["aux_loss"])
+    assert sums[0] == pytest.approx(sums[1], rel=1e-12)
+
+
 def test_the_evaluation_loss_of_a_mixture_of_experts_has_the_routers_loss_in_it(tmp_path):
     options = {"max_steps": 1, "router_aux_loss_coef": 0.5, "packing": False, "per_device_eval_batch_size": 4}
     theirs, ours = (
