@@ -251,10 +251,6 @@ class StandIn:
     backward: object = None
     largest_head: int = 256
 
-    @property
-    def is_operator(self):
-        return self.backward is not None
-
 
 STAND_INS = [
     StandIn(

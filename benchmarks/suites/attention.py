@@ -126,7 +126,7 @@ def _beside_per_document(name: str, shape: tuple[int, ...], lengths: tuple[int, 
     bounds, T = boundaries(lengths), sum(lengths)
     torch.manual_seed(0)
     shapes = (T, H, K), (T, G, K), (T, G, V), (T, H, V)
-    *qkv, grad = (torch.randn(shape, device=device()).to(training_dtype()).requires_grad_() for shape in shapes)
+    *qkv, grad = (torch.randn(sizes, device=device()).to(training_dtype()).requires_grad_() for sizes in shapes)
     sinks = torch.randn(H, device=device()) if "sinks" in name else None
     backend = choose_backend(AttentionSpec(device().type, grad.dtype, max(K, V), K == V, sinks=sinks is not None))
     if backend == "sdpa":

@@ -36,24 +36,21 @@ FLASH_2, FLASH_3, FLASH_4, TORCH = STAND_INS
 def install(monkeypatch):
     """Put stand-ins in the place of all GPU back ends, on a card of the given capability that holds every tensor."""
 
-    operators = {}
+    operators = []
 
     def install(*stand_ins: StandIn, capability=(9, 0)):
         packages = {stand_in.package for stand_in in stand_ins}
         monkeypatch.setattr(MODULE, "_installed", lambda module: module in packages)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         monkeypatch.setattr(MODULE, "AttentionSpec", lambda _, *rest: AttentionSpec("cuda", *rest))
-        operator_of = {s.backend: s.is_operator for s in STAND_INS}
-        there = {"sdpa", *(s.backend for s in stand_ins)}
-        reasons = {name: "as asked" for name in BACKENDS if operator_of.get(name) and name not in there}
-        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-        monkeypatch.setattr(MODULE, "why_not", lambda name, spec: reasons.get(name) or why_not(name, spec))
+        of_torch = any(stand_in.backward is not None for stand_in in stand_ins)
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: of_torch)
         for stand_in in stand_ins:
-            if not stand_in.is_operator:
+            if stand_in.backward is None:
                 module = SimpleNamespace(flash_attn_varlen_func=stand_in.function)
                 monkeypatch.setitem(sys.modules, stand_in.module, module)
-            elif stand_in.module not in operators:
-                operators[stand_in.module] = library = torch.library.Library("aten", "IMPL")
+            elif not operators:
+                operators.append(library := torch.library.Library("aten", "IMPL"))
                 library.impl(stand_in.module, stand_in.function, "CPU")
                 library.impl(stand_in.module.replace("forward", "backward"), stand_in.backward, "CPU")
         why_not.cache_clear()
@@ -61,7 +58,7 @@ def install(monkeypatch):
     yield install
     monkeypatch.undo()
     why_not.cache_clear()
-    for library in operators.values():
+    for library in operators:
         library._destroy()
 
 
