@@ -6,7 +6,7 @@ this order:
 
     flash_attn_4, flash_attn_3, flash_attn_2   the packages, if installed and able
     torch_varlen                               PyTorch's own FlashAttention, on Ampere and newer
-    sdpa                                       one SDPA call per document: the CPU, float32, and all other calls
+    sdpa                                       SDPA, document by document: the CPU, float32, and all other calls
 
 `why_not` looks up in a table whether a backend can run a call, and gives the reason. This file knows tensors only.
 

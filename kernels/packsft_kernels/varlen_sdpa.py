@@ -1,8 +1,8 @@
-"""Attention with one SDPA call per document: the backend for the CPU, for float32, and for what other backends refuse.
+"""Attention with SDPA, document by document: the backend for the CPU, for float32, and for what other backends refuse.
 
-The cost is proportional to the sum of squared lengths. It reads the boundaries on the host. Tracers and fake tensors
-have no boundaries to read: for them all of it is one operator, `packsft::varlen_sdpa`. Knows documents in a row; knows
-no other backend.
+The cost is proportional to the sum of squared lengths; on a GPU, documents of similar length share a call. It reads the
+boundaries on the host. Tracers and fake tensors have no boundaries to read: for them all of it is one operator,
+`packsft::varlen_sdpa`. Knows documents in a row; knows no other backend.
 
 Shapes: T tokens, D documents, H query heads, G key heads, K head size.
 """
@@ -24,6 +24,8 @@ from packsft_kernels.attention_spec import HALF_DTYPES, AttentionSpec
 # On the CPU, SDPA in float32 is faster than in bfloat16 on short documents, casts included: 2.3x at 100 tokens, 1.0x at
 # 700.
 CPU_FLOAT32_LENGTH = 512
+# On a GPU 60 documents of about 140 tokens become 7 calls, with 1.2 times as many scores. A kernel's block has 64 rows.
+SIMILAR, SHORT = 0.75, 64
 
 
 def sdpa(
@@ -209,7 +211,7 @@ def _with_nan(out: Tensor, q: Tensor, k: Tensor, causal: bool) -> Tensor:
     return out * torch.ones_like(lost, dtype=out.dtype).masked_fill(lost, torch.nan)[..., None]
 
 
-# ---- one call per document ----
+# ---- one call per document, or on a GPU per group of documents ----
 
 
 def _per_document(
@@ -217,18 +219,35 @@ def _per_document(
 ) -> Tensor:
     """One SDPA call per document; neighbours of equal length form one batch. Cost: the sum of squared lengths.
 
-    `split` and `cat`, not slices: the backward of a slice fills a [T, H, K] with zeros for every document.
+    On a GPU, where calls cost more than scores, documents of similar length form one batch, too, filled up at their
+    ends: causal attention sees nothing that comes later.
     """
-    runs = _equal_length_runs(cu.tolist(), q.shape[0], longest)
+    boundaries = cu.tolist()
+    runs = _equal_length_runs(boundaries, q.shape[0], longest)
+    if spec.device != "cpu" and spec.causal:
+        groups, shifts = _similar_length_groups(boundaries)
+        if len(groups) < len(runs):
+            shift_T = torch.tensor(shifts, device=cu.device).repeat_interleave(cu.diff(), output_size=q.shape[0])
+            place_T = torch.arange(q.shape[0], device=cu.device) + shift_T
+            size = sum(count * length for count, length in groups)
+            q, k, v = (x.new_zeros(size, *x.shape[1:]).index_copy(0, place_T, x) for x in (q, k, v))
+            return _in_runs(q, k, v, groups, scale, sinks, spec).index_select(0, place_T)
+    return _in_runs(q, k, v, runs, scale, sinks, spec)
+
+
+def _in_runs(
+    q: Tensor, k: Tensor, v: Tensor, runs: list[tuple[int, int]], scale: float, sinks: Tensor | None,
+    spec: AttentionSpec,
+) -> Tensor:  # fmt: skip
+    """`split` and `cat`, not slices: the backward of a slice fills a [T, H, K] with zeros for every document."""
     if spec.device == "cuda" and q.shape[1] != k.shape[1]:  # `enable_gqa` in float32 takes a kernel that stores scores
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     finite = spec.device != "cpu" or _is_finite(q, k)
     if len(runs) == 1:  # no `split`: its backward would copy every gradient
         return _documents(q, k, v, runs[0][0], scale, sinks, spec, finite)
-    sizes = [count * length for count, length in runs]
     outs = [
-        _documents(q_run, k_run, v_run, count, scale, sinks, spec, finite)
-        for (count, _), q_run, k_run, v_run in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+        _documents(q_run, k_run, v_run, run[0], scale, sinks, spec, finite)
+        for run, q_run, k_run, v_run in _split(runs, q, k, v)
     ]
     return torch.cat(outs) if outs else q
 
@@ -256,6 +275,28 @@ def _equal_length_runs(boundaries: list[int], num_tokens: int, max_seqlen: int) 
             f"cu_seqlens runs from {boundaries[0]} to {boundaries[-1]}, expected from 0 to T = {num_tokens}"
         )
     return runs
+
+
+def _similar_length_groups(boundaries: list[int]) -> tuple[list[tuple[int, int]], list[int]]:
+    """(count, longest) of each group of documents of similar length, and how far each document moves, in tokens, if the
+    groups lie end to end, and every document of a group takes the room of its longest.
+
+    The shortest has `SIMILAR` of the longest, or both are within `SHORT`. Empty documents are skipped.
+    """
+    groups: list[tuple[int, int]] = []
+    shifts, place = [0] * (len(boundaries) - 1), 0
+    lengths = [stop - start for start, stop in itertools.pairwise(boundaries)]
+    for document in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        length = lengths[document]
+        if not length:
+            break
+        if groups and (length >= SIMILAR * groups[-1][1] or groups[-1][1] <= SHORT):
+            groups[-1] = groups[-1][0] + 1, groups[-1][1]
+        else:
+            groups.append((1, length))
+        shifts[document] = place - boundaries[document]
+        place += groups[-1][1]
+    return groups, shifts
 
 
 def _documents(

@@ -1,4 +1,5 @@
-"""`packsft::varlen_sdpa`, what per-document SDPA is to torch.compile and to fake tensors: the same in one operator.
+"""SDPA by documents: as `packsft::varlen_sdpa`, the one operator that torch.compile and fake tensors see; and in
+batches of similar length, as on a GPU.
 
 T = 12 tokens in documents of 5, 0, 1 and 6; 4 query and 2 key heads of size 8.
 """
@@ -7,8 +8,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numerics import error
+from packsft_kernels.attention_spec import AttentionSpec
+from packsft_kernels.reference import varlen_attention as reference
 from packsft_kernels.varlen_attention import varlen_attention
+from packsft_kernels.varlen_sdpa import sdpa
 from torch._dynamo.testing import CompileCounter
 
 CU_SEQLENS = torch.tensor([0, 5, 5, 6, 12], dtype=torch.int32)
@@ -89,3 +96,50 @@ def test_it_is_registered_rightly(
     args = tuple(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args)
     backward = torch.ops.packsft.varlen_sdpa_backward.default
     torch.library.opcheck(backward, (torch.randn(12, 4, 8), *args, *torch.ops.packsft.varlen_sdpa(*args)))
+
+
+def sdpa_as_on_a_gpu(q, k, v, cu_seqlens, longest, *, sinks=None, **masking):
+    spec = AttentionSpec("cuda", q.dtype, q.shape[-1], sinks=sinks is not None, **masking)
+    return sdpa(q, k, v, cu_seqlens, longest, 8**-0.5, sinks, spec)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@settings(deadline=None)
+@given(lengths=st.lists(st.one_of(st.integers(0, 5), st.integers(0, 150)), min_size=1, max_size=12))
+def test_documents_of_similar_length_share_a_call_and_nothing_else(name: str, lengths: list[int]) -> None:
+    q, k, v = (torch.randn(sum(lengths), heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    wanted = q, k, v, *(x.requires_grad_() for x in OPTIONS[name].values() if isinstance(x, torch.Tensor))
+    upstream = torch.randn_like(q)
+    results = []
+    for attend in (sdpa_as_on_a_gpu, reference):
+        out = attend(q, k, v, cu_seqlens, max(lengths), **OPTIONS[name])
+        results.append((out, *torch.autograd.grad(out, wanted, upstream)) if sum(lengths) else (out,))
+    for ours, definition in zip(*results, strict=True):
+        torch.testing.assert_close(ours, definition, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "options", "batches"),
+    [
+        (
+            (100, 20, 75, 74, 0, 64, 2, 1),
+            {},
+            [(2, 100), (2, 74), (3, 20)],
+        ),  # three quarters, and up to a kernel's block
+        ((20, 30, 20), {}, [(3, 30)]),
+        ((300, 200, 300), {"window": 16}, [(2, 300), (1, 200)]),
+        ((300, 300, 300), {}, [(3, 300)]),
+        ((300, 290, 300), {"causal": False}, [(1, 300), (1, 290), (1, 300)]),  # what fills up would be seen
+    ],
+    ids=str,
+)
+def test_batches_of_similar_length(monkeypatch, lengths, options, batches) -> None:
+    called = []
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda q, *a, **k: called.append(q.shape) or attend(q, *a, **k)
+    )
+    q, k, v = (torch.randn(sum(lengths), heads, 8) for heads in (4, 2, 2))
+    sdpa_as_on_a_gpu(q, k, v, torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths), **options)
+    assert [(B, S) for B, _, S, _ in called] == batches
