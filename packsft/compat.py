@@ -30,7 +30,7 @@ from torch.distributed.fsdp import FSDPModule, StateDictType
 from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoProcessor, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import is_peft_available
+from transformers.utils import is_peft_available, output_capturing
 from trl.trainer import sft_trainer as trl_sft_trainer
 
 TRL_RANGE = (Version("1.16"), Version("2"))
@@ -341,6 +341,25 @@ def gradient_sync(trainer: Any, model: nn.Module, *, last: bool) -> AbstractCont
     if sharded_at_load and hasattr(trainer.model, "set_requires_gradient_sync"):
         return trainer._defer_fsdp_gradient_reduction()
     return trainer.accelerator.no_sync(model)
+
+
+@contextmanager
+def recording(key: str) -> Iterator[None]:
+    """While open, transformers' hooks record outputs under `key` in a way that a compiled layer can trace.
+
+    They find the list of a forward through a `ContextVar`, which `torch.compile` cannot read; transformers has a global
+    variable for models that are compiled whole. Unnecessary once Dynamo reads a `ContextVar`. Each layer starts with an
+    empty list, so that all have one graph, and a layer that is recomputed has the graph of its forward.
+    """
+    active = output_capturing._active_collector
+    outer, recorded, before = active.get(), list[Tensor](), (active.global_var, active.compiling)
+    active.global_var, active.compiling = {key: recorded}, True
+    try:
+        yield
+    finally:
+        active.global_var, active.compiling = before
+    if outer is not None and key in outer:
+        outer[key].extend(recorded)
 
 
 def trainer_in_place(trainer_class: type) -> ExitStack:

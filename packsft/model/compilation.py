@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from packsft.compat import recording
 from packsft.model import attention
 from packsft.model.isolation import decoder_layers
 
@@ -91,7 +92,8 @@ def _compiled(kind: type[nn.Module], parameters: tuple[Any, ...]) -> type[nn.Mod
         _mark_sizes({longest.shape[0]}, longest)
         _mark_sizes({hidden.shape[1], cu_seqlens.shape[0]}, args, rest)
         try:
-            return compiled(self, longest, *args, **rest)
+            with recording("router_logits"):
+                return compiled(self, longest, *args, **rest)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = " ".join(str(error).split())[:500]
             raise ValueError(

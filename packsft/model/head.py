@@ -136,7 +136,7 @@ def install_head(
                     raise
                 if not torch.compiler.is_compiling():
                     logger.warning("from now on the head makes logits of the scored tokens: %s", error)
-                    self.packsft_needs_logits = True
+                    self.packsft_needs_logits = str(error)
             else:
                 if aux_loss is not None:
                     self.packsft_values[-1] = aux_loss.detach()

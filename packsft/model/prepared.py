@@ -52,12 +52,11 @@ class PreparedModel:
         prompt: PEFT's configuration of a prompt or prefix, or None.
         virtual_tokens: how many a PEFT prompt puts before the tokens of each row. Prefix tuning puts none there.
         padded: whether documents are trained as padded rows, because they see each other in a packed row.
-        why_compact: None if the head is fused, otherwise the reason for compact logits.
 
     Raises:
-        ValueError: trained weights are offloaded, the model has no language-model head or no layers to compile, the
-            attention back end was chosen by name and cannot run, or documents see each other and
-            `on_unpackable="error"`; rows cannot be cut over the ranks of `sequence`.
+        ValueError: trained weights are offloaded, prefix tuning meets the router's loss, the model has no language-model
+            head or no layers to compile, the attention back end was chosen by name and cannot run, or documents see
+            each other and `on_unpackable="error"`; rows cannot be cut over the ranks of `sequence`.
         FloatingPointError: weights are not finite, which the check shows.
     """
 
@@ -84,6 +83,11 @@ class PreparedModel:
         self.prompt = prompt if getattr(prompt, "is_prompt_learning", False) else None
         fills_cache = self.prompt is not None and self.prompt.peft_type in ("PREFIX_TUNING", "CARTRIDGE")
         self.virtual_tokens = 0 if self.prompt is None or fills_cache else self.prompt.num_virtual_tokens
+        if fills_cache and needs_aux_loss:
+            raise ValueError(
+                f"{type(self.prompt).__name__} puts keys before each row that no router sees, and the router's loss "
+                "fails on such rows: set router_aux_loss_coef=0.0"
+            )
         _refuse_offloaded(model)
         check_tied_at_load(self.base_model)
         as_before_accelerate(model)
@@ -91,7 +95,7 @@ class PreparedModel:
         self._rotary_limit = install_rotary(self.base_model)
         self._on_unpackable = on_unpackable
         self._prepare_attention(attention_backend, check, any_rank)
-        self.why_compact = install_head(self.base_model, options, needs_aux_loss=needs_aux_loss, traced=traced)
+        self._why_compact = install_head(self.base_model, options, needs_aux_loss=needs_aux_loss, traced=traced)
         tuner: Any = getattr(model, "base_model", None)
         if is_peft_model(model) and "forward" in vars(tuner):  # of LLaMA-Adapter: the forward as it was
             tuner.forward = self.base_model.forward
@@ -104,6 +108,11 @@ class PreparedModel:
         elif compiles_layers:
             with autocast():
                 compile_layers(self.base_model)
+
+    @property
+    def why_compact(self) -> str | None:
+        """None if the head is fused, otherwise the reason for compact logits. It may turn up in training (a hook)."""
+        return self._why_compact or getattr(self.base_model, "packsft_needs_logits", None)
 
     def _prepare_attention(self, backend: str, check: bool, any_rank: Callable[[bool], bool]) -> None:
         model = self.base_model

@@ -43,6 +43,7 @@ def test_a_hook_that_comes_later_sees_the_logits(family, tmp_path, caplog):
     assert losses_of(ours) == pytest.approx(expected, rel=1e-9)
     assert {shape[-1] for shape in seen} == {ours.model.config.vocab_size}
     assert caplog.text.count("from now on the head makes logits of the scored tokens: a hook may look at") == 1
+    assert ours.why_compact == "a hook may look at what the head computes"
 
 
 def test_the_head_itself_is_as_before(tmp_path):

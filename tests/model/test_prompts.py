@@ -119,3 +119,9 @@ def test_a_prompt_that_peft_would_leave_out_and_a_model_that_must_pack_are_refus
         trainer(tmp_path, model=prompted("prompt tuning"), on_unpackable="error")
     with pytest.raises(ValueError, match="PromptTuningConfig trains padded rows: there is nothing to prove"):
         trainer(tmp_path, model=prompted("prompt tuning")).check_packing()
+    routed = prompted("prefix tuning", "mixtral", torch.float32)
+    with pytest.raises(ValueError, match=r"PrefixTuningConfig .* the router's loss .* set router_aux_loss_coef=0\.0"):
+        trainer(tmp_path, model=routed)
+    without = trainer(tmp_path, model=routed, router_aux_loss_coef=0.0, max_steps=1)
+    without.train()
+    assert losses(without)

@@ -81,6 +81,8 @@ CASES = {
     "qwen3": ({"family": "qwen3"}, 1),
     "gemma2": ({"family": "gemma2"}, 2),  # layers with a window, and without
     "gpt2": ({"family": "gpt2"}, 1),
+    "router's loss": ({"family": "mixtral", "router_aux_loss_coef": 0.5}, 1),
+    "router's loss, checkpointed": ({"family": "mixtral", "router_aux_loss_coef": 0.5, **CHECKPOINTED}, 1),
 }
 
 
@@ -93,6 +95,8 @@ def test_an_epoch_of_uneven_packs_trains_alike_with_as_many_graphs_as_kinds_of_l
     options = dict(options)
     family = options.pop("family", "llama")
     model = tiny_model(family, torch.float64, num_hidden_layers=3)
+    if family == "mixtral":  # grouped products, the default, know no float64
+        model.set_experts_implementation("batched_mm")
     plain, compiled = (run(tmp_path, copy.deepcopy(model), on, **options) for on in (False, True))
     assert compiled.graphs == expected
     assert not counters["graph_break"]
@@ -101,6 +105,14 @@ def test_an_epoch_of_uneven_packs_trains_alike_with_as_many_graphs_as_kinds_of_l
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     if "eval_strategy" in options:
         assert compiled.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-12)
+
+
+def test_grouped_experts_train_alike_with_the_routers_loss(tmp_path):
+    routed = {"router_aux_loss_coef": 0.5, "logging_steps": 1}
+    plain, compiled = (run(tmp_path, tiny_model("mixtral"), on, **routed) for on in (False, True))
+    assert compiled.graphs == 1
+    assert compiled.why_compact is None
+    torch.testing.assert_close(compiled.losses, plain.losses, rtol=1e-6, atol=0)
 
 
 @pytest.mark.slow
