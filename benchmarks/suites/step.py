@@ -16,6 +16,7 @@ from harness.floors import model_gemms
 from harness.measure import Figure, Settings, device, figure, interleave, synchronize, training_dtype
 from harness.shapes import MODELS, docstrings, random_documents, random_model, smollm2, tiny_tokenizer
 from harness.trainers import OURS, build_trainer
+from torch.autograd import DeviceType
 
 from packsft.model.compilation import compile_layers, restore_layers
 
@@ -87,8 +88,9 @@ def with_compiled_layers(model: Any, step: Callable[[], None]) -> Callable[[], N
 
 def launching(trainer: Any, repeats: int = 15) -> list[Figure]:
     """Forward and backward of 16 tokens, which no card takes long for: what the host takes to launch a step, beside the
-    model's own forward and backward of as many tokens, with SDPA and its own loss."""
+    model's own forward and backward of as many tokens, with SDPA and its own loss. And what one launch takes."""
     model = trainer.model.train()
+    number = torch.zeros((), device=model.device)
     ids = torch.full((1, 16), 5, device=model.device)
     step, *_ = training_step(trainer, trainer.data_collator([{"input_ids": ids[0].tolist(), "seq_lengths": [16]}]))
 
@@ -98,13 +100,25 @@ def launching(trainer: Any, repeats: int = 15) -> list[Figure]:
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
 
-    times = interleave({"own": own, "packsft": step}, repeats, launches=True)
+    def launch() -> None:
+        for _ in range(1000):
+            number.add_(1)
+
+    times = interleave({"own": own, "packsft": step, "launch": launch}, repeats, launches=True)
     limit, ours = times["own"].median, times["packsft"].median
+    with torch.profiler.profile() as profiler:
+        step()
+        synchronize()
+    kernels = sum(event.count for event in profiler.key_averages() if event.device_type == DeviceType.CUDA)
     return [
         figure("a step of 16 tokens, the model alone", limit, "s", spread=times["own"].spread, note="launches"),
         figure(
             "a step of 16 tokens, packsft", ours, "s", ratio=ours / limit, ratio_of="time / the model alone",
             at_most=1.1, spread=times["packsft"].spread,
+        ),
+        figure(
+            "a launch of the smallest kernel", times["launch"].median / 1000, "s", spread=times["launch"].spread,
+            note=f"of 1,000 in a row; the step of 16 tokens has {kernels}",
         ),
     ]  # fmt: skip
 

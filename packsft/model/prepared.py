@@ -54,9 +54,9 @@ class PreparedModel:
         padded: whether documents are trained as padded rows, because they see each other in a packed row.
 
     Raises:
-        ValueError: trained weights are offloaded, prefix tuning meets the router's loss, the model has no language-model
-            head or no layers to compile, the attention back end was chosen by name and cannot run, or documents see
-            each other and `on_unpackable="error"`; rows cannot be cut over the ranks of `sequence`.
+        ValueError: trained weights are offloaded, prefix tuning meets the router's loss, the model has no
+            language-model head or no layers to compile, the attention back end was chosen by name and cannot run, or
+            documents see each other and `on_unpackable="error"`; rows cannot be cut over the ranks of `sequence`.
         FloatingPointError: weights are not finite, which the check shows.
     """
 
