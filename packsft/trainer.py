@@ -444,6 +444,11 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         num_items_in_batch: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """Replaces the parent's loss: sum over scored tokens / `num_items_in_batch` (default: this batch's items)."""
+        if "passes" in inputs:
+            raise ValueError(
+                f"compute_loss got a whole optimizer step of {len(inputs['passes'])} passes: call it for each batch in "
+                'inputs["passes"], with num_items_in_batch=inputs["num_items"], and add up'
+            )
         mode = "train" if self.model.training else "eval"
         num_items = (inputs["num_items"] or 1) if num_items_in_batch is None else num_items_in_batch
         if self.neftune_noise_alpha is not None:

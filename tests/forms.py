@@ -1,7 +1,7 @@
 """Every data set form that TRL takes, in words of the tiny tokenizer, with the options that go with it."""
 
 from datasets import Dataset
-from tiny import ROWS
+from tiny import ROWS, tiny_tokenizer
 
 TEXT = Dataset.from_list([{"text": "tell me a joke no"}, {"text": "what is two plus two four"}] * 3)
 PROMPTS = Dataset.from_list(
@@ -45,3 +45,18 @@ FORMS = {
     "tokens and labels": (TOKENS, {}),
     "a text field of another name": (TEXT.rename_column("text", "body"), {"dataset_text_field": "body"}),
 }
+
+TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool | tojson }} {% endfor %}"
+    "{% if flag is defined %}{{ flag }} {% endif %}"
+    "{% for message in messages %}{% for key, value in message.items() %}{{ key }} {{ value | tojson }} {% endfor %}"
+    "{% endfor %}"
+)
+
+
+def character_tokenizer():
+    """Every character that the template may render is a token."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([chr(code) for code in range(33, 127)])
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer

@@ -14,6 +14,7 @@ The collator computes everything once, on the host. Nothing here reads from the 
 | `loss_targets`                 | `[N]` int64     | `labels[t + 1]` of those positions                                |
 | `loss_weights`                 | `[N]` float64   | weight of each position's loss; only if examples count equally    |
 | `num_items`                    | int or float    | N, or the sum of the weights: its part of the denominator         |
+| `step_items`                   | int or float    | in training: the denominator of the step's loss on this rank      |
 | `num_scored`                   | int             | N                                                                 |
 | `num_tokens`                   | int             | tokens of the documents, without padding                          |
 | `num_documents`                | int             | D                                                                 |
@@ -50,17 +51,20 @@ all ranks share.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from packsft.data.document import Pack
 
 LOSS_KEYS = ("loss_rows", "loss_targets", "loss_weights")  # read by the head, unknown to the models
 # for the trainer: with labels, a model would compute its own loss
 HOST_KEYS = (
-    "labels", "num_items", "num_scored", "num_tokens", "num_documents", "row_tokens", "rows", "row_lengths",
-    "stream_digests",
+    "labels", "num_items", "step_items", "num_scored", "num_tokens", "num_documents", "row_tokens", "rows",
+    "row_lengths", "stream_digests",
 )  # fmt: skip
 
 
@@ -105,3 +109,42 @@ def for_model(batch: Mapping[str, Any], *more: str) -> dict[str, Any]:
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs of the model's own forward."""
     return {key: value for key, value in batch.items() if key not in LOSS_KEYS + HOST_KEYS}
+
+
+# ---- for forwards that a user's own `compute_loss` calls ----
+
+
+@dataclass
+class Row:
+    """The row that a model is trained on, for forwards that a user's own `compute_loss` calls.
+
+    Args:
+        input_ids: of several documents that must not see each other; None of any other batch.
+        forward_on: the context for a forward on the batch.
+    """
+
+    input_ids: Tensor | None
+    forward_on: Callable[[Mapping[str, Any]], AbstractContextManager]
+
+    def check(self, inputs: Mapping[str, Any]) -> None:
+        """Raises ValueError for the tokens of the row without a word about its documents."""
+        told = inputs.keys() & {"position_ids", "cu_seq_lens_q"}
+        if self.input_ids is not None and inputs.get("input_ids") is self.input_ids and not told:
+            raise ValueError(
+                "the forward got the tokens of a row of several documents, which would see each other: give it all "
+                "inputs of the batch, model(**inputs), or the position_ids as well"
+            )
+
+
+def for_logits(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of the model's own forward, of a batch without labels."""
+    return {"use_cache": False} | model_inputs(batch)
+
+
+def for_loss(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a forward with a loss: that of a pass is its part of the step's."""
+    inputs = {key: value for key, value in model_inputs(batch).items() if key not in ("use_cache", "return_dict")}
+    counts = (batch.get(key) for key in ("num_items_in_batch", "step_items", "num_items"))
+    num_items = next(count for count in counts if count is not None)
+    inputs.pop("num_items_in_batch", None)
+    return inputs | loss_inputs(batch) | {"num_items": num_items if isinstance(num_items, Tensor) else num_items or 1}

@@ -64,7 +64,7 @@ def divisible(rows: IterableDataset, seed: int | None) -> IterableDataset:
     """
     shuffled = rows if seed is None else rows.shuffle(seed=seed)
     divided = shuffled.filter(_is_in_turn, with_indices=True)
-    divided.of_arrow = rows.of_arrow
+    divided.arrow_types = rows.arrow_types
     return divided
 
 

@@ -98,6 +98,12 @@ class PackedLoaders(Trainer):
             )
 
     def _loader(self, dataset: Packs, batch_size: int, training: bool = False) -> DataLoader:
+        name = "_get_train_sampler" if training else "_get_eval_sampler"
+        if not isinstance(dataset, PackedStream) and getattr(type(self), name) is not getattr(Trainer, name):
+            raise ValueError(
+                f"{type(self).__name__} overrides {name}, which packs and exact steps do not ask: set "
+                "train_sampling_strategy, put the rows in order, or override the method that makes the data loader"
+            )
         tokens_per_pass = self._passes.tokens_per_pass
         return packed_loader(
             dataset,

@@ -26,6 +26,7 @@ TEXT = "a text"
 MESSAGES = "a list of messages, each with a {} and {}"
 ROLE_CONTENT, FROM_VALUE = MESSAGES.format("role", "content"), MESSAGES.format("from", "value")
 KEYS = {ROLE_CONTENT: ("role", "content"), FROM_VALUE: ("from", "value")}
+RENAMED = dict(zip(KEYS[ROLE_CONTENT], KEYS[FROM_VALUE], strict=True))
 SAID = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # instead of a content
 OF_TEMPLATE = ("tokenize", "return_dict", "conversation", "return_assistant_tokens_mask", "add_generation_prompt")
 MEDIA = ("image", "image_url", "video", "audio")  # types of parts of a content
@@ -150,16 +151,31 @@ def tokenizer_without_nulls(tokenizer: Any, rows: Dataset | IterableDataset, nam
 
     A data set of Arrow has all keys of all rows in each: None where a row had no such key. A template renders such a
     None, or takes it for a value. The content of a message with tool calls stays: there, None is what others write.
-    What comes as JSON text or from a stream of Python objects stays as it is.
+    What comes as JSON (text, or a column of `datasets.Json`) or from a stream of Python objects stays as it is.
 
     Args:
         rows: of `checked_rows`.
         name: names the data set in messages.
     """
     own = copy.copy(tokenizer)
-    of_arrow = isinstance(rows, Dataset) or getattr(rows, "of_arrow", True)
-    own.apply_chat_template = functools.partial(_apply_template, tokenizer, name, of_arrow, _has_json_tools(rows))
+    types = types_of(rows.data.schema) if isinstance(rows, Dataset) else getattr(rows, "arrow_types", {})
+    own.apply_chat_template = functools.partial(_apply_template, tokenizer, name, types, _has_json_tools(rows))
     return own
+
+
+def types_of(schema: pa.Schema) -> dict[str, pa.DataType]:
+    return dict(zip(schema.names, schema.types, strict=True))
+
+
+def holds_json(kind: pa.DataType) -> bool:
+    """Whether values of this type, or parts of them, are JSON (`datasets.Json`), which may be anything."""
+    if is_list(kind):
+        return holds_json(kind.value_type)
+    return _is_json(kind) or (pa.types.is_struct(kind) and any(holds_json(field.type) for field in kind))
+
+
+def _is_json(kind: pa.DataType) -> bool:
+    return isinstance(kind, pa.BaseExtensionType) and kind.extension_name == "arrow.json"
 
 
 def _has_json_tools(rows: Dataset | IterableDataset) -> bool:
@@ -168,17 +184,25 @@ def _has_json_tools(rows: Dataset | IterableDataset) -> bool:
 
 
 def _apply_template(
-    tokenizer: Any, name: str, of_arrow: bool, json_tools: bool, messages: list[dict[str, Any]], **options: Any
+    tokenizer: Any,
+    name: str,
+    types: Mapping[str, pa.DataType] | None,
+    json_tools: bool,
+    messages: list[dict[str, Any]],
+    **options: Any,
 ) -> Any:
+    """`types`: of the columns; None if the rows are Python objects."""
     if tokenizer.chat_template is None and options.get("chat_template") is None:
         raise ValueError(f"the rows of the {name} data set hold messages, but the tokenizer has no chat template")
-    if of_arrow:
+    if types is not None:
         tools = options.get("tools")
-        options = without_nulls(options) | ({"tools": tools} if json_tools else {})
+        options = without_nulls(dict(options), *_types_in(types, "chat_template_kwargs"))
+        if tools is not None:
+            options["tools"] = tools if json_tools else without_nulls(tools, *_types_in(types, "tools"))
+        of_lists = _types_in(types, "prompt", "completion", *CHATS)
         messages = [
-            without_nulls(message)
-            | ({"content": None} if message.get("tool_calls") and message.get("content", "") is None else {})
-            for message in messages
+            kept | ({"content": None} if message.get("tool_calls") and message.get("content", "") is None else {})
+            for message, kept in zip(messages, without_nulls(messages, *of_lists), strict=True)
         ]
     try:
         return tokenizer.apply_chat_template(messages, **options)
@@ -188,11 +212,30 @@ def _apply_template(
         ) from error
 
 
-def without_nulls(value: Any) -> Any:
-    """The same value without the keys, at any depth, that are None."""
+def _types_in(types: Mapping[str, pa.DataType], *columns: str) -> list[pa.DataType]:
+    return [types[column] for column in columns if column in types]
+
+
+def without_nulls(value: Any, *types: pa.DataType) -> Any:
+    """The same value without the keys, at any depth, that are None; but JSON as it is.
+
+    Args:
+        types: what Arrow may hold the value as: of each column that it may come from.
+    """
+    if types and all(map(_is_json, types)):
+        return value
     if isinstance(value, Mapping):
-        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+        return {key: without_nulls(inner, *_inner(types, key)) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner, *_inner(types, None)) for inner in value] if isinstance(value, list) else value
+
+
+def _inner(types: Sequence[pa.DataType], key: str | None) -> list[pa.DataType]:
+    """The types of a key, or with None those of an item of a list."""
+    if key is None:
+        return [kind.value_type for kind in types if is_list(kind)]
+    structs = [kind for kind in types if pa.types.is_struct(kind)]
+    names = (key, RENAMED.get(key, key))  # TRL has renamed it
+    return [kind.field(name).type for kind in structs for name in set(names) if kind.get_field_index(name) >= 0]
 
 
 def warn_of_unseen_roles(
@@ -224,7 +267,13 @@ def warn_of_unseen_roles(
                 return
             for message in messages:
                 said, role = message["content"], message["role"]
-                if role not in ("assistant", "tool") and isinstance(said, str) and said.strip() not in text:
+                texts = (
+                    [part.get("text") for part in said if isinstance(part, Mapping)]
+                    if isinstance(said, list)
+                    else [said]
+                )
+                unseen = any(isinstance(one, str) and one.strip() not in text for one in texts)
+                if role not in ("assistant", "tool") and unseen:
                     logger.warning(
                         "%s data set: the chat template leaves out what the role %r says, as in row %d: %s",
                         name, role, number, short(said),

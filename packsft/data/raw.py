@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate import PartialState
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Value
 
 from packsft.data.columns import MASK, ListColumn, check_no_transform, first_of, order_of, rows_of, where
 from packsft.data.document import IGNORE_INDEX, check_mask, checked_tokens, short
@@ -29,10 +29,12 @@ from packsft.data.messages import (
     check_beside,
     check_media,
     doubtful_rows,
+    holds_json,
     is_unicode,
     kind_of,
     may_hold_media,
     rows_of_each_kind,
+    types_of,
 )
 from packsft.data.pictures import has_pictures, holds_pictures
 
@@ -59,7 +61,7 @@ def one_form(dataset: Rows, text_field: str, name: str) -> Rows:
             if hidden := sorted(set(dataset.column_names) - set(dataset.format["columns"])):
                 logger.warning("%s data set: its format hides %s: not read", name, " and ".join(hidden))
             dataset = dataset.select_columns(dataset.format["columns"])
-    elif hasattr(dataset, "of_arrow"):
+    elif hasattr(dataset, "arrow_types"):
         return dataset
     dataset = dataset.with_format(None)
     sample: dict[str, Any] = next(iter(dataset), {})
@@ -89,7 +91,8 @@ def one_form(dataset: Rows, text_field: str, name: str) -> Rows:
         columns -= set() if kind == TEXT else set(BESIDE) - set(named)
         rename = functools.partial(_renamed, names=named, name=name)
         rows = dataset.map(rename, with_indices=True, remove_columns=sorted(columns))
-        rows.of_arrow = dataset.features is not None
+        types = None if dataset.features is None else types_of(dataset.features.arrow_schema)
+        rows.arrow_types = None if types is None else {named.get(old, old): kind for old, kind in types.items()}
         return rows
     rows = dataset.select_columns([*chosen, *(column for column in beside if column not in chosen)])
     return rows.rename_columns({old: new for old, new in named.items() if old != new})
@@ -163,22 +166,28 @@ def checked_rows(dataset: Rows, *, text_field: str, completion_only: bool, eos_t
     strip = functools.partial(_without_blanks_at_end, text=texts[-1], eos_token=eos_token or "")
     scores_completions = completion_only and expected == TEXT and texts[-1] == "completion"
     if isinstance(dataset, IterableDataset):
-        of_arrow = dataset.of_arrow
+        arrow_types = dataset.arrow_types
         told: list[str] | None = [] if scores_completions else None
         dataset = dataset.map(functools.partial(check, of="stream", told=told), with_indices=True)
         if expected == TEXT and eos_token is not None:
             dataset = dataset.map(strip)
-        dataset.of_arrow = of_arrow
+        dataset.arrow_types = arrow_types
         return dataset
     check(sample, 0, of="data set")  # the others have the same type, if any
-    for text in texts:
+    of_any_kind = [column for column, kind in types_of(dataset.data.schema).items() if holds_json(kind)]
+    for row in range(len(dataset)) if of_any_kind else ():
+        check(dataset[row], row, of="data set")
+    for text in () if of_any_kind else texts:
         for row in doubtful_rows(dataset, text, expected):
             check(dataset[row], row, of="data set")
-    for row in rows_of_each_kind(dataset):
+    for row in () if of_any_kind else rows_of_each_kind(dataset):
         check(dataset[row], row, of="data set")
-    for text in texts if expected != TEXT else []:
+    for text in texts if expected != TEXT and not of_any_kind else []:
         for row in range(len(dataset)) if may_hold_media(dataset, text) else ():
             check(dataset[row], row, of="data set")
+    if expected == TEXT and of_any_kind:
+        as_texts = Features(dataset.features | dict.fromkeys(of_any_kind, Value("string")))
+        dataset = dataset.map(dict, features=as_texts)
     if "chat_template_kwargs" in sample and dataset.data.column("chat_template_kwargs").null_count:
         dataset = dataset.map(_with_kwargs)
     if expected != TEXT:

@@ -21,7 +21,7 @@ import itertools
 import logging
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from packsft.compat import gathered_parameters, is_out_of_memory
-from packsft.data.batch import LOSS_KEYS
+from packsft.data.batch import LOSS_KEYS, Row, for_logits, for_loss
 from packsft.model.adapters import Addition, exercised, low_rank_of, split_head
 from packsft.model.sequence_parallel import gather_router_logits
 
@@ -57,6 +57,12 @@ class HeadOutput(ModelOutput):
     num_correct: Tensor | None = None
     aux_loss: Tensor | None = None
     added_loss: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"a forward with `loss_rows` and `labels` gives the loss, and no {name!r}: leave `labels` out of its "
+            "inputs for what the model itself gives, logits included"
+        )
 
 
 def count_embeddings(model: PreTrainedModel) -> int:
@@ -88,7 +94,8 @@ def install_head(
 ) -> str | None:
     """Teach `model.forward` the keyword arguments `loss_rows`, `loss_targets`, `loss_weights` and `num_items`.
 
-    Without them the forward does not change. An adapter may add to `loss` (AdaLoRA: how far its matrices are from
+    Without them the forward does not change. A whole batch of the collator may be given, too: with its `labels` for the
+    loss, without them for the model's own output. An adapter may add to `loss` (AdaLoRA: how far its matrices are from
     orthogonal). With `loss_apart=True` it adds to 0, and the loss of the rows is `added_loss`.
 
     Call this before the model is wrapped (DDP, FSDP); for a PEFT model, pass its base model.
@@ -118,9 +125,7 @@ def install_head(
     if needs_aux_loss:
         gather_router_logits(backbone_of(model))
 
-    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        if "loss_rows" not in kwargs:
-            return own_forward(self, *args, **kwargs)
+    def with_loss(self: PreTrainedModel, *args: Any, **kwargs: Any) -> HeadOutput:
         device = kwargs["loss_rows"].device
         rows, targets, weights = (kwargs.pop(key, None) for key in LOSS_KEYS)
         num_items, apart = kwargs.pop("num_items", None), kwargs.pop("loss_apart", False)
@@ -155,6 +160,19 @@ def install_head(
         )
         aux_loss = getattr(outputs, "aux_loss", None)
         return _head_output(_sums(self, loss, aux_loss), device, apart, aux_loss)
+
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        row: Row | None = vars(self).get("packsft_row")
+        if "loss_rows" not in kwargs:
+            if row is not None:
+                row.check(kwargs)
+            return own_forward(self, *args, **kwargs)
+        if "num_tokens" not in kwargs:
+            return with_loss(self, *args, **kwargs)
+        # a whole batch of the collator: from a user's own `compute_loss`
+        run, inputs = (with_loss, for_loss(kwargs)) if "labels" in kwargs else (own_forward, for_logits(kwargs))
+        with nullcontext() if row is None else row.forward_on(kwargs):
+            return run(self, *args, **inputs)
 
     functools.update_wrapper(forward, type(model).forward)
     # `generate` validates its arguments against the signature. accelerate's `unwrap_model` goes as far as `__wrapped__`

@@ -18,7 +18,7 @@ from packsft_kernels.varlen_attention import FLOAT_DTYPES
 from torch import Tensor, nn
 
 from packsft.compat import as_before_accelerate, check_tied_at_load
-from packsft.data.batch import document_lengths, longest_document, loss_inputs, model_inputs
+from packsft.data.batch import Row, document_lengths, longest_document, loss_inputs, model_inputs
 from packsft.model import attention
 from packsft.model.compilation import compile_layers, restore_layers
 from packsft.model.head import HeadOutput, install_head, with_own_values
@@ -193,6 +193,16 @@ class PreparedModel:
         finally:
             if self.sequence is not None:
                 self.sequence.num_tokens = None
+
+    @contextlib.contextmanager
+    def row_of(self, batch: Mapping[str, Any]) -> Iterator[None]:
+        """While open, a forward that the user calls on this batch is as ours, or is refused."""
+        several = not self.padded and batch.get("num_documents", 1) > 1
+        self.base_model.packsft_row = Row(batch["input_ids"] if several else None, self.forward_on)
+        try:
+            yield
+        finally:
+            del self.base_model.packsft_row
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any], num_items: float | Tensor) -> HeadOutput:
         """Forward of a batch through the head; `model` is this model, possibly wrapped (PEFT, DDP, FSDP).

@@ -21,7 +21,9 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from packsft import compat
 from packsft.data.collator import join_passes
 from packsft.data.document import IGNORE_INDEX
+from packsft.data.ranks import Ranks
 from packsft.data.steps import StepDataset, StepStream
+from packsft.model.prepared import PreparedModel
 from packsft.step.metrics import MetricSums
 from packsft.step.passes import PassWalker
 
@@ -31,11 +33,13 @@ class ExactSteps(Trainer):
 
     The trainer sets, before training:
         _passes: the walker, made by `_make_walker`.
+        _prepared: the model.
         _sums: metrics; `_sums["train"]` is restored when a step runs again.
         _configured: arguments as the user set them, where the loop sees others.
     """
 
     _passes: PassWalker
+    _prepared: PreparedModel
     _sums: dict[str, MetricSums]
     _configured: dict[str, Any]
     _evaluated_steps: StepDataset | StepStream | None = None
@@ -88,11 +92,20 @@ class ExactSteps(Trainer):
         """Adds to the parent: the passes of an exact step."""
         if "passes" in inputs:
             return self._passes.walk(model, inputs, num_items_in_batch)
-        return super().training_step(model, inputs, num_items_in_batch)
+        return self._run_batch(model, inputs, num_items_in_batch)
+
+    def _run_batch(self, model: nn.Module, batch: dict[str, Any], num_items: Any) -> Tensor:
+        """The parent's step. For a `compute_loss` of a user's, the batch knows the step, and the model its row."""
+        if num_items is not None:
+            ranks = Ranks.of(self.accelerator)
+            averaged = ranks.size * ranks.parts if self.args.average_tokens_across_devices else 1
+            batch = batch | {"step_items": num_items / averaged}
+        with self._prepared.row_of(batch):
+            return super().training_step(model, batch, num_items)
 
     def _run_pass(self, model: nn.Module, batch: dict[str, Any], num_items: Any, last: bool) -> Tensor:
         with compat.gradient_sync(self, model, last=last):
-            return super().training_step(model, batch, num_items)
+            return self._run_batch(model, batch, num_items)
 
     def _begin_passes(self, num_passes: int) -> None:
         self.current_gradient_accumulation_steps = num_passes
@@ -128,9 +141,10 @@ class ExactSteps(Trainer):
 
         def predict(passes: list[dict[str, Any]]) -> list[tuple[float, Any]]:
             def one(batch: dict[str, Any]) -> Any:
-                loss, logits, labels = super(ExactSteps, self).prediction_step(
-                    model, batch, prediction_loss_only, ignore_keys
-                )
+                with self._prepared.row_of(batch):
+                    loss, logits, labels = super(ExactSteps, self).prediction_step(
+                        model, batch, prediction_loss_only, ignore_keys
+                    )
                 if self.data_collator.padded and logits is not None:  # a row of padding, or one with a picture, is last
                     logits, labels = (nested_truncate(rows, batch["num_documents"]) for rows in (logits, labels))
                 return loss, logits, labels

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset
 from documents import documents, ids_of, said, streamed
+from forms import character_tokenizer
 from runs import trainer
 from tiny import ROWS, VOCAB, tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -135,12 +136,6 @@ def test_a_number_is_no_content_and_a_call_needs_none(tmp_path):
     assert len(ids_of(ours.train_dataset)) == 1
 
 
-TEMPLATE = (
-    "{% for tool in tools or [] %}{{ tool | tojson }} {% endfor %}"
-    "{% if flag is defined %}{{ flag }} {% endif %}"
-    "{% for message in messages %}{% for key, value in message.items() %}{{ key }} {{ value | tojson }} {% endfor %}"
-    "{% endfor %}"
-)
 CALL = {"role": "assistant"}
 ARROW_ROWS = [
     {
@@ -158,14 +153,6 @@ ARROW_ROWS = [
     },
     {"messages": CHAT},
 ]
-
-
-def character_tokenizer():
-    """Every character that the template may render is a token."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens([chr(code) for code in range(33, 127)])
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
 
 
 @pytest.mark.parametrize("source", [Dataset.from_list, lambda rows: Dataset.from_list(rows).to_iterable_dataset()])

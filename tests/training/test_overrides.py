@@ -1,0 +1,134 @@
+"""Subclasses of the trainer, written as for TRL's: the same training, or an error that names what to do.
+
+24 rows of 2 to 12 tokens, 6 for a step; with passes of 1,000 tokens a step takes one, of 12 tokens several.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from runs import config, losses
+from tiny import tiny_model, tiny_tokenizer, token_rows
+from torch.utils.data import SequentialSampler
+from transformers import Trainer
+
+from packsft import PackedSFTTrainer
+
+STEP = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "num_train_epochs": 1, "optim": "sgd"}
+
+
+def cross_entropy(logits, labels, count):
+    logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / count
+
+
+def of_packsft(trainer, model, inputs, count):
+    return PackedSFTTrainer.compute_loss(trainer, model, inputs, num_items_in_batch=count)
+
+
+def of_all_inputs(trainer, model, inputs, count):
+    return model(**inputs, num_items_in_batch=count).loss
+
+
+def of_the_parents_parent(trainer, model, inputs, count):
+    return Trainer.compute_loss(trainer, model, inputs, num_items_in_batch=count)
+
+
+def as_a_tuple(trainer, model, inputs, count):
+    return model(**inputs, num_items_in_batch=count, return_dict=False)[0]
+
+
+def of_logits(trainer, model, inputs, count):
+    labels = inputs["labels"]
+    return cross_entropy(model(**{k: v for k, v in inputs.items() if k != "labels"}).logits, labels, count)
+
+
+def of_tokens_and_positions(trainer, model, inputs, count):
+    logits = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"]).logits
+    return cross_entropy(logits, inputs["labels"], count)
+
+
+LOSSES = [of_all_inputs, of_the_parents_parent, as_a_tuple, of_logits, of_tokens_and_positions]
+
+
+def trained(tmp_path, compute, model="llama", **options):
+    class Own(PackedSFTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            count = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"][:, 1:] != -100).sum()
+            return compute(self, model, inputs, count)
+
+    own = Own(
+        model=tiny_model(model, torch.float64), args=config(tmp_path, **STEP | options), train_dataset=token_rows(24),
+        eval_dataset=token_rows(7), processing_class=tiny_tokenizer(),
+    )  # fmt: skip
+    own.train()
+    return own
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The run without a loss of one's own."""
+    path = tmp_path_factory.mktemp("plain")
+    return trained(path, of_packsft)
+
+
+@pytest.mark.parametrize("tokens_per_pass", [1000, 12])
+@pytest.mark.parametrize("compute", LOSSES)
+def test_a_loss_of_ones_own_is_the_same_however_many_passes_a_step_takes(compute, tokens_per_pass, plain, tmp_path):
+    own = trained(tmp_path, compute, tokens_per_pass=tokens_per_pass)
+    assert losses(own) == pytest.approx(losses(plain), rel=1e-6)
+    for ours, expected in zip(own.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+    assert own.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["step", "bfd"])
+def test_without_the_count_the_loss_of_a_pass_is_its_part_of_the_step(strategy, tmp_path):
+    options = {"packing_strategy": strategy, "max_length": 16, "tokens_per_pass": 16 if strategy == "step" else None}
+    expected = trained(tmp_path, of_all_inputs, **options)
+    own = trained(tmp_path, lambda own, model, inputs, _: model(**inputs).loss, **options)
+    assert losses(own) == losses(expected)
+
+
+def test_padded_rows_take_a_loss_of_ones_own(tmp_path):
+    plain, own = (
+        trained(tmp_path, compute, model="stablelm", tokens_per_pass=12) for compute in (of_all_inputs, of_logits)
+    )
+    assert losses(own) == pytest.approx(losses(plain), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("compute", "error", "message"),
+    [
+        (lambda own, model, inputs, _: model(**inputs).logits.sum(), AttributeError, "no 'logits': leave `labels` out"),
+        (
+            lambda own, model, inputs, _: model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss,
+            ValueError,
+            "tokens of a row of several documents, which would see each other",
+        ),
+    ],
+    ids=["logits", "tokens alone"],
+)
+def test_what_a_loss_cannot_have_is_named(compute, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        trained(tmp_path, compute)
+
+
+def test_a_whole_step_is_no_batch(tmp_path):
+    class Own(PackedSFTTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            return self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+
+    own = Own(tiny_model("llama"), config(tmp_path), train_dataset=token_rows(24), processing_class=tiny_tokenizer())
+    with pytest.raises(ValueError, match=r"compute_loss got a whole optimizer step of \d+ passes: call it for each"):
+        own.train()
+
+
+@pytest.mark.parametrize("name", ["_get_train_sampler", "_get_eval_sampler"])
+def test_a_sampler_that_would_not_be_asked_is_refused(name, tmp_path):
+    Own = type("Own", (PackedSFTTrainer,), {name: lambda self, rows=None: SequentialSampler(rows)})
+    own = Own(
+        tiny_model("llama"), config(tmp_path), train_dataset=token_rows(24), eval_dataset=token_rows(7),
+        processing_class=tiny_tokenizer(),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=f"Own overrides {name}, which packs and exact steps do not ask"):
+        own.train() if name == "_get_train_sampler" else own.evaluate()
