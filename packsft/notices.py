@@ -42,12 +42,12 @@ def _interval(steps: float, max_steps: int) -> float:
 
 
 def cost_of_logits(logits: Any) -> str:
-    """What `compute_metrics` and `predict` cost, shown on the logits `[..., V]` of one batch."""
+    """What `compute_metrics` and `predict` cost, shown on the logits `[D, longest, V]` of one batch."""
     tokens, entries = logits.shape[:-1].numel(), logits.shape[-1]
     return (
         "compute_metrics and predict need the full logits, which a second forward computes: for the first batch "
-        f"{tokens:,} tokens x {entries:,} entries, {logits.nbytes / 1e6:.3g} MB. All are kept until the evaluation "
-        "ends, unless preprocess_logits_for_metrics reduces them. prediction_loss_only=True skips them"
+        f"{tokens:,} tokens, with padding, x {entries:,} entries, {logits.nbytes / 1e6:.3g} MB. All are kept until the "
+        "evaluation ends, unless preprocess_logits_for_metrics reduces them. prediction_loss_only=True skips them"
     )
 
 

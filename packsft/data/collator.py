@@ -66,7 +66,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
         passes = [self._batch(documents) for documents in step.passes]
         return {
             "passes": passes,
-            "input_ids": join_passes([batch["input_ids"] for batch in passes], self.pad_token_id, self.padded),
+            "input_ids": torch.cat([batch["input_ids"].flatten() for batch in passes])[None],
             "examples": step.examples,
             "num_items": step.num_items,
             "tokens_per_pass": step.tokens_per_pass,
@@ -200,10 +200,20 @@ def mark_sizes(batch: Mapping[str, Any]) -> None:
                     torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
-def join_passes(parts: Sequence[torch.Tensor], value: float, padded: bool) -> torch.Tensor:
-    """Joins per-token tensors of several passes: packed rows end to end, padded rows one below the other."""
-    if not padded:
-        return torch.cat(list(parts), dim=1)
+def rows_of_documents(x: torch.Tensor, batch: Mapping[str, Any], value: float) -> torch.Tensor:
+    """One row for each document of a batch, `[D, longest, ...]`, filled up with `value`, of a packed row `[1, T, ...]`;
+    without what is no document: padding, or a row with a picture that other ranks wait for."""
+    if "cu_seq_lens_q" not in batch:
+        return x[: batch["num_documents"]]
+    lengths = batch["cu_seq_lens_q"].diff()[: batch["num_documents"]].tolist()
+    if not lengths:
+        return x.new_empty(0, 1, *x.shape[2:])
+    documents = x[0, : sum(lengths)].split(lengths)
+    return torch.nn.utils.rnn.pad_sequence(documents, batch_first=True, padding_value=value)
+
+
+def join_rows(parts: Sequence[torch.Tensor], value: float) -> torch.Tensor:
+    """Joins per-token tensors of several passes, one row below the other."""
     longest = max(part.shape[1] for part in parts)
     others = [0, 0] * (parts[0].dim() - 2)  # `pad` starts at the last dimension
     pad = torch.nn.functional.pad

@@ -92,7 +92,8 @@ def one_form(dataset: Rows, text_field: str, name: str) -> Rows:
         rename = functools.partial(_renamed, names=named, name=name)
         rows = dataset.map(rename, with_indices=True, remove_columns=sorted(columns))
         types = None if dataset.features is None else types_of(dataset.features.arrow_schema)
-        rows.arrow_types = None if types is None else {named.get(old, old): kind for old, kind in types.items()}
+        kept = {**{column: column for column in BESIDE}, **named}
+        rows.arrow_types = None if types is None else {new: types[old] for old, new in kept.items() if old in types}
         return rows
     rows = dataset.select_columns([*chosen, *(column for column in beside if column not in chosen)])
     return rows.rename_columns({old: new for old, new in named.items() if old != new})

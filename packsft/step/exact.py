@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_pt_utils import nested_truncate
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from packsft import compat
-from packsft.data.collator import join_passes
+from packsft.data.collator import join_rows, rows_of_documents
 from packsft.data.document import IGNORE_INDEX
 from packsft.data.ranks import Ranks
 from packsft.data.steps import StepDataset, StepStream
@@ -137,19 +136,23 @@ class ExactSteps(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Adds to the parent: the outputs of the passes, joined; smaller passes if memory is short, as in training."""
+        """Adds to the parent: one row of outputs for each document of a batch, in the order of the data set, whatever
+        the passes. Smaller passes if memory is short, as in training.
+        """
 
-        def predict(passes: list[dict[str, Any]]) -> list[tuple[float, Any]]:
-            def one(batch: dict[str, Any]) -> Any:
+        def predict(passes: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+            def one(batch: dict[str, Any]) -> tuple[Any, ...]:
                 with self._prepared.row_of(batch):
                     loss, logits, labels = super(ExactSteps, self).prediction_step(
                         model, batch, prediction_loss_only, ignore_keys
                     )
-                if self.data_collator.padded and logits is not None:  # a row of padding, or one with a picture, is last
-                    logits, labels = (nested_truncate(rows, batch["num_documents"]) for rows in (logits, labels))
-                return loss, logits, labels
+                if isinstance(logits, Tensor):
+                    logits, labels = (
+                        rows_of_documents(x, batch, of) for x, of in ((logits, 0.0), (labels, IGNORE_INDEX))
+                    )
+                return batch, loss, logits, labels
 
-            return [(batch["num_items"], one(batch)) for batch in passes]
+            return [one(batch) for batch in passes]
 
         def undo() -> None:
             self._sums["eval"] = before
@@ -160,15 +163,18 @@ class ExactSteps(Trainer):
             before = self._sums["eval"].copy()
             outputs = self._passes.retry(inputs, self._evaluated_steps, predict, undo)
             self._tokens_in_evaluation = self._evaluated_steps.tokens_per_pass
-        items, parts = zip(*outputs, strict=True)
-        loss, logits, labels = parts[0]
-        padded = self.data_collator.padded
-        if len(parts) > 1:
-            losses, all_logits, all_labels = zip(*parts, strict=True)
+        batches, losses, all_logits, all_labels = zip(*outputs, strict=True)
+        loss, logits, labels = losses[0], all_logits[0], all_labels[0]
+        if len(batches) > 1:
+            items = [batch["num_items"] for batch in batches]
             loss = sum(loss * count for loss, count in zip(losses, items, strict=True)) / (sum(items) or 1)
-            if logits is not None:
-                logits, labels = join_passes(all_logits, 0.0, padded), join_passes(all_labels, IGNORE_INDEX, padded)
-        if padded and logits is not None:  # ranks may have other numbers of rows
-            logits = self.accelerator.pad_across_processes(logits, dim=0)
-            labels = self.accelerator.pad_across_processes(labels, dim=0, pad_index=IGNORE_INDEX)
+        if isinstance(logits, Tensor):
+            order = torch.cat([torch.as_tensor(batch["rows"]) for batch in batches]).argsort(stable=True)
+            ids = [rows_of_documents(batch["input_ids"], batch, self.data_collator.pad_token_id) for batch in batches]
+            rows = ((all_logits, 0.0), (all_labels, IGNORE_INDEX), (ids, self.data_collator.pad_token_id))
+            logits, labels, inputs["input_ids"] = (
+                # ranks may have other numbers of rows
+                self.accelerator.pad_across_processes(join_rows(parts, of)[order.to(loss.device)], dim=0, pad_index=of)
+                for parts, of in rows
+            )
         return loss, logits, labels

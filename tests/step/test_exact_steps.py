@@ -156,18 +156,21 @@ def test_evaluation_is_packed_in_the_same_way(tmp_path):
             assert result[key] == pytest.approx(results[0][key], rel=1e-6)
 
 
-def test_predictions_of_a_step_are_its_passes_end_to_end(tmp_path):
-    rows = token_rows(5)
-    tokens = sum(len(row["input_ids"]) for row in rows)
-    ours = trainer(tmp_path, eval_dataset=rows, tokens_per_pass=12)
-    (step,) = ours.get_eval_dataloader()
-    assert len(step["passes"]) > 1
-    output = ours.predict(ours.eval_dataset)
-    assert output.predictions.shape == (1, tokens, 24)
-    assert output.label_ids.shape == step["input_ids"].shape == (1, tokens)
-    assert (output.label_ids != -100).sum() == scored(rows)
-    first = torch.from_numpy(output.predictions[0, : len(rows[int(step["examples"][0])]["input_ids"])])
-    assert first.isfinite().all()
+@pytest.mark.parametrize("options", [{"tokens_per_pass": 12}, {"packing": False}, {"eval_packing": False}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "stablelm"])
+def test_predictions_are_a_row_for_each_example_in_their_order(family, options, tmp_path):
+    rows = token_rows(13)
+    ours = trainer(tmp_path, model=tiny_model(family), per_device_eval_batch_size=5, **options)
+    output = ours.predict(rows)
+    assert output.predictions.shape == (*output.label_ids.shape, 24)
+    assert len(output.predictions) == len(rows)
+    for row, logits, labels in zip(rows, output.predictions, output.label_ids, strict=True):
+        length = len(row["input_ids"])
+        with torch.no_grad():
+            alone = ours.model(torch.tensor([row["input_ids"]])).logits[0]
+        torch.testing.assert_close(torch.from_numpy(logits[:length]), alone, rtol=1e-4, atol=1e-5)
+        assert labels[1:length].tolist() == row["labels"][1:]
+        assert (labels[length:] == -100).all()
 
 
 def scored(rows):
@@ -194,6 +197,7 @@ def test_metrics_can_have_the_inputs(tmp_path):
     )
     ours.evaluate()
     ((inputs, labels),) = seen
+    assert inputs.shape == labels.shape == (9, max(len(row["input_ids"]) for row in rows))
     assert (inputs[labels != -100] == labels[labels != -100]).all()
 
 

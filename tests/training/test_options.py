@@ -245,8 +245,8 @@ def test_the_cost_of_whole_logits_is_said_once(tmp_path, caplog):
     ours = trainer(tmp_path, compute_metrics=lambda prediction: {}, eval_dataset=rows)
     ours.evaluate()
     ours.evaluate()
-    tokens = sum(len(row["input_ids"]) for row in rows)
-    notice = f"for the first batch {tokens} tokens x 24 entries, {tokens * 24 * 4 / 1e6:.3g} MB"
+    tokens = len(rows) * max(len(row["input_ids"]) for row in rows)
+    notice = f"for the first batch {tokens} tokens, with padding, x 24 entries, {tokens * 24 * 4 / 1e6:.3g} MB"
     assert caplog.text.count(notice) == 1
     quiet = trainer(tmp_path, compute_metrics=lambda prediction: {}, eval_dataset=rows, prediction_loss_only=True)
     quiet.evaluate()
