@@ -476,16 +476,20 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: for a wrong shape, dtype or combination; the message names the argument.
-        RuntimeError: on a second backward without retain_graph, and on a second derivative.
+        RuntimeError: on a second backward without retain_graph, and on a second derivative by `backward()`. Asked for
+            the gradients of certain tensors alone, PyTorch takes the first gradients for constants, except with "none".
     """
     check_argument(
         hidden.dim() == 2 and hidden.is_floating_point(), "hidden", describe(hidden), "floating point [T, M]"
     )
     width = hidden.shape[1]
-    check_argument(weight.dim() == 2 and weight.shape[1] == width, "weight", describe(weight), f"[V, {width}]")
+    fits = weight.dim() == 2 and weight.shape[1] == width and weight.shape[0] > 0
+    check_argument(fits, "weight", describe(weight), f"[V, {width}], V of 1 or more")
     if bias is not None:
         check_argument(bias.shape == weight.shape[:1], "bias", describe(bias), f"[{weight.shape[0]}]")
     down, up = (None, None) if low_rank is None else low_rank
+    if (down is None) != (up is None):
+        raise ValueError("low_rank: got one matrix, allowed: [T, R] and [V, R]")
     if down is not None and up is not None:
         for matrix, length in ((down, hidden.shape[0]), (up, weight.shape[0])):
             fits = matrix.dim() == 2 and matrix.is_floating_point() and matrix.shape[1] == up.shape[-1]

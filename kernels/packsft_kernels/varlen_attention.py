@@ -221,8 +221,8 @@ def _check_arguments(
     documents = cu_seqlens.numel() - 1
     if max_seqlen * documents < q.shape[0]:
         raise ValueError(f"max_seqlen is {max_seqlen}, too small for {q.shape[0]} tokens in {documents} documents")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
+    if scale is not None and not 0 < scale < math.inf:  # PyTorch's attention on the CPU gives NaN
+        raise ValueError(f"scale must be finite and above 0, got {scale}")
     if window is not None and window < 1:
         raise ValueError(f"window must be 1 or more (1: a token sees only itself), got {window}")
     if softcap is not None and not 0 < softcap < math.inf:

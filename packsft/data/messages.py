@@ -205,11 +205,17 @@ def _apply_template(
             for message, kept in zip(messages, without_nulls(messages, *of_lists), strict=True)
         ]
     try:
-        return tokenizer.apply_chat_template(messages, **options)
+        rendered = tokenizer.apply_chat_template(messages, **options)
     except Exception as error:  # a template may raise anything
         raise ValueError(
             f"the chat template fails on a row of the {name} data set, {short(messages)}: {error}"
         ) from error
+    if options.get("return_assistant_tokens_mask") and 1 not in rendered["assistant_masks"]:
+        raise ValueError(
+            f"assistant_only_loss=True: a row of the {name} data set has no token of an assistant, {short(messages)}. "
+            "Leave it out, or, if all rows are so, mark the assistant in the chat template with {% generation %}"
+        )
+    return rendered
 
 
 def _types_in(types: Mapping[str, pa.DataType], *columns: str) -> list[pa.DataType]:

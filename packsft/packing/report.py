@@ -102,6 +102,7 @@ class PackingReport:
             return [*rows, epochs, ("optimizer steps", f"{self.steps_unpacked:,}")]
         exact = STRATEGIES[self.strategy].exact_steps
         kind = "passes of an epoch" if exact else f"packs of {self.max_length:,}"
+        what = "pieces" if exact and account.examples_split else "examples"  # a piece counts as an example
         rows += [
             (
                 f"{kind} ({self.strategy})",
@@ -109,11 +110,11 @@ class PackingReport:
             ),
             self._filled(exact),
             (
-                "examples per pass" if exact else "examples per pack",
+                f"{what} per pass" if exact else "examples per pack",
                 f"{self.examples_per_pack_mean:.1f} ({self.examples_per_pack_min:,} to {self.examples_per_pack_max:,})",
             ),
             (
-                "examples per optimizer step",
+                f"{what} per optimizer step",
                 f"{self.effective_batch_size:,}"
                 if exact
                 else f"{self.examples_per_step_mean:,.1f} ({self.effective_batch_size:,} unpacked)",
@@ -123,7 +124,8 @@ class PackingReport:
             text = f"{self.cost_imbalance:.2f} ({self.cost_imbalance_shuffled:.2f} in a random order)"
             rows.append((f"attention cost, busiest of {self.ranks:,} devices / mean", text))
         if exact:
-            return [*rows, epochs, ("optimizer steps, as unpacked", f"{self.steps_exact:,}")]
+            as_unpacked = "" if account.examples_split else ", as unpacked"
+            return [*rows, epochs, (f"optimizer steps{as_unpacked}", f"{self.steps_exact:,}")]
         return [
             *rows,
             epochs,

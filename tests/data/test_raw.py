@@ -297,6 +297,28 @@ def test_a_template_that_fails_shows_the_messages(source, tmp_path):
         list(trainer(tmp_path, train_dataset=rows, processing_class=tokenizer, max_steps=1).train_dataset)
 
 
+@pytest.mark.parametrize("source", [Dataset.from_list, streamed], ids=["map", "stream"])
+def test_a_row_without_an_assistant_is_shown_where_assistants_alone_are_scored(source, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }} {% endgeneration %}"
+        "{% else %}{{ m.content }} {% endif %}{% endfor %}"
+    )
+    rows = source([{"messages": CHAT}, {"messages": [QUESTION | {"content": "hello"}]}])
+    options = {"assistant_only_loss": True, "max_steps": 1, "processing_class": tokenizer}
+    with pytest.raises(ValueError, match=r"assistant_only_loss=True: a row of the train data set .*'hello'"):
+        list(trainer(tmp_path, train_dataset=rows, **options).train_dataset)
+
+
+def test_a_role_whose_parts_the_template_leaves_out_is_noticed(tmp_path, caplog):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}why {{ m.content if m.content is string else '' }} {% endfor %}"
+    question = {"role": "user", "content": [{"type": "text", "text": "hello"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "no"}]}
+    trainer(tmp_path, train_dataset=Dataset.from_list([{"messages": [question, answer]}]), processing_class=tokenizer)
+    assert said(caplog, "the chat template leaves out what the role 'user' says, as in row 0")
+
+
 def test_half_of_a_surrogate_pair_is_no_text(tmp_path):
     with pytest.raises(ValueError, match=r"row 1 of the train stream: text is '\\ud83d', expected a text"):
         list(

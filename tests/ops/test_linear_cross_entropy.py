@@ -413,6 +413,10 @@ def test_differentiating_twice_raises(reduction: str) -> None:
     (grad,) = torch.autograd.grad(loss.sum(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
         (grad.square().sum() + hidden.sum()).backward()
+    if reduction == "none":  # saves its inputs
+        (grad,) = torch.autograd.grad(loss.sum(), hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiated once"):
+            torch.autograd.grad(grad.square().sum() + hidden.sum(), hidden)
 
 
 def test_only_the_loss_is_differentiable() -> None:
@@ -551,6 +555,7 @@ def test_one_graph_serves_every_number_of_rows(reduction: str) -> None:
         ("hidden", {"hidden": torch.ones(2, T, M)}),
         ("hidden", {"hidden": torch.ones(T, M, dtype=torch.int64)}),
         ("weight", {"weight": torch.ones(V, M + 1)}),
+        ("weight", {"weight": torch.ones(0, M)}),
         ("weight", {"weight": torch.ones(V, M, dtype=torch.bfloat16)}),
         ("bias", {"bias": torch.ones(V + 1)}),
         ("targets", {"targets": torch.zeros(N + 1, dtype=torch.int64)}),
@@ -559,6 +564,7 @@ def test_one_graph_serves_every_number_of_rows(reduction: str) -> None:
         ("weights", {"weights": torch.ones(N - 1)}),
         ("low_rank", {"low_rank": (torch.ones(T, R), torch.ones(V, R + 1))}),
         ("low_rank", {"low_rank": (torch.ones(N, R), torch.ones(V, R))}),
+        ("low_rank", {"low_rank": (torch.ones(T, R), None)}),
         ("low_rank", {"low_rank": (torch.ones(T, R), torch.ones(R, V))}),
         ("reduction", {"reduction": "average"}),
         ("num_items", {"num_items": -1}),

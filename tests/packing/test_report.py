@@ -140,6 +140,8 @@ def test_exact_steps_are_the_unpacked_ones_and_their_passes_are_estimated():
     rows = dict(got.rows())
     assert rows["passes of an epoch (step)"] == f"about {got.packs:,} (at least 200 needed)"
     assert rows["optimizer steps, as unpacked"] == "50"
+    cut = dict(report([12, 4], strategy="step", effective_batch_size=2, overlong="split").rows())
+    assert cut["pieces per optimizer step"] == cut["optimizer steps"] == "2"
     # whole passes are known exactly where every step is the same: 8 x 1 token are one pass of 8
     assert report([1] * 80, strategy="step", effective_batch_size=8, tokens_per_pass=8).packs == 10
 
