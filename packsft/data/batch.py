@@ -137,7 +137,12 @@ class Row:
 
 
 def for_logits(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs of the model's own forward, of a batch without labels."""
+    """The inputs of the model's own forward, of a batch without labels. Raises ValueError for a part of a row."""
+    if "row_tokens" in batch:
+        raise ValueError(
+            "with sequence_parallel_size above 1 a rank has the logits of a part of a row, of which a shift by one "
+            "would lose a token: take the loss of model(**inputs), with labels"
+        )
     return {"use_cache": False} | model_inputs(batch)
 
 

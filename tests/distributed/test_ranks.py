@@ -39,6 +39,7 @@ TWO = {
     "unpacked": sizes(4, 2),
     "step": sizes(4, 2, **STEP),
     "step, compiled layers": sizes(4, 2, **STEP, compile_layers=True),
+    "own loss": sizes(4, 2, **STEP, own_loss=True),
     "thirty, float64": sizes(1, 5, **THIRTY, **STEP),
     "thirty, float32": sizes(1, 5, dtype="float32", **THIRTY, **STEP),
     "unpacked, by example": sizes(4, 2, **EXAMPLES),
@@ -82,6 +83,10 @@ def test_two_processes_give_the_weights_of_one(how, one, two):
     # logged in float32, averaged over ranks
     assert two[how]["losses"] == pytest.approx(one["unpacked"]["losses"], rel=1e-5)
     assert two[how]["history"] == pytest.approx(one["unpacked"]["history"], rel=1e-9)
+
+
+def test_a_loss_of_ones_own_counts_the_tokens_of_all_ranks(one, two):
+    assert_same_weights(two["own loss"], one["unpacked"])
 
 
 @pytest.mark.parametrize("how", ["unpacked", "step", "bfd"])

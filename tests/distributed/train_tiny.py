@@ -11,8 +11,9 @@ usage: train_tiny.py OUTPUT_FILE RUNS, with RUNS as JSON: names, and options of 
 `stream` makes a stream of the rows. `added` is what the model gets beside: "previous token" or "convolution".
 `of_rank_1` holds options of rank 1 alone; it fails at the step `rank_1_fails_at`, is killed at `rank_1_killed_at`,
 and takes the rows in another order with `rank_1_shuffles`. With `save_steps` below `max_steps` (and an `output_dir`),
-the model is saved, and a second run resumes. `resume_from` is a checkpoint. With `refused`, the result is the error of
-each rank. With `proves`, nothing is trained: the claims of `check_packing` are measured.
+the model is saved, and a second run resumes. `resume_from` is a checkpoint. With `own_loss`, `compute_loss` is a
+user's. With `refused`, the result is the error of each rank. With `proves`, nothing is trained: the claims of
+`check_packing` are measured.
 """
 
 import json
@@ -210,6 +211,7 @@ def trained(options):
             return gather_object([str(error)])
     if how := options.pop("proves", None):
         return proved(options, how)
+    own_loss = options.pop("own_loss", False)
     resume_from, fails_at = options.pop("resume_from", None), options.pop("rank_1_fails_at", None)
     shuffles, killed_at = options.pop("rank_1_shuffles", False), options.pop("rank_1_killed_at", None)
     ours = built(dict(options))
@@ -217,6 +219,10 @@ def trained(options):
         ours.add_callback(Failing(fails_at or killed_at, killed=bool(killed_at)))
     if shuffles:
         ours.add_callback(Shuffling())
+    if own_loss:
+        ours.compute_loss = lambda model, inputs, return_outputs=False, num_items_in_batch=None: model(**inputs).loss
+        ours.train()
+        return results_of(ours)
     ours.train(resume_from_checkpoint=resume_from)
     evaluated = ours.evaluate()
     shares_rows = options.get("sequence_parallel_size", 1) > 1

@@ -12,6 +12,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
 from packsft import PackedSFTTrainer
+from packsft.data.batch import for_logits
 
 STEP = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "num_train_epochs": 1, "optim": "sgd"}
 
@@ -111,6 +112,11 @@ def test_padded_rows_take_a_loss_of_ones_own(tmp_path):
 def test_what_a_loss_cannot_have_is_named(compute, error, message, tmp_path):
     with pytest.raises(error, match=message):
         trained(tmp_path, compute)
+
+
+def test_logits_of_a_part_of_a_row_are_refused():
+    with pytest.raises(ValueError, match="a rank has the logits of a part of a row"):
+        for_logits({"input_ids": torch.zeros(1, 4), "row_tokens": 8})
 
 
 def test_a_whole_step_is_no_batch(tmp_path):
