@@ -162,13 +162,13 @@ def install_head(
         return _head_output(_sums(self, loss, aux_loss), device, apart, aux_loss)
 
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if "loss_rows" in kwargs and "num_tokens" not in kwargs:
+            return with_loss(self, *args, **kwargs)
         row: Row | None = vars(self).get("packsft_row")
         if "loss_rows" not in kwargs:
             if row is not None:
                 row.check(kwargs)
             return own_forward(self, *args, **kwargs)
-        if "num_tokens" not in kwargs:
-            return with_loss(self, *args, **kwargs)
         # a whole batch of the collator: from a user's own `compute_loss`
         run, inputs = (with_loss, for_loss(kwargs)) if "labels" in kwargs else (own_forward, for_logits(kwargs))
         with nullcontext() if row is None else row.forward_on(kwargs):
