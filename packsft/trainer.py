@@ -484,6 +484,8 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         if once:
             micro_batches = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + sum(once) / micro_batches
+        if mode == "eval":
+            self._evaluated_loss = loss.detach()
         if not return_outputs:
             return loss
         with torch.no_grad():

@@ -9,10 +9,8 @@ from torch import Tensor
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """A gradient that depends on some tensors, in a way that has no derivative."""
-
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
@@ -25,9 +23,6 @@ def differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
 
     PyTorch's `once_differentiable` raises only if the upstream gradient requires a derivative. The gradients of a loss
     and of attention also depend on their inputs, so a missing second derivative would silently be 0.
-
-    Where autograd is asked for the gradients of certain tensors alone (`torch.autograd.grad`), it visits what leads to
-    them: the result leads to the saved tensors. Of an operator that saves none it leads nowhere, and is a constant.
     """
 
     @functools.wraps(backward)
@@ -36,9 +31,6 @@ def differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
             grads = backward(ctx, *upstream)
         if not torch.is_grad_enabled():
             return grads
-        saved = [tensor for tensor in ctx.saved_tensors if tensor is not None and tensor.requires_grad]
-        return tuple(
-            None if g is None else _NoSecondDerivative.apply(g.detach().requires_grad_(), *saved) for g in grads
-        )
+        return tuple(None if g is None else _NoSecondDerivative.apply(g.detach().requires_grad_()) for g in grads)
 
     return wrapped

@@ -25,7 +25,8 @@ from packsft_kernels.attention_spec import HALF_DTYPES, AttentionSpec
 # 700.
 CPU_FLOAT32_LENGTH = 512
 # On a GPU 60 documents of about 140 tokens become 7 calls, with 1.2 times as many scores. A kernel's block has 64 rows.
-SIMILAR, SHORT = 0.75, 64
+# Above some 1,000 tokens the scores cost more than a call.
+SIMILAR, SHORT, LONG = 0.75, 64, 1024
 
 
 def sdpa(
@@ -281,7 +282,8 @@ def _similar_length_groups(boundaries: list[int]) -> tuple[list[tuple[int, int]]
     """(count, longest) of each group of documents of similar length, and how far each document moves, in tokens, if the
     groups lie end to end, and every document of a group takes the room of its longest.
 
-    The shortest has `SIMILAR` of the longest, or both are within `SHORT`. Empty documents are skipped.
+    The shortest has `SIMILAR` of the longest, or both are within `SHORT`; above `LONG` lengths are equal. Empty
+    documents are skipped.
     """
     groups: list[tuple[int, int]] = []
     shifts, place = [0] * (len(boundaries) - 1), 0
@@ -290,7 +292,8 @@ def _similar_length_groups(boundaries: list[int]) -> tuple[list[tuple[int, int]]
         length = lengths[document]
         if not length:
             break
-        if groups and (length >= SIMILAR * groups[-1][1] or groups[-1][1] <= SHORT):
+        longest = groups[-1][1] if groups else 0
+        if length == longest or 0 < longest <= SHORT or SIMILAR * longest <= length <= longest <= LONG:
             groups[-1] = groups[-1][0] + 1, groups[-1][1]
         else:
             groups.append((1, length))

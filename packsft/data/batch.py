@@ -14,7 +14,7 @@ The collator computes everything once, on the host. Nothing here reads from the 
 | `loss_targets`                 | `[N]` int64     | `labels[t + 1]` of those positions                                |
 | `loss_weights`                 | `[N]` float64   | weight of each position's loss; only if examples count equally    |
 | `num_items`                    | int or float    | N, or the sum of the weights: its part of the denominator         |
-| `step_items`                   | int or float    | in training: the denominator of the step's loss on this rank      |
+| `denominator`                  | int or float    | for a user's `compute_loss`: what sums of losses are divided by   |
 | `num_scored`                   | int             | N                                                                 |
 | `num_tokens`                   | int             | tokens of the documents, without padding                          |
 | `num_documents`                | int             | D                                                                 |
@@ -51,7 +51,7 @@ all ranks share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +63,7 @@ from packsft.data.document import Pack
 LOSS_KEYS = ("loss_rows", "loss_targets", "loss_weights")  # read by the head, unknown to the models
 # for the trainer: with labels, a model would compute its own loss
 HOST_KEYS = (
-    "labels", "num_items", "step_items", "num_scored", "num_tokens", "num_documents", "row_tokens", "rows",
+    "labels", "num_items", "denominator", "num_scored", "num_tokens", "num_documents", "row_tokens", "rows",
     "row_lengths", "stream_digests",
 )  # fmt: skip
 
@@ -116,20 +116,28 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Row:
-    """The row that a model is trained on, for forwards that a user's own `compute_loss` calls.
+    """A batch that a user's own `compute_loss` is given, for the forwards that it calls.
 
     Args:
-        input_ids: of several documents that must not see each other; None of any other batch.
-        forward_on: the context for a forward on the batch.
+        batch: of the collator.
+        forward_on: makes the context for a forward on it.
+        packed: whether it is one row of several documents.
+        virtual_tokens: how many a PEFT prompt puts before those of the batch.
+        router_share: what the router's loss is multiplied with; 0 without one.
     """
 
-    input_ids: Tensor | None
-    forward_on: Callable[[Mapping[str, Any]], AbstractContextManager]
+    batch: Mapping[str, Any]
+    forward_on: Callable[[], AbstractContextManager]
+    packed: bool
+    virtual_tokens: int
+    router_share: float
 
-    def check(self, inputs: Mapping[str, Any]) -> None:
-        """Raises ValueError for the tokens of the row without a word about its documents."""
-        told = inputs.keys() & {"position_ids", "cu_seq_lens_q"}
-        if self.input_ids is not None and inputs.get("input_ids") is self.input_ids and not told:
+    def check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raises ValueError for the tokens of a packed row without a word about its documents."""
+        given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        tokens = next((tensor for tensor in given if tensor is not None), None)
+        told = any(kwargs.get(key) is not None for key in ("position_ids", "cu_seq_lens_q"))
+        if self.packed and not told and tokens is not None and tokens.shape[:2] == self.batch["input_ids"].shape:
             raise ValueError(
                 "the forward got the tokens of a row of several documents, which would see each other: give it all "
                 "inputs of the batch, model(**inputs), or the position_ids as well"
@@ -143,13 +151,13 @@ def for_logits(batch: Mapping[str, Any]) -> dict[str, Any]:
             "with sequence_parallel_size above 1 a rank has the logits of a part of a row, of which a shift by one "
             "would lose a token: take the loss of model(**inputs), with labels"
         )
-    return {"use_cache": False} | model_inputs(batch)
+    return {"use_cache": False} | {key: value for key, value in model_inputs(batch).items() if key != "labels"}
 
 
 def for_loss(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs of a forward with a loss: that of a pass is its part of the step's."""
-    inputs = {key: value for key, value in model_inputs(batch).items() if key not in ("use_cache", "return_dict")}
-    counts = (batch.get(key) for key in ("num_items_in_batch", "step_items", "num_items"))
+    left_out = ("use_cache", "return_dict", "num_items_in_batch")
+    counts = (batch.get(key) for key in ("num_items_in_batch", "denominator", "num_items"))
     num_items = next(count for count in counts if count is not None)
-    inputs.pop("num_items_in_batch", None)
+    inputs = {key: value for key, value in model_inputs(batch).items() if key not in left_out}
     return inputs | loss_inputs(batch) | {"num_items": num_items if isinstance(num_items, Tensor) else num_items or 1}

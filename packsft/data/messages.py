@@ -223,7 +223,7 @@ def _types_in(types: Mapping[str, pa.DataType], *columns: str) -> list[pa.DataTy
 
 
 def without_nulls(value: Any, *types: pa.DataType) -> Any:
-    """The same value without the keys, at any depth, that are None; but JSON as it is.
+    """The same value without the keys, at any depth, that are None; but JSON, if it is not None itself, as it is.
 
     Args:
         types: what Arrow may hold the value as: of each column that it may come from.

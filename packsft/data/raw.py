@@ -7,9 +7,10 @@ renders a null in a message. Knows which columns TRL reads, not what it makes of
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -176,16 +177,14 @@ def checked_rows(dataset: Rows, *, text_field: str, completion_only: bool, eos_t
         return dataset
     check(sample, 0, of="data set")  # the others have the same type, if any
     of_any_kind = [column for column, kind in types_of(dataset.data.schema).items() if holds_json(kind)]
-    for row in range(len(dataset)) if of_any_kind else ():
+    if of_any_kind:
+        doubtful: list[Iterable[int]] = [range(len(dataset))]
+    else:
+        doubtful = [doubtful_rows(dataset, text, expected) for text in texts] + [rows_of_each_kind(dataset)]
+        media = expected != TEXT and any(may_hold_media(dataset, text) for text in texts)
+        doubtful += [range(len(dataset))] if media else []
+    for row in itertools.chain(*doubtful):
         check(dataset[row], row, of="data set")
-    for text in () if of_any_kind else texts:
-        for row in doubtful_rows(dataset, text, expected):
-            check(dataset[row], row, of="data set")
-    for row in () if of_any_kind else rows_of_each_kind(dataset):
-        check(dataset[row], row, of="data set")
-    for text in texts if expected != TEXT and not of_any_kind else []:
-        for row in range(len(dataset)) if may_hold_media(dataset, text) else ():
-            check(dataset[row], row, of="data set")
     if expected == TEXT and of_any_kind:
         as_texts = Features(dataset.features | dict.fromkeys(of_any_kind, Value("string")))
         dataset = dataset.map(dict, features=as_texts)

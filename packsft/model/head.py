@@ -60,8 +60,8 @@ class HeadOutput(ModelOutput):
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
-            f"a forward with `loss_rows` and `labels` gives the loss, and no {name!r}: leave `labels` out of its "
-            "inputs for what the model itself gives, logits included"
+            f"this forward gives a loss, and no {name!r}: leave `labels` out of the inputs for what the model itself "
+            "gives, logits included"
         )
 
 
@@ -167,12 +167,21 @@ def install_head(
         row: Row | None = vars(self).get("packsft_row")
         if "loss_rows" not in kwargs:
             if row is not None:
-                row.check(kwargs)
+                row.check(args, kwargs)
             return own_forward(self, *args, **kwargs)
         # a whole batch of the collator: from a user's own `compute_loss`
-        run, inputs = (with_loss, for_loss(kwargs)) if "labels" in kwargs else (own_forward, for_logits(kwargs))
-        with nullcontext() if row is None else row.forward_on(kwargs):
-            return run(self, *args, **inputs)
+        with nullcontext() if row is None else row.forward_on():
+            if kwargs.get("labels") is None:
+                output = own_forward(self, *args, **for_logits(kwargs))
+                if row is not None and row.virtual_tokens:
+                    output.logits = output.logits[:, row.virtual_tokens :]
+                return output
+            share = 0.0 if row is None else row.router_share
+            routed = {"output_router_logits": True} if share else {}
+            output = with_loss(self, *args, **for_loss(kwargs), **routed)
+            if share and output.aux_loss is not None:
+                output.loss = output.loss + share * output.aux_loss
+            return output
 
     functools.update_wrapper(forward, type(model).forward)
     # `generate` validates its arguments against the signature. accelerate's `unwrap_model` goes as far as `__wrapped__`

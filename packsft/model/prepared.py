@@ -6,6 +6,7 @@ Needs a model and a loss, but no trainer. `PreparedModel.describe` says what it 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -195,10 +196,11 @@ class PreparedModel:
                 self.sequence.num_tokens = None
 
     @contextlib.contextmanager
-    def row_of(self, batch: Mapping[str, Any]) -> Iterator[None]:
+    def row_of(self, batch: Mapping[str, Any], router_share: float) -> Iterator[None]:
         """While open, a forward that the user calls on this batch is as ours, or is refused."""
-        several = not self.padded and batch.get("num_documents", 1) > 1
-        self.base_model.packsft_row = Row(batch["input_ids"] if several else None, self.forward_on)
+        packed = not self.padded and batch.get("num_documents", 1) > 1
+        forward_on = functools.partial(self.forward_on, batch)
+        self.base_model.packsft_row = Row(batch, forward_on, packed, self.virtual_tokens, router_share)
         try:
             yield
         finally:

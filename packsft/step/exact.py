@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class ExactSteps(Trainer):
     _configured: dict[str, Any]
     _evaluated_steps: StepDataset | StepStream | None = None
     _tokens_in_evaluation: int = sys.maxsize  # per pass
+    _evaluated_loss: Tensor | None = None  # what `compute_loss` of this library has returned for the batch
     _flops_per_token: int | None = None
 
     def _make_walker(self, tokens_per_pass: int | str, max_length: int) -> PassWalker:
@@ -94,13 +96,22 @@ class ExactSteps(Trainer):
         return self._run_batch(model, inputs, num_items_in_batch)
 
     def _run_batch(self, model: nn.Module, batch: dict[str, Any], num_items: Any) -> Tensor:
-        """The parent's step. For a `compute_loss` of a user's, the batch knows the step, and the model its row."""
-        if num_items is not None:
-            ranks = Ranks.of(self.accelerator)
-            averaged = ranks.size * ranks.parts if self.args.average_tokens_across_devices else 1
-            batch = batch | {"step_items": num_items / averaged}
-        with self._prepared.row_of(batch):
+        if num_items is None:
+            with self._given(batch, batch["num_items"] or 1, self.current_gradient_accumulation_steps) as batch:
+                return super().training_step(model, batch, num_items)
+        ranks = Ranks.of(self.accelerator)
+        averaged = ranks.size * ranks.parts if self.args.average_tokens_across_devices else 1
+        with self._given(batch, num_items / averaged, self.current_gradient_accumulation_steps) as batch:
             return super().training_step(model, batch, num_items)
+
+    @contextlib.contextmanager
+    def _given(self, batch: dict[str, Any], denominator: Any, micro_batches: int) -> Iterator[dict[str, Any]]:
+        """The batch for a `compute_loss` of a user's, while the model knows it. The router's loss counts once in a
+        step, and not that of padding."""
+        routed = self.aux_loss_enabled and bool(batch.get("row_tokens", batch["num_tokens"]))
+        share = self.router_aux_loss_coef / micro_batches if routed else 0.0
+        with self._prepared.row_of(batch, share):
+            yield batch | {"denominator": denominator}
 
     def _run_pass(self, model: nn.Module, batch: dict[str, Any], num_items: Any, last: bool) -> Tensor:
         with compat.gradient_sync(self, model, last=last):
@@ -136,20 +147,22 @@ class ExactSteps(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Adds to the parent: one row of outputs for each document of a batch, in the order of the data set, whatever
-        the passes. Smaller passes if memory is short, as in training.
+        """Adds to the parent: one row of outputs for each document of this rank's batch, in the order of the data set,
+        whatever the passes. Smaller passes if memory is short, as in training.
         """
 
         def predict(passes: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
             def one(batch: dict[str, Any]) -> tuple[Any, ...]:
-                with self._prepared.row_of(batch):
+                self._evaluated_loss = None
+                with self._given(batch, batch["num_items"] or 1, 1) as given:
                     loss, logits, labels = super(ExactSteps, self).prediction_step(
-                        model, batch, prediction_loss_only, ignore_keys
+                        model, given, prediction_loss_only, ignore_keys
                     )
+                if loss is not None:
+                    self._sums["eval"].add_own_loss(loss, self._evaluated_loss, batch["num_items"])
                 if isinstance(logits, Tensor):
-                    logits, labels = (
-                        rows_of_documents(x, batch, of) for x, of in ((logits, 0.0), (labels, IGNORE_INDEX))
-                    )
+                    logits = rows_of_documents(logits, batch, 0.0)
+                    labels = None if labels is None else rows_of_documents(labels, batch, IGNORE_INDEX)
                 return batch, loss, logits, labels
 
             return [one(batch) for batch in passes]
@@ -165,16 +178,19 @@ class ExactSteps(Trainer):
             self._tokens_in_evaluation = self._evaluated_steps.tokens_per_pass
         batches, losses, all_logits, all_labels = zip(*outputs, strict=True)
         loss, logits, labels = losses[0], all_logits[0], all_labels[0]
-        if len(batches) > 1:
+        if len(batches) > 1 and loss is not None:
             items = [batch["num_items"] for batch in batches]
-            loss = sum(loss * count for loss, count in zip(losses, items, strict=True)) / (sum(items) or 1)
+            counted = [loss * count for loss, count in zip(losses, items, strict=True) if count]
+            loss = sum(counted) / sum(items) if counted else loss
         if isinstance(logits, Tensor):
             order = torch.cat([torch.as_tensor(batch["rows"]) for batch in batches]).argsort(stable=True)
             ids = [rows_of_documents(batch["input_ids"], batch, self.data_collator.pad_token_id) for batch in batches]
-            rows = ((all_logits, 0.0), (all_labels, IGNORE_INDEX), (ids, self.data_collator.pad_token_id))
-            logits, labels, inputs["input_ids"] = (
-                # ranks may have other numbers of rows
-                self.accelerator.pad_across_processes(join_rows(parts, of)[order.to(loss.device)], dim=0, pad_index=of)
-                for parts, of in rows
-            )
+
+            def joined(parts: Sequence[Tensor], value: float) -> Tensor:  # ranks may have other numbers of rows
+                rows = join_rows(parts, value)
+                return self.accelerator.pad_across_processes(rows[order.to(rows.device)], dim=0, pad_index=value)
+
+            logits = joined(all_logits, 0.0)
+            labels = None if labels is None else joined(all_labels, IGNORE_INDEX)
+            inputs["input_ids"] = joined(ids, self.data_collator.pad_token_id)
         return loss, logits, labels

@@ -91,6 +91,19 @@ class MetricSums:
                 value = value.detach().double()
                 self._device_sums[name] = self._device_sums[name] + value if name in self._device_sums else value
 
+    def add_own_loss(self, mean_loss: Tensor, known: Tensor | None, items: float) -> None:
+        """Count the evaluation loss of a user's `compute_loss`: what it adds to the one that was counted (`known`, as
+        this library returned it), or all of it if none was."""
+        if known is None:
+            self._micro_batches += 1
+            sums = {"loss": mean_loss.double(), "loss_items": torch.ones_like(mean_loss, dtype=torch.float64)}
+        else:
+            sums = {"loss": mean_loss.double() - known.double()}
+        counted = torch.isfinite(sums["loss"]) | (not self._filter_nonfinite)
+        for name, value in sums.items() if items else ():
+            value = torch.where(counted, value * items, 0.0)
+            self._device_sums[name] = self._device_sums[name] + value if name in self._device_sums else value
+
     def count_step(self, finite: Tensor) -> None:
         """Count an optimizer step, and whether its loss is finite (on all ranks, as a 0-d bool)."""
         self._steps += 1
@@ -116,12 +129,12 @@ class MetricSums:
         total = dict(zip(names, sums, strict=True))
         seconds = 0.0 if self._started is None else time.perf_counter() - self._started
         self._reset()
-        metrics = {
-            "entropy": total["entropy"] / max(scored, 1),
-            "mean_token_accuracy": total["num_correct"] / max(scored, 1),
-            "tokens": tokens,
-            "seconds": seconds,
-        }
+        metrics = {"tokens": tokens, "seconds": seconds}
+        if "entropy" in total:
+            metrics |= {
+                "entropy": total["entropy"] / max(scored, 1),
+                "mean_token_accuracy": total["num_correct"] / max(scored, 1),
+            }
         if "loss" in total:
             metrics["loss"] = total["loss"] / total["loss_items"] if total["loss_items"] else math.nan
         if "aux_loss" in total:
@@ -160,7 +173,7 @@ class DeviceMetrics(Trainer):
         totals = self._sums["eval"].drain(self.accelerator)
         if totals:
             aux_loss = self.router_aux_loss_coef * totals.get("aux_loss", 0.0) if self.aux_loss_enabled else 0.0
-            output.metrics[f"{metric_key_prefix}_loss"] = totals["loss"] + aux_loss
+            output.metrics[f"{metric_key_prefix}_loss"] = totals.get("loss", math.nan) + aux_loss
             for name in ("entropy", "mean_token_accuracy", "aux_loss"):
                 if name in totals:
                     output.metrics[f"{metric_key_prefix}_{name}"] = totals[name]

@@ -87,6 +87,7 @@ def test_two_processes_give_the_weights_of_one(how, one, two):
 
 def test_a_loss_of_ones_own_counts_the_tokens_of_all_ranks(one, two):
     assert_same_weights(two["own loss"], one["unpacked"])
+    assert two["own loss"]["evaluated"] == pytest.approx(one["unpacked"]["evaluated"]["loss"], rel=1e-9)
 
 
 @pytest.mark.parametrize("how", ["unpacked", "step", "bfd"])

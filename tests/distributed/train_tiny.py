@@ -222,7 +222,7 @@ def trained(options):
     if own_loss:
         ours.compute_loss = lambda model, inputs, return_outputs=False, num_items_in_batch=None: model(**inputs).loss
         ours.train()
-        return results_of(ours)
+        return results_of(ours) | {"evaluated": ours.evaluate()["eval_loss"]}
     ours.train(resume_from_checkpoint=resume_from)
     evaluated = ours.evaluate()
     shares_rows = options.get("sequence_parallel_size", 1) > 1

@@ -130,6 +130,7 @@ def test_documents_of_similar_length_share_a_call_and_nothing_else(name: str, le
         ((20, 30, 20), {}, [(3, 30)]),
         ((300, 200, 300), {"window": 16}, [(2, 300), (1, 200)]),
         ((300, 300, 300), {}, [(3, 300)]),
+        ((1024, 900, 1100, 1200, 1100), {}, [(1, 1200), (2, 1100), (2, 1024)]),  # scores cost more than calls
         ((300, 290, 300), {"causal": False}, [(1, 300), (1, 290), (1, 300)]),  # what fills up would be seen
     ],
     ids=str,

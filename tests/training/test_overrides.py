@@ -3,9 +3,12 @@
 24 rows of 2 to 12 tokens, 6 for a step; with passes of 1,000 tokens a step takes one, of 12 tokens several.
 """
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, PromptTuningConfig
 from runs import config, losses
 from tiny import tiny_model, tiny_tokenizer, token_rows
 from torch.utils.data import SequentialSampler
@@ -43,23 +46,31 @@ def of_logits(trainer, model, inputs, count):
     return cross_entropy(model(**{k: v for k, v in inputs.items() if k != "labels"}).logits, labels, count)
 
 
+def of_logits_and_denominator(trainer, model, inputs, count):
+    return of_logits(trainer, model, inputs, inputs["denominator"])
+
+
 def of_tokens_and_positions(trainer, model, inputs, count):
     logits = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"]).logits
     return cross_entropy(logits, inputs["labels"], count)
 
 
-LOSSES = [of_all_inputs, of_the_parents_parent, as_a_tuple, of_logits, of_tokens_and_positions]
+LOSSES = [
+    of_all_inputs, of_the_parents_parent, as_a_tuple, of_logits, of_logits_and_denominator, of_tokens_and_positions,
+]  # fmt: skip
 
 
-def trained(tmp_path, compute, model="llama", **options):
+def trained(tmp_path, compute, model="llama", peft_config=None, **options):
     class Own(PackedSFTTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             count = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"][:, 1:] != -100).sum()
             return compute(self, model, inputs, count)
 
+    torch.manual_seed(0)
+    model = tiny_model(model, torch.float64) if isinstance(model, str) else model
     own = Own(
-        model=tiny_model(model, torch.float64), args=config(tmp_path, **STEP | options), train_dataset=token_rows(24),
-        eval_dataset=token_rows(7), processing_class=tiny_tokenizer(),
+        model=model, args=config(tmp_path, **STEP | options), train_dataset=token_rows(24),
+        eval_dataset=token_rows(13), processing_class=tiny_tokenizer(), peft_config=peft_config,
     )  # fmt: skip
     own.train()
     return own
@@ -90,11 +101,39 @@ def test_without_the_count_the_loss_of_a_pass_is_its_part_of_the_step(strategy, 
     assert losses(own) == losses(expected)
 
 
-def test_padded_rows_take_a_loss_of_ones_own(tmp_path):
+ADAPTERS = {
+    "LoRA": LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"]),
+    "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}
+
+
+@pytest.mark.parametrize("compute", [of_all_inputs, of_logits])
+@pytest.mark.parametrize("kind", [*ADAPTERS, "padded"])
+def test_adapters_prompts_and_padded_rows_take_a_loss_of_ones_own(kind, compute, tmp_path):
+    options = {"model": "stablelm" if kind == "padded" else "llama", "tokens_per_pass": 12}
     plain, own = (
-        trained(tmp_path, compute, model="stablelm", tokens_per_pass=12) for compute in (of_all_inputs, of_logits)
+        trained(tmp_path, one, peft_config=copy.deepcopy(ADAPTERS.get(kind)), **options)
+        for one in (of_packsft, compute)
     )
     assert losses(own) == pytest.approx(losses(plain), rel=1e-6)
+    assert own.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("compute", [of_all_inputs, lambda own, model, inputs, _: model(**inputs).loss])
+def test_the_routers_loss_is_part_of_the_models(compute, tmp_path):
+    options = {"router_aux_loss_coef": 0.5, "tokens_per_pass": 12}
+    plain, own = (trained(tmp_path, one, tiny_model("mixtral"), **options) for one in (of_packsft, compute))
+    assert losses(own) == pytest.approx(losses(plain), rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_what_a_loss_adds_is_part_of_the_evaluation(batch_size, plain, tmp_path):
+    def with_one_for_each_token(own, model, inputs, count):
+        return of_packsft(own, model, inputs, count) + inputs["num_items"] / inputs["denominator"]
+
+    own = trained(tmp_path, with_one_for_each_token, per_device_eval_batch_size=batch_size, tokens_per_pass=12)
+    assert losses(own) == pytest.approx([loss + 1 for loss in losses(plain)], rel=1e-6)
+    assert own.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"] + 1, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -106,8 +145,13 @@ def test_padded_rows_take_a_loss_of_ones_own(tmp_path):
             ValueError,
             "tokens of a row of several documents, which would see each other",
         ),
+        (
+            lambda own, model, inputs, _: model(inputs["input_ids"].clone(), position_ids=None).logits.sum(),
+            ValueError,
+            "tokens of a row of several documents, which would see each other",
+        ),
     ],
-    ids=["logits", "tokens alone"],
+    ids=["logits", "tokens alone", "positional"],
 )
 def test_what_a_loss_cannot_have_is_named(compute, error, message, tmp_path):
     with pytest.raises(error, match=message):
