@@ -477,7 +477,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: for a wrong shape, dtype or combination; the message names the argument.
         RuntimeError: on a second backward without retain_graph, and on a second derivative by `backward()`. Asked for
-            the gradients of certain tensors alone, PyTorch takes the first gradients for constants, except with "none".
+            the gradients of certain tensors alone, PyTorch takes the first gradients for constants.
     """
     check_argument(
         hidden.dim() == 2 and hidden.is_floating_point(), "hidden", describe(hidden), "floating point [T, M]"
