@@ -96,12 +96,13 @@ class ExactSteps(Trainer):
         return self._run_batch(model, inputs, num_items_in_batch)
 
     def _run_batch(self, model: nn.Module, batch: dict[str, Any], num_items: Any) -> Tensor:
-        if num_items is None:
-            with self._given(batch, batch["num_items"] or 1, self.current_gradient_accumulation_steps) as batch:
-                return super().training_step(model, batch, num_items)
-        ranks = Ranks.of(self.accelerator)
-        averaged = ranks.size * ranks.parts if self.args.average_tokens_across_devices else 1
-        with self._given(batch, num_items / averaged, self.current_gradient_accumulation_steps) as batch:
+        denominator = batch["num_items"] or 1
+        if num_items is not None:
+            ranks = Ranks.of(self.accelerator)
+            averaged = ranks.size * ranks.parts if self.args.average_tokens_across_devices else 1
+            denominator = num_items / averaged
+        micro_batches = getattr(self, "current_gradient_accumulation_steps", 1)  # set when training begins
+        with self._given(batch, denominator, micro_batches) as batch:
             return super().training_step(model, batch, num_items)
 
     @contextlib.contextmanager
