@@ -43,7 +43,7 @@ from packsft.arguments import (
 from packsft.checkpoints.resuming import WholeCheckpoints
 from packsft.checkpoints.stream_place import CountsEpochs
 from packsft.config import has_bf16
-from packsft.data.batch import document_lengths
+from packsft.data.batch import document_lengths, has_documents
 from packsft.data.collator import PackingCollator, mark_sizes
 from packsft.data.divided import divisible
 from packsft.data.exchange import Exchange
@@ -464,14 +464,13 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         with torch.set_grad_enabled(torch.is_grad_enabled() and not own_loss):
             output = self._prepared.loss(model, inputs, num_items)
         loss = loss if own_loss else output.loss
-        has_documents = bool(inputs.get("row_tokens", inputs["num_tokens"]))
         self._sums[mode].add(
             output,
             scored=inputs["num_scored"],
             tokens=inputs["num_tokens"],
             items=inputs["num_items"],
             mean_loss=loss.detach() if mode == "eval" else None,
-            has_documents=has_documents,
+            has_documents=has_documents(inputs),
         )
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             ranks = Ranks.of(self.accelerator)
@@ -480,7 +479,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         once = [] if own_loss or output.added_loss is None else [output.added_loss]
         # Llama 4 and Doge have the coefficient but return no such loss; an empty pass routes only a padding token
         if self.aux_loss_enabled and output.aux_loss is not None and not own_loss:
-            once.append(self.router_aux_loss_coef * output.aux_loss * has_documents)
+            once.append(self.router_aux_loss_coef * output.aux_loss * has_documents(inputs))
         if once:
             micro_batches = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + sum(once) / micro_batches

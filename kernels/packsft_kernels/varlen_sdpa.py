@@ -25,7 +25,7 @@ from packsft_kernels.attention_spec import HALF_DTYPES, AttentionSpec
 # 700.
 CPU_FLOAT32_LENGTH = 512
 # On a GPU 60 documents of about 140 tokens become 7 calls, with 1.2 times as many scores. A kernel's block has 64 rows.
-# Above some 1,000 tokens the scores cost more than a call.
+# Not measured: from where on filling up could cost more than the calls that it saves.
 SIMILAR, SHORT, LONG = 0.75, 64, 1024
 
 

@@ -96,6 +96,11 @@ def longest_document(batch: Mapping[str, Any]) -> int:
     return batch["input_ids"].shape[1] if "row_lengths" in batch else batch["max_length_q"]
 
 
+def has_documents(batch: Mapping[str, Any]) -> bool:
+    """Whether the row has any, of which this rank may have none."""
+    return bool(batch.get("row_tokens", batch["num_tokens"]))
+
+
 def loss_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs of the head, in addition to `model_inputs`."""
     return {key: batch[key] for key in LOSS_KEYS if key in batch}

@@ -195,8 +195,8 @@ def _apply_template(
     if tokenizer.chat_template is None and options.get("chat_template") is None:
         raise ValueError(f"the rows of the {name} data set hold messages, but the tokenizer has no chat template")
     if types is not None:
-        tools = options.get("tools")
-        options = without_nulls(dict(options), *_types_in(types, "chat_template_kwargs"))
+        tools = options.pop("tools", None)
+        options = without_nulls(options, *_types_in(types, "chat_template_kwargs"))
         if tools is not None:
             options["tools"] = tools if json_tools else without_nulls(tools, *_types_in(types, "tools"))
         of_lists = _types_in(types, "prompt", "completion", *CHATS)

@@ -93,7 +93,7 @@ def one_form(dataset: Rows, text_field: str, name: str) -> Rows:
         rename = functools.partial(_renamed, names=named, name=name)
         rows = dataset.map(rename, with_indices=True, remove_columns=sorted(columns))
         types = None if dataset.features is None else types_of(dataset.features.arrow_schema)
-        kept = {**{column: column for column in BESIDE}, **named}
+        kept = dict(zip(BESIDE, BESIDE, strict=True)) | named
         rows.arrow_types = None if types is None else {new: types[old] for old, new in kept.items() if old in types}
         return rows
     rows = dataset.select_columns([*chosen, *(column for column in beside if column not in chosen)])

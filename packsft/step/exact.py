@@ -19,6 +19,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from packsft import compat
+from packsft.data.batch import has_documents
 from packsft.data.collator import join_rows, rows_of_documents
 from packsft.data.document import IGNORE_INDEX
 from packsft.data.ranks import Ranks
@@ -109,7 +110,7 @@ class ExactSteps(Trainer):
     def _given(self, batch: dict[str, Any], denominator: Any, micro_batches: int) -> Iterator[dict[str, Any]]:
         """The batch for a `compute_loss` of a user's, while the model knows it. The router's loss counts once in a
         step, and not that of padding."""
-        routed = self.aux_loss_enabled and bool(batch.get("row_tokens", batch["num_tokens"]))
+        routed = self.aux_loss_enabled and has_documents(batch)
         share = self.router_aux_loss_coef / micro_batches if routed else 0.0
         with self._prepared.row_of(batch, share):
             yield batch | {"denominator": denominator}
@@ -185,7 +186,6 @@ class ExactSteps(Trainer):
             loss = sum(counted) / sum(items) if counted else loss
         if isinstance(logits, Tensor):
             order = torch.cat([torch.as_tensor(batch["rows"]) for batch in batches]).argsort(stable=True)
-            ids = [rows_of_documents(batch["input_ids"], batch, self.data_collator.pad_token_id) for batch in batches]
 
             def joined(parts: Sequence[Tensor], value: float) -> Tensor:  # ranks may have other numbers of rows
                 rows = join_rows(parts, value)
@@ -193,5 +193,7 @@ class ExactSteps(Trainer):
 
             logits = joined(all_logits, 0.0)
             labels = None if labels is None else joined(all_labels, IGNORE_INDEX)
-            inputs["input_ids"] = joined(ids, self.data_collator.pad_token_id)
+            if "inputs" in self.args.include_for_metrics:
+                pad = self.data_collator.pad_token_id
+                inputs["input_ids"] = joined([rows_of_documents(b["input_ids"], b, pad) for b in batches], pad)
         return loss, logits, labels

@@ -86,10 +86,11 @@ class MetricSums:
             counted = torch.isfinite(mean_loss) | (not self._filter_nonfinite)
             sums["loss"] = torch.where(counted, mean_loss.double() * items, 0.0)
             sums["loss_items"] = counted.double() * items
+        self._add({name: value.detach().double() for name, value in sums.items() if value is not None})
+
+    def _add(self, sums: dict[str, Tensor]) -> None:
         for name, value in sums.items():
-            if value is not None:
-                value = value.detach().double()
-                self._device_sums[name] = self._device_sums[name] + value if name in self._device_sums else value
+            self._device_sums[name] = self._device_sums[name] + value if name in self._device_sums else value
 
     def add_own_loss(self, mean_loss: Tensor, known: Tensor | None, items: float) -> None:
         """Count the evaluation loss of a user's `compute_loss`: what it adds to the one that was counted (`known`, as
@@ -100,9 +101,8 @@ class MetricSums:
         else:
             sums = {"loss": mean_loss.double() - known.double()}
         counted = torch.isfinite(sums["loss"]) | (not self._filter_nonfinite)
-        for name, value in sums.items() if items else ():
-            value = torch.where(counted, value * items, 0.0)
-            self._device_sums[name] = self._device_sums[name] + value if name in self._device_sums else value
+        if items:
+            self._add({name: torch.where(counted, value * items, 0.0) for name, value in sums.items()})
 
     def count_step(self, finite: Tensor) -> None:
         """Count an optimizer step, and whether its loss is finite (on all ranks, as a 0-d bool)."""

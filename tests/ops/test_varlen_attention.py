@@ -228,7 +228,7 @@ def test_what_torch_varlen_can_do(monkeypatch, spec, able):
         why_not.cache_clear()
 
 
-def test_true_float32_on_cuda_takes_one_sdpa_call_per_document(monkeypatch):
+def test_true_float32_on_cuda_takes_sdpa(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     assert choose_backend(replace(ON_CUDA, dtype=torch.float32)) == "sdpa"
 

@@ -122,11 +122,8 @@ def test_documents_of_similar_length_share_a_call_and_nothing_else(name: str, le
 @pytest.mark.parametrize(
     ("lengths", "options", "batches"),
     [
-        (
-            (100, 20, 75, 74, 0, 64, 2, 1),
-            {},
-            [(2, 100), (2, 74), (3, 20)],
-        ),  # three quarters, and up to a kernel's block
+        # three quarters, and up to a kernel's block
+        ((100, 20, 75, 74, 0, 64, 2, 1), {}, [(2, 100), (2, 74), (3, 20)]),
         ((20, 30, 20), {}, [(3, 30)]),
         ((300, 200, 300), {"window": 16}, [(2, 300), (1, 200)]),
         ((300, 300, 300), {}, [(3, 300)]),
