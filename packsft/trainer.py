@@ -154,12 +154,6 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
                 traced=self.args.torch_compile,
                 sequence=self._sequence,
             )
-        packs_evaluation = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
-        if self._prepared.padded and self.compute_metrics is not None and packs_evaluation:
-            raise ValueError(
-                "compute_metrics with packed evaluation sets needs a model that can be packed "
-                f"({self.isolation.reason}): set eval_packing=False"
-            )
         self.data_collator = PackingCollator(
             pad_token_id=self._tokenizer.pad_token_id,
             pad_to_multiple_of=self.args.pad_to_multiple_of,

@@ -205,6 +205,17 @@ def test_a_stream_is_packed_without_trl():
     """) == [4, 5]
 
 
+def test_tokenised_rows_are_inspected_without_trl(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"input_ids": [3, 4, 5]}\n{"input_ids": [6, 7]}\n')
+    assert python(f"""
+        without("trl", "transformers")
+        import json, sys
+        from packsft.app.cli import main
+        exit_code = main(["inspect", {str(tmp_path / "rows.jsonl")!r}, "--max-length", "8"])
+        print(json.dumps([exit_code, "transformers" in sys.modules]))
+    """) == [0, False]
+
+
 def test_importing_packsft_is_lighter_than_importing_trl(tmp_path):
     program = """
         before = set(sys.modules)

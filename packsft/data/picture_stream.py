@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import IterableDataset
-from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from packsft.data.document import Pack, PlannedDocument
 from packsft.data.pictures import LOOKED_AT, PICTURES, MeasuredRows, PictureRows, RowProcessor
 from packsft.data.streams import SAMPLED_ROWS, PackedStream, for_a_worker
 from packsft.packing import Account
+
+if TYPE_CHECKING:
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 FIRST_WITH_PICTURES = 16
 

@@ -20,13 +20,13 @@ import numpy as np
 from accelerate import PartialState
 from datasets import Dataset, Image, IterableDataset, List
 from torch import Tensor
-from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from packsft.data.document import IGNORE_INDEX, Document, is_outside, make_document, outside_vocabulary, short
 from packsft.data.packs import sample_of
 
 if TYPE_CHECKING:  # needed for pictures alone
     import PIL.Image
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 logger = logging.getLogger("packsft")
 

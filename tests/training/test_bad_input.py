@@ -62,10 +62,6 @@ def rows(*extra):
         ),
         ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size=0: expected an integer of at least 1"),
         ({"truncation_mode": "keep_middle"}, "truncation_mode='keep_middle' is unknown"),
-        (
-            {"model": tiny_model("stablelm"), "compute_metrics": lambda prediction: {}, "eval_dataset": token_rows(4)},
-            "set eval_packing=False",
-        ),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True is not supported"),
         (
             {"model": LlamaForSequenceClassification(tiny_model().config)},

@@ -182,13 +182,16 @@ def test_the_loss_of_the_logits_that_metrics_get_is_the_evaluation_loss(options,
     assert metrics["eval_scored"] == sum(sum(x != -100 for x in r["labels"][1:]) for r in token_rows(21, seed=3))
 
 
-def test_metrics_of_a_padded_model_are_those_of_the_examples(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"eval_packing": False}], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_metrics_of_a_padded_model_are_those_of_the_examples(way, options, tmp_path):
     ours = trainer(
-        tmp_path, model=tiny_model("stablelm"), compute_metrics=metrics_of_logits, eval_packing=False,
-        eval_dataset=token_rows(21, seed=3), per_device_eval_batch_size=4,
+        tmp_path, model=tiny_model("stablelm"), compute_metrics=metrics_of_logits,
+        eval_dataset=token_rows(21, seed=3), per_device_eval_batch_size=4, **WAYS[way] | options,
     )  # fmt: skip
     metrics = ours.evaluate()
     assert metrics["eval_mean"] == pytest.approx(metrics["eval_loss"], rel=1e-6)
+    assert metrics["eval_scored"] == sum(sum(x != -100 for x in r["labels"][1:]) for r in token_rows(21, seed=3))
 
 
 def test_the_losses_that_metrics_get_are_means_over_scored_tokens(tmp_path):
