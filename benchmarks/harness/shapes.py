@@ -87,7 +87,7 @@ def gpu_heads() -> dict[str, HeadShape]:
     T = 8192 if torch.cuda.get_device_properties(0).total_memory > 70 * 2**30 else 2048
     return {
         "Llama-3.2-1B": HeadShape(T=T, N=T, M=2048, V=128_256),
-        "Llama-3.1-8B": HeadShape(T=T, N=T // 2, M=4096, V=128_256),
+        "Llama-3.1-8B": HeadShape(T=T, N=T, M=4096, V=128_256),
     }
 
 

@@ -7,10 +7,10 @@ Knows hidden states and matrices; knows nothing of the model around them.
 
 Legend: T tokens, N scored rows, V vocabulary, M model width, R rank of the addition, C rows of one chunk.
 
-Memory besides the inputs: one chunk of logits (`launch.CHUNK_BYTES`), the stored gradients dX [N, M] and dW [V, M] (the
-latter in float32 while several chunks add to it), a few numbers per row, and the weight in the autocast dtype if that
-differs. The hidden states of a chunk are stored where their gradient will be. They take memory of their own only if no
-gradient is wanted, or while they are cast.
+Memory besides the inputs: one chunk of logits (`launch.rows_per_chunk`), the stored gradients dX [N, M] and dW [V, M]
+(the latter in float32 while several chunks add to it), a few numbers per row, and the weight in the autocast dtype if
+that differs. The hidden states of a chunk are stored where their gradient will be. They take memory of their own only
+if no gradient is wanted, or while they are cast.
 """
 
 import dataclasses
@@ -150,7 +150,11 @@ def _summed_over_chunks(
 
     # On CUDA, rows start on a multiple of 16 elements, so that the kernel's accesses are wide for every V.
     stride = -(-vocab // 16) * 16 if hidden_TM.is_cuda else vocab
-    chunk = launch.rows_per_chunk(num_rows, stride, dtype.itemsize, weight_grad=wanted.weight)
+    rounded = wanted.weight and weight_VM.dtype == dtype == torch.bfloat16
+    chunk = launch.rows_per_chunk(
+        num_rows, stride, dtype.itemsize,
+        weight_grad=wanted.weight, rounded_width=weight_VM.shape[1] if rounded else 0,
+    )  # fmt: skip
     buffer_CV = torch.empty(chunk, stride, dtype=dtype, device=device)[:, :vocab]
     outputs = empty_outputs(hidden_TM.new_empty(num_rows, 0, dtype=dtype), options)
     gradients = _empty_gradients(

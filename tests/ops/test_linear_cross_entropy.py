@@ -355,6 +355,27 @@ def test_chunks_keep_to_the_budget_and_are_few(num_rows: int, vocab: int, weight
     assert math.ceil(num_rows / rows) <= fewest
 
 
+@pytest.mark.parametrize(
+    ("vocab", "width"), [(128_256, 2048), (128_256, 4096), (256_000, 3584), (32_000, 4096), (7, 64)]
+)
+def test_a_rounded_gradient_takes_larger_chunks_in_the_same_memory(vocab: int, width: int) -> None:
+    def peak(num_rows: int, rows: int) -> int:
+        """Bytes of logits and of dW in bfloat16, or of its sum in float32 and then of the sum and its rounding."""
+        logits, rounded = 2 * vocab * rows, 2 * vocab * width
+        return logits + rounded if rows >= num_rows else 2 * rounded + max(logits, rounded)
+
+    chunks = {}
+    allowed = peak(2**30, launch.rows_per_chunk(2**30, vocab, 2, weight_grad=True))
+    for num_rows in (*range(1, 20_000, 13), 2**20):
+        rows = launch.rows_per_chunk(num_rows, vocab, 2, weight_grad=True, rounded_width=width)
+        before = launch.rows_per_chunk(num_rows, vocab, 2, weight_grad=True)
+        chunks[num_rows] = math.ceil(num_rows / rows)
+        assert chunks[num_rows] <= math.ceil(num_rows / before)
+        assert peak(num_rows, rows) <= max(allowed, peak(num_rows, before))
+    # where one chunk would do, there is one
+    assert all(count == 1 for num_rows, count in chunks.items() if peak(num_rows, num_rows) <= allowed)
+
+
 # ---------------------------------------------------------------------------------------------------- where it stands
 
 
