@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoProcessor, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_peft_available, output_capturing
+from trl.models import selective_activation_checkpointing as trl_selective
 from trl.trainer import sft_trainer as trl_sft_trainer
 
 TRL_RANGE = (Version("1.16"), Version("2"))
@@ -110,6 +111,16 @@ def own_head_during_init() -> Iterator[None]:
     finally:
         for name, value in originals.items():
             setattr(trl_sft_trainer, name, value)
+
+
+def saved_by_selective_checkpointing(operators: Iterable[Any]) -> AbstractContextManager:
+    """Selective checkpoints set up in it (`gradient_checkpointing_kwargs={"selective": True}`) save their outputs, too.
+
+    TRL saves those of SDPA and of the package flash-attn, by name, and computes the rest again. A list of names that
+    one can add to would free us.
+    """
+    known = trl_selective._aten_attention_ops()
+    return mock.patch.object(trl_selective, "_aten_attention_ops", return_value=known | set(operators))
 
 
 @contextmanager

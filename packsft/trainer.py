@@ -24,6 +24,7 @@ from accelerate import PartialState
 from accelerate.utils import DynamoBackend
 from datasets import Dataset, IterableDataset
 from packsft_kernels import LossOptions
+from packsft_kernels.varlen_attention import OPERATORS
 from packsft_kernels.version import __version__
 from torch import Tensor, nn
 from transformers import ProcessorMixin
@@ -115,7 +116,8 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
                 if (rows := call.arguments.get(f"{name}_dataset")) is not None:
                     rows = with_hidden_pictures(rows)
                     call.arguments[f"{name}_dataset"] = in_one_form(rows, args.dataset_text_field, name)
-        with compat.own_head_during_init(), compat.naming_missing_tokenizer():
+        saved = compat.saved_by_selective_checkpointing(OPERATORS)
+        with compat.own_head_during_init(), compat.naming_missing_tokenizer(), saved:
             super().__init__(*call.args[1:], **call.kwargs)
         self.args.enable_jit_checkpoint = saves_on_sigterm
         if (own_loss := call.arguments.get("compute_loss_func")) is not None:

@@ -16,12 +16,14 @@ from attention_stand_ins import STAND_INS, FlashAlgorithm, StandIn
 from numerics import assert_accurate
 from packsft_kernels import varlen_attention
 from packsft_kernels.reference import varlen_attention as reference
-from packsft_kernels.varlen_attention import BACKENDS, AttentionSpec, choose_backend, why_not
+from packsft_kernels.varlen_attention import BACKENDS, OPERATORS, AttentionSpec, choose_backend, why_not
 from tiny import ROWS
 from tiny_models import tiny_model, with_random_weights
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from trl.models import enable_selective_activation_checkpointing
 
+from packsft import compat
 from packsft.data.batch import model_inputs
 from packsft.data.collator import PackingCollator
 from packsft.model.attention import packed_forward, set_backend
@@ -288,6 +290,30 @@ def test_models_with_sinks_or_smaller_values_train_on_flash_attention(install, f
     assert calls
     for mine, theirs, exact in zip(ours, run(torch.bfloat16, "sdpa"), run(torch.float64, "sdpa"), strict=True):
         assert_accurate(mine, theirs, exact, family)
+
+
+def test_selective_checkpoints_save_the_output_of_attention(install):
+    calls = {"attention": 0, "mlp": 0}
+
+    def attention(*args, **kwargs):
+        calls["attention"] += 1
+        return TORCH.function(*args, **kwargs)
+
+    install(replace(TORCH, function=attention))
+    batch = model_inputs(PackingCollator(pad_token_id=0)([dict(row) for row in ROWS]))
+    model = tiny_model("llama").bfloat16().train()
+    model.set_attn_implementation("packsft")
+    set_backend(model, "torch_varlen")
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.__setitem__("mlp", calls["mlp"] + 1))
+    with compat.saved_by_selective_checkpointing(OPERATORS):
+        enable_selective_activation_checkpointing(model)
+    for enable in (None, model.gradient_checkpointing_enable):
+        if enable is not None:
+            enable()
+        calls |= {"attention": 0, "mlp": 0}
+        with packed_forward():
+            model(**batch, use_cache=False).logits.logsumexp(-1).sum().backward()
+        assert calls == {"attention": len(model.model.layers), "mlp": 1 if enable is None else 2}
 
 
 def test_the_back_ends_are_tried_in_the_order_of_the_table(install):

@@ -26,6 +26,7 @@ VERSIONS = f"trl {trl.__version__}, transformers {transformers.__version__}, acc
 NAMES = {
     "trl.trainer.sft_trainer": "SFTTrainer add_fused_lm_head BaseTunerLayer DataCollatorForLanguageModeling "
     "get_training_chat_template has_generation_markers is_conversational is_conversational_from_value",
+    "trl.models.selective_activation_checkpointing": "_aten_attention_ops",
     "trl.trainer.utils": "maybe_gather_lm_head_ctx",
     "trl.cli": "main",
     "trl.cli.accelerate_launcher": "launch_training_script",
