@@ -33,7 +33,11 @@ def jit(function: Any = None, **options: Any) -> Any:
 
 
 def usable(device: torch.device) -> bool:
-    """Whether a kernel can be launched on tensors of `device`. Warns once on CUDA without Triton."""
+    """Whether a kernel can be launched on tensors of `device`. Warns once on CUDA without Triton.
+
+    Not on AMD's GPUs, which are "cuda", too: the kernels hold instructions of NVIDIA's."""
+    if torch.version.hip is not None:
+        return False
     if device.type == "cuda" and not HAS_TRITON:
         _announce_fallback()
     return HAS_TRITON and (device.type == "cuda" or INTERPRET)

@@ -225,8 +225,7 @@ def cross_entropy(
     weights = None if weights is None else weights.detach().flatten()
     num_rows = logits_TV.shape[0] if rows is None else rows.numel()
     check_rows(rows, targets, weights, num_rows, logits.device)
-    if CHECK_VALUES:
-        check_values(rows, targets, len(logits_TV), logits_TV.shape[1], options)
+    check_values(rows, targets, logits_TV.shape[0], logits_TV.shape[1], options)
 
     scale = None  # for "none"
     if reduction == "mean":
@@ -323,6 +322,9 @@ CHECK_VALUES = os.environ.get("PACKSFT_CHECK_VALUES") == "1"
 
 
 def check_values(rows: Tensor | None, targets: Tensor, num_tokens: int, vocab: int, options: LossOptions) -> None:
+    """Only with `CHECK_VALUES`."""
+    if not CHECK_VALUES:
+        return
     for name, values, limit in (("rows", rows, num_tokens), ("targets", targets, vocab)):
         if values is None:
             continue

@@ -27,6 +27,7 @@ from packsft_kernels.cross_entropy import (
     check_argument,
     check_reduction,
     check_rows,
+    check_values,
     describe,
     inverse_items,
     scaled_sum,
@@ -501,6 +502,7 @@ def linear_cross_entropy(
                 raise ValueError(f"low_rank: got {describe(down)} and {describe(up)}, allowed: [T, R] and [V, R]")
     check_reduction(reduction, num_items)
     check_rows(rows, targets, weights, hidden.shape[0] if rows is None else rows.numel(), hidden.device)
+    check_values(rows, targets, hidden.shape[0], weight.shape[0], options)
 
     device = hidden.device.type
     dtype = hidden.dtype

@@ -33,7 +33,7 @@ from packsft_kernels.varlen_torch import torch_varlen
 
 FLOAT_DTYPES = (*HALF_DTYPES, torch.float32, torch.float64)
 OPERATORS = (torch.ops.aten._flash_attention_forward.default, torch.ops.packsft.varlen_sdpa.default)
-"""The operators of `torch_varlen` and, where it is traced, of `sdpa`: for checkpoints that save what attention gives."""
+"""The operators of `torch_varlen` and of `sdpa` where it is traced, for checkpoints that save what attention gives."""
 
 
 def varlen_attention(

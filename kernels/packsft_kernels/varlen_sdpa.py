@@ -330,10 +330,10 @@ def _documents(
 
 def _document_mask(length: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
     """`[length, length]` bool of one document (never of the row): True where a query (row) sees a key (column)."""
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position[None, :]
-    seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
-    return seen if window is None else seen & (distance.abs() < window)
+    seen = torch.ones(length, length, dtype=torch.bool, device=device)  # in place: distances would take 8 bytes each
+    if window is not None:
+        seen = seen.triu_(1 - window).tril_(window - 1)
+    return seen.tril_() if causal else seen
 
 
 def attention_with_scores(

@@ -61,7 +61,7 @@ def check_model(
         adapter: folder or hub name of a PEFT adapter on it.
         attn: a name in `varlen_attention.BACKENDS` or a transformers attn_implementation; None: the trainer's choice.
         dtype: dtype of the weights and the forward.
-        data: a data set, see `inspect.load_rows`; None: random tokens.
+        data: a data set, see `rows.load_rows`; None: random tokens.
         max_length: documents are cut here.
 
     Raises:

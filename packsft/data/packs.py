@@ -182,14 +182,20 @@ class UserPacks(torch.utils.data.Dataset):
         self.rows, self._vocab_size = rows, vocab_size
         self._transforms = rows.format["type"] == "custom"
         self._read_columns()
-        packs = [self[index] for index in range(0 if self._transforms else len(rows))]
-        self.document_lengths = np.array([len(document) for pack in packs for document in pack], np.int64)
-        self.lengths = np.array([sum(map(len, pack)) for pack in packs], np.int64)
-        if packs and not any(document.num_scored and document.weight for pack in packs for document in pack):
+        document_lengths: list[int] = []
+        lengths: list[int] = []
+        scores = False
+        for index in range(0 if self._transforms else len(rows)):  # one by one: the documents are copies
+            pack = self[index]
+            document_lengths += map(len, pack)
+            lengths.append(sum(map(len, pack)))
+            scores = scores or any(document.num_scored and document.weight for document in pack)
+        if lengths and not scores:
             raise ValueError(
                 "no document of the data set has a token to score (a label that is not -100, after its first)"
             )
-        in_columns = int(self._columns["input_ids"].lengths.sum()) if packs else 0
+        self.document_lengths, self.lengths = np.array(document_lengths, np.int64), np.array(lengths, np.int64)
+        in_columns = int(self._columns["input_ids"].lengths.sum()) if lengths else 0
         self.tokens_padding = in_columns - int(self.lengths.sum())
 
     def _read_columns(self) -> None:

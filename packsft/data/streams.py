@@ -281,8 +281,8 @@ class PackedStream(torch.utils.data.IterableDataset):
         while True:
             while (segments := self._buffer.pop(at_end=at_end)) is not None:
                 pack = [self._held[key].part(start, stop) for key, start, stop in segments]
-                keys = self._buffer.keys
-                self._held = {key: document for key, document in self._held.items() if key in keys}
+                for key in {key for key, _, _ in segments if key not in self._buffer}:
+                    del self._held[key]
                 yield pack
             if at_end:
                 return
@@ -296,8 +296,9 @@ class PackedStream(torch.utils.data.IterableDataset):
         """Cut a row into documents, and push them into the buffer."""
         num_segments = 0
         for document in self.documents(row, self.account.examples_in, self.account):
-            self._held[self._next_key] = document
-            num_segments += self._buffer.push(self._next_key, len(document))
+            if pushed := self._buffer.push(self._next_key, len(document)):
+                self._held[self._next_key] = document
+            num_segments += pushed
             self._next_key += 1
         self.account.examples_packed += num_segments > 0
         self.account.examples_split += num_segments > 1

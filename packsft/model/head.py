@@ -8,7 +8,7 @@ backbone and scores only the listed positions, in one of two ways:
   head within the model's own forward, which alone computes the router's loss of a mixture of experts, and whatever a
   model has between backbone and head.
 - compact logits: the model's own head on the scored positions, then `cross_entropy`. This works with any head: other
-  adapters, quantised weights.
+  adapters, quantised weights. On padded rows, and in a model without `logits_to_keep`, it makes all logits first.
 
 It runs inside the forward so that the hooks of DDP, FSDP and ZeRO fire around it.
 """

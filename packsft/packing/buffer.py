@@ -6,7 +6,7 @@ content and the same further lengths give the same packs.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from typing import Any, NamedTuple
 
 from .strategies import strategy_named
@@ -55,16 +55,16 @@ class PackingBuffer:
         self._complete: deque[list[Segment]] = deque()
         self._waiting: list[Segment] = []  # in the order of arrival; under "wrapped" the pack that is being filled
         self._waiting_tokens = 0
+        self._segments: Counter[int] = Counter()  # held of each key
 
     @property
     def tokens(self) -> int:
         """Tokens held, complete packs included."""
         return self._waiting_tokens + sum(segment.length for pack in self._complete for segment in pack)
 
-    @property
-    def keys(self) -> set[int]:
-        """The keys with a segment in the buffer."""
-        return {segment.key for segments in (self._waiting, *self._complete) for segment in segments}
+    def __contains__(self, key: int) -> bool:
+        """Whether the buffer holds a segment of this key."""
+        return key in self._segments
 
     def push(self, key: int, length: int) -> int:
         """Add a length, at most `max_length` unless the strategy is "wrapped". Returns the number of its segments."""
@@ -76,6 +76,7 @@ class PackingBuffer:
             segment = Segment(key, start, min(start + room, length))
             start = segment.stop
             num_segments += 1
+            self._segments[key] += 1
             if segment.length == limit or not (self.strategy.end_to_end or self.strategy.repacks):
                 self._complete.append([segment])
                 continue
@@ -92,14 +93,19 @@ class PackingBuffer:
         `at_end` means that no more lengths follow: the rest is given, pack by pack.
         """
         if self._complete:
-            return self._complete.popleft()
-        if not self._waiting or not (at_end or self._waiting_tokens > self.buffer_tokens):
+            pack = self._complete.popleft()
+        elif not self._waiting or not (at_end or self._waiting_tokens > self.buffer_tokens):
             return None
-        if self.strategy.end_to_end:
-            pack, self._waiting = self._waiting, []
         else:
-            pack = self._take_fitting(longest_first=at_end)
-        self._waiting_tokens -= sum(segment.length for segment in pack)
+            if self.strategy.end_to_end:
+                pack, self._waiting = self._waiting, []
+            else:
+                pack = self._take_fitting(longest_first=at_end)
+            self._waiting_tokens -= sum(segment.length for segment in pack)
+        for segment in pack:
+            self._segments[segment.key] -= 1
+            if not self._segments[segment.key]:
+                del self._segments[segment.key]
         return pack
 
     def _take_fitting(self, longest_first: bool) -> list[Segment]:
@@ -137,3 +143,4 @@ class PackingBuffer:
         self._complete = deque([Segment(*segment) for segment in pack] for pack in state["complete"])
         self._waiting = [Segment(*segment) for segment in state["waiting"]]
         self._waiting_tokens = sum(segment.length for segment in self._waiting)
+        self._segments = Counter(segment.key for pack in (self._waiting, *self._complete) for segment in pack)

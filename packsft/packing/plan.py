@@ -19,6 +19,7 @@ import operator
 import os
 import zipfile
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -451,19 +452,21 @@ def _exact_fill(distinct: IntArray, counts: IntArray, max_length: int) -> list[t
         sizes_left = sizes[alive]
         candidates: list[tuple[int, list[int]]] = []
         pattern: list[int] = []
+        used: Counter[int] = Counter()
         space, at = max_length, len(alive) - 1
         while at >= 0:
-            pattern = [*pattern, int(alive[at])]
+            pattern.append(int(alive[at]))
+            used[pattern[-1]] += 1
             space -= int(sizes_left[at])
             if space <= 2 * sizes_left[-1]:  # otherwise a pair cannot fill it
                 pair, filled = _best_pair(sizes_left, space)
                 candidates.append((space - filled, [*pattern, *alive[pair].tolist()]))
             at = min(at, int(np.searchsorted(sizes_left, space, side="right")) - 1)
-            while at >= 0 and pattern.count(alive[at]) == left[alive[at]]:
+            while at >= 0 and used[int(alive[at])] == left[alive[at]]:
                 at -= 1
         candidates.append((space, pattern))
         for _, pattern in sorted(candidates, key=lambda candidate: candidate[0]):
-            used = {index: pattern.count(index) for index in pattern}
+            used = Counter(pattern)
             times = min(int(left[index]) // count for index, count in used.items())
             if times:  # the pair may ask for more than is left; the last candidate never does
                 break

@@ -34,6 +34,7 @@ def items_in_step(
     items = sum(batch["num_items"] for batch in batches)
     if not across_ranks or accelerator.num_processes == 1 or any("passes" in batch for batch in batches):
         return items or 1
-    total = accelerator.reduce(torch.tensor(items, dtype=torch.float64, device=accelerator.device), reduction="sum")
+    own = torch.full((), items, dtype=torch.float64, device=accelerator.device)  # a fill: a copy would wait
+    total = accelerator.reduce(own, reduction="sum")
     total = total / Ranks.of(accelerator).sharing
     return torch.where(total > 0, total, 1.0)

@@ -160,7 +160,7 @@ class PassWalker:
             ) from None
         logger.warning(
             "out of memory in a pass of %d tokens: the step runs again, and the run continues, with at most %d tokens "
-            "per pass; the result does not change", most, smaller,
+            "per pass", most, smaller,
         )  # fmt: skip
         return smaller
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import EXACT, assert_accurate, error, seeded
-from packsft_kernels import LossOptions, _triton, cross_entropy, launch, reference
+from packsft_kernels import LossOptions, _triton, cross_entropy, launch, linear_cross_entropy, reference
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] + [torch.float64] * (not _triton.INTERPRET)
@@ -437,6 +437,8 @@ def test_values_are_checked_where_that_is_switched_on(argument: str, kwargs: dic
     assert float(cross_entropy(torch.randn(2, 9), targets=torch.tensor([8, -100])).loss) > 0
     with pytest.raises(ValueError, match=f"^{argument}"):
         cross_entropy(torch.randn(2, 9), **kwargs)
+    with pytest.raises(ValueError, match=f"^{argument}"):
+        linear_cross_entropy(torch.randn(2, 3), torch.randn(9, 3), **kwargs)
 
 
 @pytest.mark.parametrize("weights", [None, torch.rand(3)], ids=["", "weights"])
