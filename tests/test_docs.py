@@ -75,6 +75,7 @@ def names_of(folder: str) -> dict:
     return {
         "SFTConfig": OnCPU,
         "PackedSFTConfig": packsft.PackedSFTConfig,
+        "PackedSFTTrainer": packsft.PackedSFTTrainer,
         "model": model,
         "dataset": datasets.DatasetDict(train=rows, test=rows),
         "lengths": [5, 2, 3],
@@ -116,12 +117,12 @@ def test_a_block_of_code_runs(page, language, text, model_folder, folder_of, mon
     if (page, language) in RUN_ELSEWHERE:
         assert Path(page).name in (ROOT / RUN_ELSEWHERE[page, language]).read_text()
     elif language == "python":
+        names = names_of(model_folder)  # imports packsft, which is to know TRL's own configuration
         monkeypatch.setattr(trl, "SFTConfig", OnCPU)
         monkeypatch.syspath_prepend(folder_of(page))
         Path("a_script_that_imports_SFTTrainer.py").write_text(
             "from trl import SFTTrainer\nassert SFTTrainer.__name__ == 'PackedSFTTrainer'\n"
         )
-        names = names_of(model_folder)
         if "dataset=dataset)" in text:
             names["dataset"] = names["dataset"]["train"]
         exec(text.replace("HuggingFaceTB/SmolLM2-135M-Instruct", model_folder), names)

@@ -199,16 +199,17 @@ def test_the_readme_shows_what_a_user_would_pick_and_no_targets() -> None:
     rows += [figure("Another: packsft", 60, "tokens/s")]
     rows += [figure("A model: peak memory, packsft", 9, "MiB", ratio=1.1, ratio_of="memory", at_most=1.0)]
     environment = {
-        "device": "a card", "cores": 2, "threads": 2, "versions": {"torch": "2"}, "date": "today", "command": "run",
+        "device": "a card", "cores": 2, "versions": {"python": "3", "torch": "2", "transformers": "5", "trl": "1"},
+        "date": "2026-11-28T06:00+00:00", "command": "run",
     }  # fmt: skip
     suites = {"train": {"figures": rows}, "reads": {"figures": [figure("TRL, packing=True, reads per micro-step", 8)]}}
     assert report.headline({"environment": environment, "quick": False, "suites": suites}).splitlines() == [
-        "| | TRL padded | TRL packed | packsft | limit |",
+        "| | TRL padded | TRL packed | packsft | bare matrix products |",
         "|---|---|---|---|---|",
-        "| `train()` | 10 tokens/s | 20 tokens/s | **50 tokens/s** | 70 tokens/s |",
-        "| its peak memory |  |  | **9 MiB** |  |",
+        "| `train()`, packs over the whole data set | 10 tokens/s | 20 tokens/s | **50 tokens/s** | 70 tokens/s |",
+        "| peak memory of `train()` |  |  | **9 MiB** |  |",
         "",
-        "Measured: a card, 2 cores, 2 threads, clocks unknown, bfloat16; torch 2; today; `run`.",
+        "Measured: a card, 2 cores, bfloat16; torch 2, transformers 5, trl 1; 2026-11-28; `run`.",
     ]
 
 
