@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.utils import is_kernels_available
 from trl import SFTConfig
 
-from packsft.config import PackedSFTConfig, check_packs
+from packsft.config import PackedSFTConfig, check_choice, check_packs
 from packsft.data.document import check_row
 from packsft.data.loaders import Packs
 from packsft.data.messages import BESIDE
@@ -50,7 +50,7 @@ def own_arguments(arguments: dict[str, Any]) -> SFTConfig:
     if args is None:
         name = model if isinstance(model, str) else (getattr(model.config, "_name_or_path", "") or "model")
         args = PackedSFTConfig(f"{name.split('/')[-1]}-SFT")
-    if isinstance(args, TrainingArguments) and not isinstance(args, SFTConfig):
+    if not isinstance(args, SFTConfig):
         args = SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # `to_dict` hides the token
     _check_values(args)
     args = copy.copy(args)
@@ -175,7 +175,6 @@ def _check_sequence_parallel(parts: int, args: SFTConfig, arguments: dict[str, A
 def _check_values(args: SFTConfig) -> None:
     """Raises ValueError for a field of numbers or of given choices that holds anything else: a text would be true."""
     hints = typing.get_type_hints(type(args))
-    ours = {field.name: field for field in dataclasses.fields(PackedSFTConfig)}
     for field in dataclasses.fields(args):
         value, hint = getattr(args, field.name), hints[field.name]
         allowed = set(typing.get_args(hint) or (hint,)) - {type(None)}
@@ -184,9 +183,7 @@ def _check_values(args: SFTConfig) -> None:
         if allowed <= _NUMBERS.keys() and not any(_NUMBERS[kind](value) for kind in allowed):
             kinds = " or ".join(kind.__name__ for kind in allowed)
             raise ValueError(f"{field.name}={value!r} is a {type(value).__name__}, expected {kinds}")
-        choices = ours.get(field.name, field).metadata.get("choices")  # an SFTConfig may have packing_strategy="step"
-        if choices and getattr(value, "value", value) not in [getattr(choice, "value", choice) for choice in choices]:
-            raise ValueError(f"{field.name}={value!r} is unknown, expected one of {list(choices)}")
+        check_choice(field.name, value)  # of `PackedSFTConfig`: an SFTConfig may have packing_strategy="step"
     positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
     for name in (*positive, "pad_to_multiple_of", "dataset_num_proc", "sequence_parallel_size"):
         size: Any = getattr(args, name, None)

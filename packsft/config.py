@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,6 @@ from trl import SFTConfig
 from packsft.packing import OVERLONG, PACKING_STRATEGIES, check_max_lost_fraction, resolve_overlong
 
 logger = logging.getLogger("packsft")
-
-NORMALIZATIONS = ("token", "example")
-ON_UNPACKABLE = ("pad", "error")
-ON_CHANGED = ("error", "warn")
-ON_NONFINITE = ("error", "skip", "ignore")
 
 
 def integer(name: str, value: Any, least: int) -> int:
@@ -168,14 +164,14 @@ class PackedSFTConfig(SFTConfig):
         default="error",
         metadata={
             "help": "What to do if a run resumes with other data or settings: 'error' or 'warn'.",
-            "choices": list(ON_CHANGED),
+            "choices": ["error", "warn"],
         },
     )
     on_nonfinite: str = field(
         default="error",
         metadata={
             "help": "What to do if a loss is not a number: 'error', 'skip' the step, or 'ignore'.",
-            "choices": list(ON_NONFINITE),
+            "choices": ["error", "skip", "ignore"],
         },
     )
     resume_only_model: bool = field(
@@ -192,31 +188,33 @@ class PackedSFTConfig(SFTConfig):
             _say_no_accelerator()
             self.use_cpu = True
         super().__post_init__()
+        if isinstance(self.check_packing, bool):  # YAML reads on and off as booleans
+            self.check_packing = "on" if self.check_packing else "off"
+        for name in CHOICES:
+            if (value := getattr(self, name)) is not None:
+                check_choice(name, value)
         check_packs(self)
-        if self.attention_backend != "auto" and self.attention_backend not in BACKENDS:
-            raise ValueError(
-                f"attention_backend={self.attention_backend!r} is unknown, expected 'auto' or one of {list(BACKENDS)}"
-            )
         if isinstance(self.tokens_per_pass, str) and self.tokens_per_pass.isdecimal():  # from a command line
             self.tokens_per_pass = int(self.tokens_per_pass)
         given = self.tokens_per_pass
         if given not in (None, "auto") and (not isinstance(given, int) or isinstance(given, bool) or given < 1):
             raise ValueError(f"tokens_per_pass={given!r}: expected an integer of at least 1, 'auto' or None")
-        if self.loss_normalization not in NORMALIZATIONS:
-            raise ValueError(
-                f"loss_normalization={self.loss_normalization!r} is unknown, expected 'token' or 'example'"
-            )
-        if isinstance(self.check_packing, bool):  # YAML reads on and off as booleans
-            self.check_packing = "on" if self.check_packing else "off"
-        if self.check_packing not in ("on", "off"):
-            raise ValueError(f"check_packing={self.check_packing!r} is unknown, expected 'on' or 'off'")
-        if self.on_unpackable not in ON_UNPACKABLE:
-            raise ValueError(f"on_unpackable={self.on_unpackable!r} is unknown, expected 'pad' or 'error'")
-        for name, allowed in (("on_changed", ON_CHANGED), ("on_nonfinite", ON_NONFINITE)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown, expected one of {list(allowed)}")
         resolve_overlong(self.packing_strategy if self.packing else "none", self.overlong)  # raises
         check_max_lost_fraction(self.max_lost_fraction)
+
+
+CHOICES: dict[str, Sequence[Any]] = {
+    name: field.metadata["choices"]
+    for name, field in PackedSFTConfig.__dataclass_fields__.items()
+    if "choices" in field.metadata
+}
+
+
+def check_choice(name: str, value: Any) -> None:
+    """Raises ValueError for what is none of the `CHOICES` of this name, if it has any."""
+    choices = CHOICES.get(name)
+    if choices and getattr(value, "value", value) not in [getattr(choice, "value", choice) for choice in choices]:
+        raise ValueError(f"{name}={value!r} is unknown, expected one of {list(choices)}")
 
 
 def check_packs(args: SFTConfig) -> None:

@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset, Features, IterableDataset, List, Value, load_from_disk
 from packsft_kernels.version import __version__
 
-from packsft.config import NORMALIZATIONS, integer
+from packsft.config import check_choice, integer
 from packsft.data.batch import for_model
 from packsft.data.collator import PackingCollator
 from packsft.data.document import short
@@ -233,8 +233,7 @@ def pack(
         ValueError, TypeError: bad input; the message names the argument or the row.
     """
     exact_steps, repacks = strategy_named(strategy).exact_steps, strategy_named(strategy).repacks
-    if loss_normalization not in NORMALIZATIONS:
-        raise ValueError(f"loss_normalization={loss_normalization!r}: must be one of {', '.join(NORMALIZATIONS)}")
+    check_choice("loss_normalization", loss_normalization)
     if tokens_per_pass is not None and not exact_steps:
         raise ValueError(f"tokens_per_pass={tokens_per_pass}: the packs of strategy={strategy!r} are the passes")
     for name, flag in (("shuffle", shuffle), ("drop_last", drop_last)):

@@ -157,7 +157,7 @@ def check_weights(sets: Any, weights: Any, weights_of: str, stopping_strategy: s
         ("weights_of", weights_of, WEIGHTS_OF), ("stopping_strategy", stopping_strategy, STOPPING)
     ):  # fmt: skip
         if value not in allowed:
-            raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
+            raise ValueError(f"{name}={value!r} is unknown, expected one of {list(allowed)}")
         if weights is None and value != allowed[0]:
             raise ValueError(f"{name}={value!r} has no effect without weights")
     if sets is not None and (not sets or not all(isinstance(name, str) for name in sets)):

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from packsft.compat import as_before_accelerate
-from packsft.config import ON_UNPACKABLE, integer
+from packsft.config import check_choice, integer
 from packsft.data.batch import HOST_KEYS, longest_document
 from packsft.model import attention, positions
 from packsft.model.compilation import restore_layers
@@ -76,8 +76,7 @@ def prepare(
             f"a {type(model).__name__} cannot be prepared: prepare the model of transformers, or the PEFT model around "
             "it, before it is wrapped (DDP, FSDP, torch.compile)"
         )
-    if on_unpackable not in ON_UNPACKABLE:
-        raise ValueError(f"on_unpackable={on_unpackable!r}: must be one of {', '.join(ON_UNPACKABLE)}")
+    check_choice("on_unpackable", on_unpackable)
     max_length = None if max_length is None else integer("max_length", max_length, 1)
     options = LossOptions(label_smoothing=label_smoothing)
     base = base_model_of(model)

@@ -324,8 +324,8 @@ def test_a_pass_holds_its_longest_document(tmp_path):
     ("arguments", "message"),
     [
         (["--weights", "1"], "weights: 1 given for 2 data sets"),
-        (["--weights-of", "row"], "weights_of='row': must be one of token, document"),
-        (["--stopping-strategy", "never"], "stopping_strategy='never': must be one of"),
+        (["--weights-of", "row"], "weights_of='row' is unknown, expected one of ['token', 'document']"),
+        (["--stopping-strategy", "never"], "stopping_strategy='never' is unknown, expected one of"),
         (["--strategy", "bfd"], "strategy='bfd' makes packs before it is known what an epoch takes: use 'step'"),
     ],
 )
@@ -339,7 +339,7 @@ def test_what_is_of_several_data_sets_is_refused_for_one(tmp_path, capsys):
     assert main(["inspect", one, "--weights", "1"]) == 2
     assert "weights are of several data sets" in capsys.readouterr().err
     assert main(["inspect", one, "--stopping-strategy", "x"]) == 2
-    assert "stopping_strategy='x': must be one of" in capsys.readouterr().err
+    assert "stopping_strategy='x' is unknown, expected one of" in capsys.readouterr().err
     for other in (one, f"{one}/", f"{one}/../short"):
         assert main(["inspect", one, other]) == 2
         assert "a data set is named twice" in capsys.readouterr().err

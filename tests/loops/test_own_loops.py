@@ -338,7 +338,7 @@ def test_token_lists_are_rows():
         ([[1, 2]], {"batch_size": 0}, "batch_size=0: must be an integer of at least 1"),
         ([[1, 2]], {"strategy": "best"}, "best"),
         ([[1, 2]], {"strategy": "bfd", "tokens_per_pass": 8}, "the packs of strategy='bfd' are the passes"),
-        ([[1, 2]], {"loss_normalization": "row"}, "loss_normalization='row': must be one of token, example"),
+        ([[1, 2]], {"loss_normalization": "row"}, "loss_normalization='row' is unknown, expected one of"),
         ([], {}, "the packed data set is empty"),
         ([[1]], {}, "no example of the packed data set has a token to score"),
         ([[1, 99]], {"vocab_size": 9}, "99"),

@@ -143,7 +143,7 @@ def test_what_is_wrapped_or_no_model_is_refused(given):
 @pytest.mark.parametrize("options", [{"on_unpackable": "x"}, {"max_length": "a"}, {"max_length": 0}], ids=str)
 def test_arguments_are_checked(options):
     ((name, value),) = options.items()
-    with pytest.raises(ValueError, match=f"{name}={value!r}: must be"):
+    with pytest.raises(ValueError, match=f"{name}={value!r}(: must be| is unknown)"):
         packsft.prepare(tiny_model("llama"), **options)
 
 

@@ -432,7 +432,10 @@ def test_the_parts_of_a_split_example_weigh_as_much_as_the_whole(tmp_path):
         ({"train_sampling_strategy": "batch_rebalance"}, "train_sampling_strategy='batch_rebalance' deals examples"),
         ({"tokens_per_pass": 0}, "tokens_per_pass=0: expected an integer of at least 1, 'auto' or None"),
         ({"tokens_per_pass": "most"}, "tokens_per_pass='most': expected"),
-        ({"loss_normalization": "tokens"}, "loss_normalization='tokens' is unknown, expected 'token' or 'example'"),
+        (
+            {"loss_normalization": "tokens"},
+            "loss_normalization='tokens' is unknown, expected one of .'token', 'example'",
+        ),
     ],
     ids=str,
 )
