@@ -15,22 +15,20 @@ and each elementwise operation is still long enough to outweigh the start of its
 520 rows of 49,152 takes 1.03, 1.22 and 1.55 times as long at 2^19, 2^21 and 2^22."""
 
 
-def rows_per_chunk(
-    num_rows: int, vocab: int, itemsize: int, *, weight_grad: bool, rounded_width: int = 0, budget: int = CHUNK_BYTES
-) -> int:
+def rows_per_chunk(num_rows: int, vocab: int, itemsize: int, *, weight_grad: bool, rounded_width: int = 0) -> int:
     """Rows of logits that the fused head makes at once.
 
     At most 4,096 with a gradient of the weight: every chunk after the first reads and writes that gradient once more in
     float32. At [128256, 4096] this is 4.2 GB, about 1.4 ms at the 3 TB/s of an H100; the three GEMMs of a chunk take
     18 ms. At most 1,024 without: nothing is accumulated, and 1,024 rows fill a GEMM. The rows are spread evenly over
-    the fewest chunks that respect this limit and `budget` bytes. Only shapes decide: every rank gets the same answer.
+    the fewest chunks that respect this limit and `CHUNK_BYTES`. Only shapes decide: every rank gets the same answer.
 
     `rounded_width` is M if the gradient of the weight has the dtype of the logits, bfloat16. One chunk then writes it
     in the memory of M rows of logits. Several need 2 M rows for a sum in float32, and after the last chunk, when the
     logits are gone, M rows for the rounded sum. So chunks of M rows need no more memory than smaller ones, and one
     chunk may have M rows more than that.
     """
-    most = max(1, rounded_width, min(4096 if weight_grad else 1024, budget // (vocab * itemsize)))
+    most = max(1, rounded_width, min(4096 if weight_grad else 1024, CHUNK_BYTES // (vocab * itemsize)))
     if num_rows <= most + rounded_width:
         return num_rows
     num_chunks = -(-num_rows // most)

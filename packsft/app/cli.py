@@ -353,7 +353,7 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     check.add_argument("--data", help="a data set, as for `packsft inspect` (default: random tokens)")
     check.add_argument("--max-length", type=_at_least(2), help="documents are cut here (default: 1024)")
     check.add_argument(
-        "--batch-invariance", "--geometry", action="store_true", help="prove that the split of a step changes no weight"
+        "--batch-invariance", action="store_true", help="prove that the split of a step changes no weight"
     )
     check.add_argument(
         "--engine", choices=("fsdp2", "zero2", "zero3", "sp"),

@@ -398,13 +398,13 @@ class MeasuredRows:
         given = self.rows[int(row)]
         return self._process.document(given, where, planned, (start, stop), weight, int(row), self._vocab_size)
 
-    def shortest_documents(self, count: int = 3, of: int = 256) -> list[Document]:
-        """The shortest of the first rows with pictures, behind the shortest of the first without, if there are both."""
-        with_pictures, without = (np.flatnonzero(has)[:of] for has in (self.picture_tokens, self.picture_tokens == 0))
+    def shortest_documents(self) -> list[Document]:
+        """The shortest three of the first 256 rows with pictures, behind the shortest without, if there are both."""
+        with_pictures, without = (np.flatnonzero(has)[:256] for has in (self.picture_tokens, self.picture_tokens == 0))
         if not len(with_pictures):
             return []
         shortest = [rows[np.argsort(self.lengths[rows])] for rows in (without, with_pictures)]
-        return [self.document(row, 0, self.lengths[row]) for row in (*shortest[0][:1], *shortest[1][:count])]
+        return [self.document(row, 0, self.lengths[row]) for row in (*shortest[0][:1], *shortest[1][:3])]
 
     def filler(self) -> Document:
         """The row whose pictures end first, cut behind them, without a scored token."""

@@ -79,8 +79,6 @@ class PackPlan:
         where = self._slice(pack)
         return np.stack([a[where].astype(np.int64) for a in (self.examples, self.starts, self.stops)], axis=1)
 
-    pieces = segments  # its first name
-
     def seq_lengths(self, pack: int) -> NDArray[np.int64]:
         """The lengths of a pack's documents in tokens, `[D]` int64."""
         where = self._slice(pack)

@@ -32,8 +32,7 @@ class PackingReport:
       `tokens_per_pass`: it is a pass of its own
     - `examples_per_pack_*`: documents in a pack; 0 without packs
     - `steps_packed`, `steps_unpacked`: optimizer steps, `ceil(samples / effective_batch_size) * num_train_epochs`;
-      samples are packs, or packed examples (segments of examples that are split)
-    - `steps_exact`: optimizer steps under exact-step packing, whose steps take the examples of an unpacked run
+      samples are packs, or packed examples (segments of examples that are split), as with exact steps
     - `examples_per_step_mean`: packed examples in an optimizer step; unpacked it is `effective_batch_size`
     - `cost_imbalance`: attention cost (sum of squared document lengths) of the busiest of `ranks` ranks over their
       mean, averaged over the optimizer steps in training order; `cost_imbalance_shuffled`: the same in a random order.
@@ -54,7 +53,6 @@ class PackingReport:
     num_train_epochs: float
     steps_packed: int
     steps_unpacked: int
-    steps_exact: int
     examples_per_step_mean: float
     ranks: int
     cost_imbalance: float | None
@@ -125,7 +123,7 @@ class PackingReport:
             rows.append((f"attention cost, busiest of {self.ranks:,} devices / mean", text))
         if exact:
             as_unpacked = "" if account.examples_split else ", as unpacked"
-            return [*rows, epochs, (f"optimizer steps{as_unpacked}", f"{self.steps_exact:,}")]
+            return [*rows, epochs, (f"optimizer steps{as_unpacked}", f"{self.steps_unpacked:,}")]
         return [
             *rows,
             epochs,
@@ -181,7 +179,6 @@ def packing_report(
         num_train_epochs=num_train_epochs,
         steps_packed=steps(len(plan)),
         steps_unpacked=steps(samples),
-        steps_exact=steps(samples),
         examples_per_pack_mean=len(plan.examples) / max(num_packs, 1),
         examples_per_step_mean=samples / max(1, -(-len(plan) // effective_batch_size)),
         ranks=ranks,

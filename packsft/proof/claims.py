@@ -167,8 +167,8 @@ def random_documents(vocab_size: int, max_length: int) -> Pack:
     return documents
 
 
-def first_documents(items: Any, max_length: int | None, max_tokens: int = 256, max_documents: int = 8) -> Pack:
-    """The first documents of a training set, with at most `max_tokens` tokens together.
+def first_documents(items: Any, max_length: int | None, max_tokens: int = 256) -> Pack:
+    """The first documents of a training set, 8 at most, with at most `max_tokens` tokens together.
 
     Of a document longer than half of `max_tokens`, only the end is used: there the answer is.
 
@@ -182,7 +182,7 @@ def first_documents(items: Any, max_length: int | None, max_tokens: int = 256, m
     for document in itertools.chain.from_iterable(packs):
         stop = min(len(document), max_length or len(document))
         cut = document.part(max(0, stop - max_tokens // 2), stop)
-        if len(found) == max_documents or sum(map(len, [*found, cut])) > max_tokens:
+        if len(found) == 8 or sum(map(len, [*found, cut])) > max_tokens:
             break
         found.append(replace(cut, weight=1.0 / max(1, cut.num_scored)))
     return found

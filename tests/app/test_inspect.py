@@ -198,7 +198,7 @@ def test_json_is_all_of_stdout_and_the_report(tokens, tmp_path, capsys):
     report = printed["report"]
     assert (report["examples_in"], report["examples_packed"], report["examples_unscored"]) == (5, 4, 1)
     assert (report["tokens_in"], report["tokens_kept"], report["tokens_lost"]) == (15, 13, 2)
-    assert (report["packs"], report["steps_packed"], report["steps_unpacked"], report["steps_exact"]) == (4, 2, 2, 2)
+    assert (report["packs"], report["steps_packed"], report["steps_unpacked"]) == (4, 2, 2)
     got = inspect_data(tokens, max_length=4, per_device_train_batch_size=2, num_train_epochs=1.0)
     assert printed == got.as_dict()
     assert [each["max_length"] for each in printed["max_lengths"]] == [4, 1024, 2048, 4096, 8192, 16384, 32768]

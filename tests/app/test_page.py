@@ -257,7 +257,7 @@ def test_several_data_sets_are_those_of_pack(tmp_path, capsys):
     assert found["report"] == data.report.as_dict()
     assert [one["name"] for one in found["sets"]] == ["short", "long"]
     assert found["sets"][0]["share"] == data.mixture.sets[0].share == pytest.approx(2 / 3, abs=0.05)
-    assert found["report"]["steps_exact"] == len(data.loader())
+    assert found["report"]["steps_unpacked"] == len(data.loader())
     lost = [sum(max(0, len(row["input_ids"]) - 32) for row in of_set) for of_set in rows.values()]
     assert [one["tokens_lost"] for one in found["sets"]] == lost
     assert main(["inspect", *names, *arguments]) == 0

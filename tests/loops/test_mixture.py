@@ -69,7 +69,7 @@ def test_what_an_epoch_takes_is_said_and_reported():
     assert lines[3][3] == f"{short.documents + long.documents} of 70"
     assert lines[3][4] == f"{short.tokens + long.tokens:,.0f} (100.0%)"
     steps = len(data.loader())
-    assert data.report.steps_exact == steps == -(-(short.documents + long.documents) // 4)
+    assert data.report.steps_unpacked == steps == -(-(short.documents + long.documents) // 4)
     assert data.report.packs == pytest.approx(sum(map(len, data.loader())), rel=0.2)  # in another order
     tokens = lengths()[drawn(data)[0]].sum()
     assert data.report.fill == pytest.approx(tokens / (data.report.packs * data.tokens_per_pass))

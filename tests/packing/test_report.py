@@ -49,7 +49,6 @@ def test_counts_of_the_example_of_trl():
         "num_train_epochs": 1,
         "steps_packed": 2,
         "steps_unpacked": 2,
-        "steps_exact": 2,
         "examples_per_step_mean": 2.0,
         "ranks": 1,
         "cost_imbalance": None,
@@ -60,7 +59,7 @@ def test_counts_of_the_example_of_trl():
 def test_steps_are_rounded_up_before_they_are_multiplied_by_epochs():
     # 14,250 examples in batches of 64: ceil(222.7) = 223, twice; as 1,425 packs of ten: ceil(22.3) = 23, twice
     got = report([10] * 14_250, max_length=100, effective_batch_size=64, num_train_epochs=2)
-    assert (got.packs, got.steps_unpacked, got.steps_exact, got.steps_packed) == (1425, 446, 446, 46)
+    assert (got.packs, got.steps_unpacked, got.steps_packed) == (1425, 446, 46)
     assert got.examples_per_step_mean == 14_250 / 23  # in each of the 23 steps of an epoch, and not 64
 
 
@@ -131,7 +130,7 @@ def test_cost_imbalance_is_that_of_the_busiest_rank_and_gone_in_balanced_order()
 def test_exact_steps_are_the_unpacked_ones_and_their_passes_are_estimated():
     # 400 examples of 3 and 1 tokens, 8 a step over two ranks: 16 tokens on average, about 4 passes of 4, 2 on each
     got = report([3, 1] * 200, strategy="step", effective_batch_size=8, ranks=2)
-    assert got.steps_packed == got.steps_unpacked == got.steps_exact == 50
+    assert got.steps_packed == got.steps_unpacked == 50
     assert got.examples_per_step_mean == 8
     assert got.packs_lower_bound == 200
     assert 200 <= got.packs < 300
@@ -148,7 +147,7 @@ def test_exact_steps_are_the_unpacked_ones_and_their_passes_are_estimated():
 
 def test_the_segments_of_split_examples_are_what_a_step_takes():
     # 10 tokens are three segments of at most 4, and 3 are one: four samples, two steps
-    assert report([10, 3], strategy="step", overlong="split").steps_exact == 2
+    assert report([10, 3], strategy="step", overlong="split").steps_unpacked == 2
     assert report([10, 3], strategy="bfd_split").steps_unpacked == 2
     assert report([10, 3], strategy="wrapped").steps_unpacked == 1
 

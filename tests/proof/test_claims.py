@@ -249,7 +249,7 @@ def test_the_command_takes_data_and_an_adapter(folders, tmp_path, capsys, monkey
     ("options", "message"),
     [
         ([], "set --model or --batch-invariance"),
-        (["--geometry", "--dtype", "float64"], "--dtype has no meaning with --batch-invariance"),
+        (["--batch-invariance", "--dtype", "float64"], "--dtype has no meaning with --batch-invariance"),
         (["--model", "mixtral", "--dtype", "float64"], "does not run by itself in float64"),
         (["--model", "stablelm", "--data", "text.jsonl"], "could not load the tokenizer of"),
         (

@@ -74,7 +74,7 @@ def test_the_command_fails_where_weights_differ(monkeypatch, capsys):
     (printed,) = json.loads(capsys.readouterr().out)
     assert (printed["agrees"], printed["layout"]["tokens_per_pass"]) == (False, None)
     results[0] = InvarianceResult("GPT-2", Layout(512, 8, 1), 8.0, 5e-13, 0.0, EXACT)
-    assert main(["check", "--geometry"]) == 0
+    assert main(["check", "--batch-invariance"]) == 0
     assert "5.0e-13" in capsys.readouterr().out
     assert main(["check"]) == 2
 
