@@ -294,7 +294,7 @@ def check_dataset(name: str, dataset: Any, args: SFTConfig, formats: bool = Fals
     columns = set(first) | set(getattr(dataset, "column_names", None) or ())
     if (pictures := has_pictures(columns)) is not None:
         _check_pictures(f"{name} has the column {pictures!r}", columns, dataset, args, formats)
-    if "seq_lengths" in first and not own:
+    if {"seq_lengths", "input_ids"} <= first.keys() and not own:
         raise ValueError(
             f"{name} has the column seq_lengths, so its rows are packs of your own: set "
             "dataset_kwargs={'skip_prepare_dataset': True}, or remove the column to take each row as one document"

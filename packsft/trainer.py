@@ -110,7 +110,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         args.logging_nan_inf_filter = False  # reads the device per micro-batch; see `StepBoundary`
         saves_on_sigterm, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False  # the parent's, see `Sigterm`
         self._per_example = getattr(args, "loss_normalization", "token") == "example"
-        self._vocab_size: int | None = None
+        self._vocab_size: int | None = None  # until the constructor knows the model
         if not skips_preparation(args) and call.arguments.get("formatting_func") is None:
             for name in ("train", "eval"):  # the parent looks at the first row
                 if (rows := call.arguments.get(f"{name}_dataset")) is not None:
@@ -137,8 +137,9 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         self._on_changed = getattr(self.args, "on_changed", "error")
         self._resumes_only_model = getattr(self.args, "resume_only_model", False)
         self._document_lengths: Tensor | None = None  # of the micro-batch, for NEFTune's noise
-        self._said_logits = False
+        self._said_logits = self._checked_own_loss = False
         self._vocab_size = count_embeddings(base_model_of(self.model))
+        self._configured_vocab_size = self.model.config.get_text_config().vocab_size
         dft = self.args.loss_type == "dft"
         with compat.whole_model(self.model):
             self._prepared = PreparedModel(
@@ -200,6 +201,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         if isinstance(dataset, (PackedDataset, PackedStream)):
             return dataset
         if self._vocab_size is not None:  # after the constructor, which has checked its own
+            self._follow_resize()
             check_dataset(f"{dataset_name} data set", dataset, args)
         check_tokenizer(processing_class, args)
         if holds_pictures(dataset := with_hidden_pictures(dataset)):
@@ -241,6 +243,17 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             without_nulls = tokenizer_without_nulls(processing_class, rows, dataset_name)
             rows = super()._prepare_dataset(rows, without_nulls, tokenise, False, None, dataset_name)
         return self._plan(rows, packing, args, dataset_name, once=once, divides=divides)
+
+    def _packs_of(self, dataset: Any) -> Packs | None:
+        """Adds to the parent: ids of tokens that were added after construction."""
+        self._follow_resize()
+        return super()._packs_of(dataset)
+
+    def _follow_resize(self) -> None:
+        """`resize_token_embeddings` may have been called. Shards do not tell how many embeddings there are."""
+        now = self.model.config.get_text_config().vocab_size
+        if now != self._configured_vocab_size:
+            self._configured_vocab_size = self._vocab_size = self.data_collator.vocab_size = now
 
     def _picture_collator(self, processor: Any, args: SFTConfig, name: str) -> DataCollatorForVisionLanguageModeling:
         if not isinstance(processor, ProcessorMixin):
@@ -457,6 +470,8 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         if own_loss:
             outputs = self._prepared.logits(model, inputs)
             loss = self.compute_loss_func(outputs, inputs["labels"], num_items_in_batch=num_items_in_batch)
+            if mode == "train" and self._takes_exact_steps and not self._checked_own_loss:
+                self._check_own_loss(loss, outputs, inputs["labels"], num_items_in_batch)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not own_loss):
             output = self._prepared.loss(model, inputs, num_items)
         loss = loss if own_loss else output.loss
@@ -485,6 +500,20 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             return loss
         with torch.no_grad():
             return loss, self._prepared.logits(model, inputs)
+
+    def _check_own_loss(self, loss: Tensor, outputs: Any, labels: Tensor, num_items: Any) -> None:
+        """Raises ValueError if `compute_loss_func` does not divide by `num_items_in_batch`: losses are added up."""
+        with torch.no_grad():
+            half = self.compute_loss_func(outputs, labels, num_items_in_batch=2 * num_items)
+        given, other = float(loss.detach()), float(half)
+        self._checked_own_loss = given != 0
+        if abs(2 * other - given) > 0.5 * abs(given):
+            raise ValueError(
+                f"compute_loss_func gives {given:.4g} for num_items_in_batch={float(num_items):g} and {other:.4g} for "
+                "twice as many. With packing_strategy='step' a step has several passes, whose losses are added: return "
+                "a sum divided by num_items_in_batch, such as F.cross_entropy(..., reduction='sum') / "
+                "num_items_in_batch; or set packing=False"
+            )
 
     def predict(self, test_dataset: Any, *positional: Any, **named: Any) -> PredictionOutput:
         """Adds to the parent: rows are prepared as in `evaluate`.

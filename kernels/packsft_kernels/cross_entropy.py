@@ -186,8 +186,8 @@ def cross_entropy(
         targets: [N] int64.
         weights: factor of each row's loss: [...] in the first form (by row, not by label), [N] in the second.
         options: see `LossOptions`.
-        num_items: divisor of "mean", an int or a 0-d tensor on the device (never read back). Default: the number of
-            rows that are not ignored. 0 gives a loss of 0.
+        num_items: divisor of "mean", a number or a tensor of one element on the device (never read back). Default: the
+            number of rows that are not ignored. 0 gives a loss of 0.
         reduction: "mean" (sum / num_items), "sum" or "none" ([N]).
         inplace: let the gradient overwrite `logits`. This saves memory of their size and one read of them. The logits
             are lost (autograd raises if an earlier operation has saved them), and only one backward is allowed.
@@ -222,7 +222,7 @@ def cross_entropy(
     logits_TV = logits.flatten(0, -2)
     if logits_TV.stride(-1) != 1:
         logits_TV = logits_TV.contiguous()
-    weights = None if weights is None else weights.detach().flatten()
+    weights = None if weights is None else weights.flatten()
     num_rows = logits_TV.shape[0] if rows is None else rows.numel()
     check_rows(rows, targets, weights, num_rows, logits.device)
     check_values(rows, targets, logits_TV.shape[0], logits_TV.shape[1], options)
@@ -296,6 +296,7 @@ def check_reduction(reduction: str, num_items: float | Tensor | None) -> None:
         check_argument(
             num_items.numel() == 1, "num_items", describe(num_items), "a number or a tensor with one element"
         )
+        check_constant("num_items", num_items)
     elif num_items is not None:
         check_argument(num_items >= 0, "num_items", repr(num_items), "0 or more")
 
@@ -306,6 +307,7 @@ def check_rows(
     for name, tensor in (("rows", rows), ("targets", targets), ("weights", weights)):
         if tensor is not None:
             check_argument(tensor.device == device, name, f"a tensor on {tensor.device}", f"one on {device}")
+            check_constant(name, tensor)
     if rows is not None:
         check_argument(
             rows.dtype in (torch.int32, torch.int64) and rows.dim() == 1, "rows", describe(rows), "[N] int32 or int64"
@@ -335,6 +337,12 @@ def check_values(rows: Tensor | None, targets: Tensor, num_tokens: int, vocab: i
             given = f"{int(values[bad][0])} at {int(bad.nonzero()[0])}"
             or_ignored = f" or {options.ignore_index}, ignored" if name == "targets" else ""
             check_argument(False, name, given, f"0 to {limit - 1}{or_ignored}")
+
+
+def check_constant(argument: str, tensor: Tensor) -> None:
+    """There is no gradient for it: a weight that is learned would silently stay as it is."""
+    learned = tensor.requires_grad and torch.is_grad_enabled()
+    check_argument(not learned, argument, "a tensor that requires grad", "a constant: detach() it")
 
 
 def check_argument(condition: bool, argument: str, given: str, allowed: str) -> None:

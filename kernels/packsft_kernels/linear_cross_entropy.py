@@ -512,7 +512,6 @@ def linear_cross_entropy(
         check_argument(weight.dtype == dtype, "weight", describe(weight), f"{dtype}, as hidden, or autocast")
     if device == "cpu" and dtype == torch.float16:
         dtype = torch.float32
-    weights = None if weights is None else weights.detach()
     fields = options.fields()
     parameters = hidden, weight, bias, down, up
 

@@ -250,7 +250,7 @@ def _in_runs(
         _documents(q_run, k_run, v_run, run[0], scale, sinks, spec, finite)
         for run, q_run, k_run, v_run in _split(runs, q, k, v)
     ]
-    return torch.cat(outs) if outs else q
+    return torch.cat(outs) if outs else q[..., :1].expand(-1, -1, v.shape[-1])
 
 
 # `torch.compiler.disable` imports the compiler (1.2 s) at once; this imports it only when it is called.

@@ -79,6 +79,13 @@ class StepRows:
     stream_digests: tuple[int, str, str] | None = None
 
 
+class StepBatch(dict):
+    """An optimizer step, collated. A key of one of its passes is an error that says where it is."""
+
+    def __missing__(self, key: str) -> Any:
+        raise KeyError(f"{key}: this is an optimizer step of {len(self['passes'])} passes, see batch['passes'][0]")
+
+
 def part_of(num_tokens: int, part: int, parts: int) -> slice:
     """The positions of part `part` in a row of so many tokens, a multiple of `parts`."""
     return slice(num_tokens * part // parts, num_tokens * (part + 1) // parts)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from packsft.data.batch import StepRows, part_of
+from packsft.data.batch import StepBatch, StepRows, part_of
 from packsft.data.document import IGNORE_INDEX, Document, Pack, documents_of
 from packsft.data.joined_pictures import JoinedPictures
 from packsft.data.stream_pack import stream_digests
@@ -64,13 +64,14 @@ class PackingCollator(DataCollatorForLanguageModeling):
             return self._batch(documents) | _known(stream_digests(list(examples)))
         (step,) = examples
         passes = [self._batch(documents) for documents in step.passes]
-        return {
-            "passes": passes,
-            "input_ids": torch.cat([batch["input_ids"].flatten() for batch in passes])[None],
-            "examples": step.examples,
-            "num_items": step.num_items,
-            "tokens_per_pass": step.tokens_per_pass,
-        } | _known(step.stream_digests)
+        return StepBatch(
+            passes=passes,
+            input_ids=torch.cat([batch["input_ids"].flatten() for batch in passes])[None],
+            examples=step.examples,
+            num_items=step.num_items,
+            tokens_per_pass=step.tokens_per_pass,
+            **_known(step.stream_digests),
+        )
 
     def _pack(self, row: int, item: Any) -> Pack:
         if isinstance(item, list):

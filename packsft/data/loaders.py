@@ -16,7 +16,7 @@ from datasets import Dataset
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
-from transformers.trainer_utils import seed_worker
+from transformers.trainer_utils import TrainOutput, seed_worker
 
 from packsft.data.divided import DividedSteps
 from packsft.data.exchange import Exchange
@@ -40,15 +40,26 @@ class PackedLoaders(Trainer):
     _passes: Any
     _tokens_in_evaluation: int
     _order: dict[str, Any]
+    _loop_has_loader: bool | None = None  # None while no training loop runs
+
+    def _inner_training_loop(self, *positional: Any, **named: Any) -> TrainOutput:
+        """Adds to the parent: which loader is the loop's."""
+        self._loop_has_loader = False
+        try:
+            return super()._inner_training_loop(*positional, **named)
+        finally:
+            self._loop_has_loader = None
 
     def get_train_dataloader(self) -> DataLoader:
         """Adds to the parent: packs, or optimizer steps."""
         dataset = self._packs_of(self.train_dataset)
         if dataset is None:
             return super().get_train_dataloader()
-        loader = self._loader(dataset, self._train_batch_size, training=True)
-        if dataset.strategy.exact_steps:
+        another = self._loop_has_loader  # for a callback that looks at a batch: the run keeps its order and its steps
+        loader = self._loader(dataset, self._train_batch_size, dict(self._order) if another else self._order)
+        if dataset.strategy.exact_steps and not another:
             self._passes.steps = loader.dataset
+        self._loop_has_loader = None if another is None else True
         return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -65,7 +76,7 @@ class PackedLoaders(Trainer):
         packs = self._packs_of(dataset)
         if packs is None:
             return super().get_eval_dataloader(eval_dataset)
-        if not self.args.dataloader_persistent_workers:
+        if not self.args.dataloader_persistent_workers or not self._is_own(dataset):
             return self._loader(packs, self.args.eval_batch_size)
         self._eval_loaders = getattr(self, "_eval_loaders", {})  # keeps their workers for the next evaluation
         if dataset not in self._eval_loaders:
@@ -82,11 +93,16 @@ class PackedLoaders(Trainer):
     def _packs_of(self, dataset: Any) -> Packs | None:
         """None for a data set of another library."""
         if isinstance(dataset, Dataset):
-            self._user_packs = getattr(self, "_user_packs", {})
+            self._user_packs = {k: v for k, v in getattr(self, "_user_packs", {}).items() if self._is_own(v.rows)}
             if id(dataset) not in self._user_packs:
                 self._user_packs[id(dataset)] = UserPacks(dataset, self.data_collator.vocab_size)
             return self._user_packs[id(dataset)]
         return dataset if isinstance(dataset, (PackedDataset, PackedStream)) else None
+
+    def _is_own(self, dataset: Any) -> bool:
+        """Whether it is the training set or an evaluation set of the trainer, and will be asked for again."""
+        evals = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        return any(dataset is own for own in (self.train_dataset, *evals))
 
     def _check_last_batch(self, packs: Packs, batch_size: int, name: str) -> None:
         """Raises ValueError if `dataloader_drop_last` leaves no batch."""
@@ -97,7 +113,9 @@ class PackedLoaders(Trainer):
                 f"ranks takes {batch_size}"
             )
 
-    def _loader(self, dataset: Packs, batch_size: int, training: bool = False) -> DataLoader:
+    def _loader(self, dataset: Packs, batch_size: int, order: dict[str, Any] | None = None) -> DataLoader:
+        """`order`: of training."""
+        training = order is not None
         name = "_get_train_sampler" if training else "_get_eval_sampler"
         if not isinstance(dataset, PackedStream) and getattr(type(self), name) is not getattr(Trainer, name):
             raise ValueError(
@@ -109,7 +127,7 @@ class PackedLoaders(Trainer):
             dataset,
             batch_size,
             training=training,
-            order=self._order if training else {},
+            order={} if order is None else order,
             args=self.args,
             accelerator=self.accelerator,
             collator=self.data_collator,

@@ -91,6 +91,11 @@ def _unpacked(
             f"{type(module).__name__} was called on packed documents without cu_seq_lens_q: the model drops keyword "
             "arguments on the way to its attention, so that its documents would see each other"
         )
+    if _documents is not None and not torch.compiler.is_compiling() and _mixes(*_documents, query, attention_mask):
+        raise ValueError(
+            "a forward got a row of several documents, which would see each other: give it all inputs of the batch, "
+            "model(**inputs), or the input_ids and position_ids without an attention_mask"
+        )
     softcap, sinks = kwargs.pop("softcap", None), kwargs.pop("s_aux", None)
     if softcap is None and sinks is None:
         out, _ = sdpa_attention_forward(
@@ -103,6 +108,29 @@ def _unpacked(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = attention_with_scores(query, key, value, scale, attention_mask, softcap, sinks)
     return out.transpose(1, 2).contiguous()
+
+
+_documents: tuple[int, Tensor] | None = None  # tokens and boundaries of the row that a user's forward may be given
+
+
+@contextmanager
+def refusing_mixed(documents: tuple[int, Tensor] | None) -> Iterator[None]:
+    """While open, attention without boundaries over so many tokens is refused if the documents see each other."""
+    global _documents
+    _documents = documents
+    try:
+        yield
+    finally:
+        _documents = None
+
+
+def _mixes(num_tokens: int, cu_seqlens: Tensor, query: Tensor, attention_mask: Tensor | None) -> bool:
+    """Whether the second document sees the first. Reads the device."""
+    if query.shape[2] != num_tokens or attention_mask is None:
+        return query.shape[2] == num_tokens
+    begin = int(cu_seqlens[1])
+    seen = attention_mask[..., begin, begin - 1]
+    return bool((seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2).any())
 
 
 def attention_of(model: PreTrainedModel) -> str | None:

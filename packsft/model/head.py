@@ -148,7 +148,7 @@ def install_head(
                 return _head_output(sums, device, apart, aux_loss)
         outputs, logits = _compact_logits(self, own_forward, rows, *args, use_cache=False, **kwargs)
         targets, weights, num_items = _to(logits.device, targets, weights, num_items)
-        # only this function uses the logits, so their gradient may overwrite them
+        # Only this function uses the logits, so their gradient may overwrite them; unless what made them keeps them.
         loss = cross_entropy(
             logits,
             shift=False,
@@ -156,12 +156,14 @@ def install_head(
             weights=weights,
             options=options,
             num_items=num_items,
-            inplace=logits.requires_grad,
+            inplace=logits.requires_grad and not _saved(logits),
         )
         aux_loss = getattr(outputs, "aux_loss", None)
         return _head_output(_sums(self, loss, aux_loss), device, apart, aux_loss)
 
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if "passes" in kwargs:
+            raise ValueError(f"the forward got an optimizer step of {len(kwargs['passes'])} passes: call it for each")
         if "loss_rows" in kwargs and "num_tokens" not in kwargs:
             return with_loss(self, *args, **kwargs)
         row: Row | None = vars(self).get("packsft_row")
@@ -347,6 +349,14 @@ def _compact_logits(model: Any, own_forward: Any, rows: Tensor, *args: Any, **kw
     outputs = forward(*args, **kwargs)
     logits = outputs.logits.flatten(0, 1)
     return outputs, logits.index_select(0, rows.to(logits.device))
+
+
+def _saved(x: Tensor) -> bool:
+    """Whether the operation that made it keeps it for its backward, as tanh does."""
+    node: Any = x.grad_fn
+    while node is not None and node.name().startswith(("Select", "View", "UnsafeView", "Slice", "Alias")):
+        node = node.next_functions[0][0]
+    return hasattr(node, "_saved_result")
 
 
 def _fused_losses(model: Any, hidden: Tensor, **given: Any) -> tuple[Tensor, ...]:

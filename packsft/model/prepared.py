@@ -201,8 +201,10 @@ class PreparedModel:
         packed = not self.padded and batch.get("num_documents", 1) > 1
         forward_on = functools.partial(self.forward_on, batch)
         self.base_model.packsft_row = Row(batch, forward_on, packed, self.virtual_tokens, router_share)
+        documents = (batch["input_ids"].shape[1], batch["cu_seq_lens_q"]) if packed else None
         try:
-            yield
+            with attention.refusing_mixed(documents):
+                yield
         finally:
             del self.base_model.packsft_row
 
@@ -214,6 +216,11 @@ class PreparedModel:
         extra = loss_inputs(batch) | ({"output_router_logits": True} if self._needs_aux_loss else {})
         with self.forward_on(batch):
             output = model(**model_inputs(batch), **extra, num_items=num_items, loss_apart=True)
+        if not isinstance(output, HeadOutput):
+            raise ValueError(
+                f"{type(model).__name__} is not the model that the trainer was made with (model_init, "
+                "hyperparameter_search, trainer.model = ...): make a new trainer for it"
+            )
         output = with_own_values(self.base_model, output)
         added = output.loss if output.loss.requires_grad else None
         assert output.added_loss is not None

@@ -29,6 +29,27 @@ from packsft.step.metrics import MetricSums
 from packsft.step.passes import PassWalker
 
 
+def check_no_hooks(model: nn.Module) -> None:
+    """Raises ValueError if weights may change within a backward, of which a step has several."""
+    for name, parameter in model.named_parameters():
+        hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)
+        if hooks and not hasattr(parameter, "ds_id"):  # DeepSpeed's own
+            raise ValueError(
+                f"{name} has a hook that runs after each backward (register_post_accumulate_grad_hook), and a step of "
+                "packing_strategy='step' has a backward for each pass: remove it, or set packing=False and "
+                "gradient_accumulation_steps=1"
+            )
+
+
+class LossOfRows(Tensor):
+    """The mean loss of a batch. transformers repeats it `eval_batch_size` times; this is repeated for each row."""
+
+    num_rows: int
+
+    def repeat(self, *_: Any) -> Tensor:
+        return self.as_subclass(Tensor).repeat(self.num_rows)
+
+
 class ExactSteps(Trainer):
     """Overrides for loaders whose items are optimizer steps or ordinary batches; mixed into a trainer before its class.
 
@@ -69,6 +90,7 @@ class ExactSteps(Trainer):
         self._flops_per_token = None
         if not self._takes_exact_steps:
             return super()._inner_training_loop(batch_size, args, *positional, **named)
+        check_no_hooks(self.model)
         with compat.one_batch_per_step(self) as (step_size, step_args):
             self._configured |= compat.batch_fields(args)
             try:
@@ -192,6 +214,9 @@ class ExactSteps(Trainer):
                 return self.accelerator.pad_across_processes(rows[order.to(rows.device)], dim=0, pad_index=value)
 
             logits = joined(all_logits, 0.0)
+            if loss is not None:
+                loss = loss.as_subclass(LossOfRows)
+                loss.num_rows = len(logits)
             labels = None if labels is None else joined(all_labels, IGNORE_INDEX)
             if "inputs" in self.args.include_for_metrics:
                 pad = self.data_collator.pad_token_id

@@ -165,12 +165,17 @@ class DeviceMetrics(Trainer):
         self, dataloader: Any, description: str, *positional: Any, metric_key_prefix: str = "eval", **named: Any
     ) -> EvalLoopOutput:
         """Adds to the parent: the loss is the mean over scored tokens, and so the same packed or not."""
-        started = time.perf_counter()
-        output = super().evaluation_loop(
-            dataloader, description, *positional, metric_key_prefix=metric_key_prefix, **named
-        )
-        self._sums["train"].skip(time.perf_counter() - started)
-        totals = self._sums["eval"].drain(self.accelerator)
+        started, before = time.perf_counter(), self._sums["eval"]
+        # What an evaluation that failed has counted, or one that this one interrupts, does not belong to it.
+        self._sums["eval"] = MetricSums(self._filters_log)
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, *positional, metric_key_prefix=metric_key_prefix, **named
+            )
+            totals = self._sums["eval"].drain(self.accelerator)
+        finally:
+            self._sums["eval"] = before
+            self._sums["train"].skip(time.perf_counter() - started)
         if totals:
             aux_loss = self.router_aux_loss_coef * totals.get("aux_loss", 0.0) if self.aux_loss_enabled else 0.0
             output.metrics[f"{metric_key_prefix}_loss"] = totals.get("loss", math.nan) + aux_loss

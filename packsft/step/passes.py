@@ -101,7 +101,14 @@ class PassWalker:
             losses = [self._run(model, batch, num_items, batch is passes[-1]) for batch in passes]
             return torch.stack(losses).sum()
 
+        earlier = any(parameter.grad is not None for parameter in model.parameters())
+
         def undo() -> None:
+            if earlier:
+                raise torch.OutOfMemoryError(
+                    "a pass is too much for the memory, and to run its step again would lose the gradients of the one "
+                    "before: set a smaller tokens_per_pass, and gradient_accumulation_steps before training begins"
+                )
             self._undo()
             model.zero_grad()
 

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from runs import losses, trainer
 from tiny import tiny_model, tiny_tokenizer, token_rows
+from transformers import TrainerCallback
 
 from packsft.checkpoints import settings
 
@@ -173,6 +174,28 @@ def test_groups_of_a_length_are_found_again_in_the_second_epoch(family, tmp_path
     assert_same(resumed(tmp_path, 8, **options), whole)
     if family == "llama":  # at the end of an epoch
         assert_same(resumed(tmp_path, 6, **options), whole)
+
+
+ORDERS = [{"train_sampling_strategy": "group_by_length"}, {"accelerator_config": {"use_seedable_sampler": False}}]
+
+
+@pytest.mark.parametrize("options", ORDERS, ids=str)
+def test_a_callback_may_look_at_a_batch(options, tmp_path):
+    class Looks(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                next(iter(self.trainer.get_train_dataloader()))
+
+    def made():
+        ours = trainer(tmp_path, **SAVES | options, callbacks=[looks := Looks()])
+        looks.trainer = ours
+        return ours
+
+    whole = made()
+    whole.train()
+    ours = made()
+    ours.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert_same(ours, whole)
 
 
 # ---- state ----

@@ -149,6 +149,26 @@ def test_a_hook_of_trls_is_not_taken_for_one_that_sees_logits():
     assert "a hook may look" in install_head(model, LossOptions(), needs_aux_loss=True)
 
 
+class Bounded(torch.nn.Sequential):
+    """A head that ends in an operation whose backward needs what it returned."""
+
+    def __init__(self, linear):
+        super().__init__(linear, torch.nn.Tanh())
+        self.weight = linear.weight
+
+
+def test_logits_that_their_own_operation_keeps_are_not_overwritten():
+    model = tiny_model("llama")
+    model.set_output_embeddings(Bounded(model.lm_head))
+    expected = copy.deepcopy(model)
+    assert install_head(model, LossOptions()) is not None
+    ids, rows = torch.tensor([[3, 4, 5, 6]]), torch.tensor([0, 1, 2])
+    model(input_ids=ids, loss_rows=rows, loss_targets=ids[0, 1:], num_items=3).loss.backward()
+    torch.nn.functional.cross_entropy(expected(input_ids=ids).logits[0, :-1], ids[0, 1:]).backward()
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 @pytest.mark.parametrize("kind", [Never, AgainInTraining])
 def test_what_is_not_fused_makes_logits(kind, tmp_path):
     model = built("qwen2_moe")

@@ -441,6 +441,20 @@ def test_values_are_checked_where_that_is_switched_on(argument: str, kwargs: dic
         linear_cross_entropy(torch.randn(2, 3), torch.randn(9, 3), **kwargs)
 
 
+@pytest.mark.parametrize("name", ["weights", "num_items"])
+def test_what_has_no_gradient_is_refused_where_one_is_asked_for(name: str) -> None:
+    given = {name: (torch.rand(2) if name == "weights" else torch.tensor(3.0)).requires_grad_()}
+    targets = torch.tensor([0, 8])
+    for loss in (
+        lambda: cross_entropy(torch.randn(2, 9), targets=targets, **given),
+        lambda: linear_cross_entropy(torch.randn(2, 3), torch.randn(9, 3), targets, **given),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: got a tensor that requires grad, allowed: a constant"):
+            loss()
+        with torch.no_grad():
+            assert float(loss().loss) > 0
+
+
 @pytest.mark.parametrize("weights", [None, torch.rand(3)], ids=["", "weights"])
 def test_operators_are_registered_rightly(weights: Tensor | None) -> None:
     """Schemas, fakes and autograd, as `torch.library.opcheck` checks them; torch.compile relies on all three."""

@@ -41,6 +41,13 @@ def test_outputs_are_bitwise_those_of_each_document_alone():
             assert torch.equal(packed[start:stop], alone)
 
 
+def test_no_tokens_give_no_tokens_of_the_size_of_values():
+    q, k, v, cu = inputs((0, 0), v_head_dim=24)
+    out = varlen_attention(q, k, v, cu, 1)
+    assert out.shape == (0, 4, 24)
+    out.sum().backward()
+
+
 def sdpa_with_block_mask(q, k, v, cu, longest, *, causal=True, window=None):
     """PyTorch's own attention of the row, as transformers asks for it."""
     position = torch.arange(len(q), device=q.device)

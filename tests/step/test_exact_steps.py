@@ -339,6 +339,24 @@ def test_a_document_too_long_for_the_memory_is_named(options, tmp_path, monkeypa
         run(tmp_path, max_steps=1, **STEPS, **options)
 
 
+def test_a_step_that_others_came_before_is_not_taken_again(tmp_path, monkeypatch):
+    class Accumulates(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            args.gradient_accumulation_steps = 2
+
+    failing_in_pass(3, monkeypatch, above=12)  # in the second of two steps that are one
+    with pytest.raises(torch.OutOfMemoryError, match="would lose the gradients of the one before"):
+        run(tmp_path, max_steps=2, callbacks=[Accumulates()], tokens_per_pass=24, per_device_train_batch_size=6)
+
+
+def test_weights_that_change_within_a_backward_are_refused(tmp_path):
+    model = tiny_model("llama")
+    model.model.norm.weight.register_post_accumulate_grad_hook(lambda weight: None)
+    with pytest.raises(ValueError, match=r"^model.norm.weight has a hook that runs after each backward"):
+        trainer(tmp_path, model=model).train()
+    trainer(tmp_path, model=model, packing=False, max_steps=1).train()
+
+
 def test_auto_measures_and_trains_the_same(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("packsft.step.passes.MEASURED_TOKENS", 128)
     rows = token_rows(40, max_length=200)

@@ -203,3 +203,10 @@ def test_what_a_formatting_function_gives_is_what_is_trained_on(columns, stream,
     )  # fmt: skip
     batch = next(iter(ours.get_train_dataloader()))
     assert batch["passes"][0]["input_ids"][0, :3].tolist() == [*tiny_tokenizer()("tell me")["input_ids"], 1]
+
+
+def test_another_model_than_that_of_the_constructor_is_named(tmp_path):
+    ours = trainer(tmp_path)
+    ours.model = tiny_model("llama")
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not the model that the trainer was made with"):
+        ours.train()

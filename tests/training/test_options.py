@@ -167,6 +167,9 @@ def metrics_of_logits(prediction, compute_result=True):
     logits, labels = torch.as_tensor(prediction.predictions)[:, :-1], torch.as_tensor(prediction.label_ids)[:, 1:]
     mean = F.cross_entropy(logits.flatten(0, 1).double(), labels.flatten())
     given = {} if prediction.losses is None else {"given_loss": float(prediction.losses[0])}
+    if prediction.losses is not None:  # one for each row
+        assert len(prediction.losses) == len(prediction.label_ids)
+        given["mean_of_losses"] = float(prediction.losses.mean())
     return {"mean": mean.item(), "scored": int((labels != -100).sum()), **given}
 
 
@@ -201,6 +204,13 @@ def test_the_losses_that_metrics_get_are_means_over_scored_tokens(tmp_path):
     )  # fmt: skip
     metrics = ours.evaluate()
     assert metrics["eval_given_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-6)
+
+
+def test_a_last_batch_of_fewer_rows_counts_for_fewer(tmp_path):
+    options = {"per_device_eval_batch_size": 8, "include_for_metrics": ["loss"], "compute_metrics": metrics_of_logits}
+    ours = trainer(tmp_path, eval_dataset=token_rows(9, seed=3), **options)
+    batches = [ours.evaluate(token_rows(9, seed=3).select(rows))["eval_loss"] for rows in (range(8), range(8, 9))]
+    assert ours.evaluate()["eval_mean_of_losses"] == pytest.approx((8 * batches[0] + batches[1]) / 9, rel=1e-6)
 
 
 @pytest.mark.parametrize("way", WAYS)

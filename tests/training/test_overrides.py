@@ -158,6 +158,62 @@ def test_what_a_loss_cannot_have_is_named(compute, error, message, tmp_path):
         trained(tmp_path, compute)
 
 
+def two_rows(own, model, inputs, _):
+    return model(inputs["input_ids"].repeat(2, 1)).logits
+
+
+FORWARDS = {
+    "a mask": lambda own, model, inputs, _: model(
+        input_ids=inputs["input_ids"], position_ids=inputs["position_ids"],
+        attention_mask=torch.ones_like(inputs["input_ids"]),
+    ).logits,
+    "a mask with zeros": lambda own, model, inputs, _: model(
+        input_ids=inputs["input_ids"], position_ids=inputs["position_ids"],
+        attention_mask=(torch.arange(inputs["input_ids"].shape[1]) > 0)[None].long(),
+    ).logits,
+    "the backbone": lambda own, model, inputs, _: model.model(inputs["input_ids"])[0],
+    "twice": two_rows,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_no_forward_of_ones_own_lets_documents_see_each_other(forward, tmp_path):
+    with pytest.raises(ValueError, match="a row of several documents, which would see each other"):
+        trained(tmp_path, lambda *given: FORWARDS[forward](*given).sum())
+
+
+def test_the_backbone_of_a_forward_of_ones_own_gets_positions(plain, tmp_path):
+    def of_hidden_states(own, model, inputs, count):
+        hidden = model.model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"])[0]
+        return cross_entropy(model.lm_head(hidden), inputs["labels"], count)
+
+    assert losses(trained(tmp_path, of_hidden_states)) == pytest.approx(losses(plain), rel=1e-6)
+
+
+def with_loss_function(tmp_path, function, **options):
+    own = PackedSFTTrainer(
+        tiny_model("llama", torch.float64), config(tmp_path, **STEP | options), train_dataset=token_rows(24),
+        processing_class=tiny_tokenizer(), compute_loss_func=function,
+    )  # fmt: skip
+    own.train()
+    return losses(own)
+
+
+@pytest.mark.parametrize("tokens_per_pass", [1000, 12])
+def test_a_loss_function_has_to_divide_by_the_items_of_the_step(tokens_per_pass, plain, tmp_path):
+    def mean(outputs, labels, num_items_in_batch=None):
+        return cross_entropy(outputs.logits, labels, (labels[:, 1:] != -100).sum())
+
+    def part(outputs, labels, num_items_in_batch=None):
+        return cross_entropy(outputs.logits, labels, num_items_in_batch)
+
+    with pytest.raises(ValueError, match=r"compute_loss_func gives (\S+) for num_items_in_batch=\d+ and \1 for twice"):
+        with_loss_function(tmp_path, mean, tokens_per_pass=tokens_per_pass)
+    assert with_loss_function(tmp_path, part, tokens_per_pass=tokens_per_pass) == pytest.approx(losses(plain), rel=1e-6)
+    options = {"packing": False, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 6}
+    assert with_loss_function(tmp_path, mean, **options) == pytest.approx(losses(plain), rel=1e-6)
+
+
 def test_logits_of_a_part_of_a_row_are_refused():
     with pytest.raises(ValueError, match="a rank has the logits of a part of a row"):
         for_logits({"input_ids": torch.zeros(1, 4), "row_tokens": 8})
@@ -171,6 +227,11 @@ def test_a_whole_step_is_no_batch(tmp_path):
     own = Own(tiny_model("llama"), config(tmp_path), train_dataset=token_rows(24), processing_class=tiny_tokenizer())
     with pytest.raises(ValueError, match=r"compute_loss got a whole optimizer step of \d+ passes: call it for each"):
         own.train()
+    step = next(iter(own.get_train_dataloader()))
+    with pytest.raises(ValueError, match=r"the forward got an optimizer step of \d+ passes: call it for each"):
+        own.model(**step)
+    with pytest.raises(KeyError, match=r"labels: this is an optimizer step of \d+ passes, see batch\['passes'\]\[0\]"):
+        step["labels"]
 
 
 @pytest.mark.parametrize("name", ["_get_train_sampler", "_get_eval_sampler"])

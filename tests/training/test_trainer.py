@@ -1,7 +1,9 @@
 """A run of the trainer: steps, metrics, evaluation, checkpoints, adapters, and no reading of the device."""
 
+import gc
 import json
 import math
+import multiprocessing
 
 import pytest
 import torch
@@ -237,6 +239,54 @@ def test_a_loss_function_of_the_users_gets_the_logits(tmp_path):
     own.train()
     plain.train()
     assert losses(own) == pytest.approx(losses(plain), rel=1e-5)
+
+
+def test_an_evaluation_counts_nothing_of_one_that_failed(tmp_path):
+    def fails_once(prediction):
+        if not calls:
+            calls.append(1)
+            raise ArithmeticError
+        return {}
+
+    calls = []
+    ours = trainer(tmp_path, eval_dataset=token_rows(9), compute_metrics=fails_once)
+    weight = ours.model.lm_head.weight
+    with torch.no_grad():
+        weight.mul_(30)
+    with pytest.raises(ArithmeticError):
+        ours.evaluate()
+    with torch.no_grad():
+        weight.zero_()
+    ours.compute_loss(ours.model.eval(), ours.data_collator([token_rows(1)[0]]))  # nor of the user's own calls
+    metrics = ours.evaluate()
+    for name in ("eval_loss", "eval_entropy"):
+        assert metrics[name] == pytest.approx(math.log(24), rel=1e-6)
+
+
+def test_tokens_may_be_added_after_construction(tmp_path):
+    rows = Dataset.from_list([{"input_ids": [3, 24, 5], "labels": [3, 24, 5]}] * 4)
+    ours = trainer(tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match="holds 24, but the vocabulary has 24 entries"):
+        ours.evaluate(rows)
+    ours.model.resize_token_embeddings(25)
+    assert ours.evaluate(rows)["eval_loss"] > 0
+    ours.train_dataset = rows
+    ours.train()
+    assert len(losses(ours)) == 1
+
+
+def test_workers_that_stay_are_those_of_the_trainers_own_sets(tmp_path):
+    options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    ours = trainer(tmp_path, eval_dataset=token_rows(4), **options)
+    for rows in (None, token_rows(3), None, token_rows(2)):
+        ours.evaluate(rows)
+    own = ours.get_eval_dataloader()
+    assert own is ours.get_eval_dataloader()
+    ours.callback_handler.eval_dataloader = None
+    gc.collect()
+    assert len(multiprocessing.active_children()) == 1
+    del own, ours._eval_loaders
+    gc.collect()
 
 
 def test_an_adapter_on_the_embeddings_is_trained(tmp_path):
