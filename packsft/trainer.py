@@ -458,6 +458,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
                 f"compute_loss got a whole optimizer step of {len(inputs['passes'])} passes: call it for each batch in "
                 'inputs["passes"], with num_items_in_batch=inputs["num_items"], and add up'
             )
+        self._prepared.check_same(self.model)
         mode = "train" if self.model.training else "eval"
         num_items = (inputs["num_items"] or 1) if num_items_in_batch is None else num_items_in_batch
         if self.neftune_noise_alpha is not None:

@@ -176,6 +176,10 @@ def set_backend(model: nn.Module, backend: str) -> None:
         module.packsft_backend = backend  # type: ignore[assignment]
 
 
+def has_backend(model: nn.Module) -> bool:
+    return "packsft_backend" in vars(model)
+
+
 def remove_backend(model: nn.Module) -> None:
     """Undo `set_backend` and `keep_boundaries_from_towers`."""
     for module in model.modules():

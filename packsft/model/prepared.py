@@ -208,6 +208,15 @@ class PreparedModel:
         finally:
             del self.base_model.packsft_row
 
+    @staticmethod
+    def check_same(model: nn.Module) -> None:
+        """Raises ValueError for a model that is neither the prepared one nor a copy of it."""
+        if not attention.has_backend(base_model_of(model)):
+            raise ValueError(
+                f"this {type(model).__name__} is not the model that the trainer was made with (model_init, "
+                "hyperparameter_search, trainer.model = ...): make a new trainer for it"
+            )
+
     def loss(self, model: nn.Module, batch: Mapping[str, Any], num_items: float | Tensor) -> HeadOutput:
         """Forward of a batch through the head; `model` is this model, possibly wrapped (PEFT, DDP, FSDP).
 
@@ -216,11 +225,6 @@ class PreparedModel:
         extra = loss_inputs(batch) | ({"output_router_logits": True} if self._needs_aux_loss else {})
         with self.forward_on(batch):
             output = model(**model_inputs(batch), **extra, num_items=num_items, loss_apart=True)
-        if not isinstance(output, HeadOutput):
-            raise ValueError(
-                f"{type(model).__name__} is not the model that the trainer was made with (model_init, "
-                "hyperparameter_search, trainer.model = ...): make a new trainer for it"
-            )
         output = with_own_values(self.base_model, output)
         added = output.loss if output.loss.requires_grad else None
         assert output.added_loss is not None

@@ -1,5 +1,7 @@
 """Each bad input is one clear error that names the row or the field, before anything is trained."""
 
+import copy
+
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -207,6 +209,9 @@ def test_what_a_formatting_function_gives_is_what_is_trained_on(columns, stream,
 
 def test_another_model_than_that_of_the_constructor_is_named(tmp_path):
     ours = trainer(tmp_path)
+    ours.model = copy.deepcopy(ours.model)
+    ours.evaluate(token_rows(4))
     ours.model = tiny_model("llama")
-    with pytest.raises(ValueError, match="LlamaForCausalLM is not the model that the trainer was made with"):
-        ours.train()
+    for run in (ours.train, lambda: ours.evaluate(token_rows(4))):
+        with pytest.raises(ValueError, match="this LlamaForCausalLM is not the model that the trainer was made with"):
+            run()
