@@ -29,7 +29,7 @@ from packsft.config import PackedSFTConfig, check_choice, check_packs
 from packsft.data.document import check_row
 from packsft.data.loaders import Packs
 from packsft.data.messages import BESIDE
-from packsft.data.pictures import has_pictures
+from packsft.data.pictures import picture_column
 from packsft.packing import STRATEGIES
 from packsft.step.memory import can_measure
 
@@ -292,7 +292,7 @@ def check_dataset(name: str, dataset: Any, args: SFTConfig, formats: bool = Fals
         raise ValueError(f"row 0 of {name} has no columns")
     own = skips_preparation(args)
     columns = set(first) | set(getattr(dataset, "column_names", None) or ())
-    if (pictures := has_pictures(columns)) is not None:
+    if (pictures := picture_column(columns)) is not None:
         _check_pictures(f"{name} has the column {pictures!r}", columns, dataset, args, formats)
     if {"seq_lengths", "input_ids"} <= first.keys() and not own:
         raise ValueError(

@@ -3,7 +3,13 @@
 Each override says what it adds to the parent, and delegates: arguments to `arguments.py`, rows and packs to `data/`,
 the model to `model/prepared.py`, optimizer steps to `step/exact.py`, the loss's denominator to `step/normalization.py`,
 metrics to `step/metrics.py`, the proof to `proof/claims.py`. `compat.py` lists everything that uses a parent's private
-names.
+names. The mixins add to the same methods. Who calls whom in a run, from the outermost:
+
+    train                  trainer > WholeCheckpoints > StepBoundary > transformers
+    _inner_training_loop   trainer > PackedLoaders > WholeCheckpoints > StepBoundary > ExactSteps > transformers
+    training_step          trainer > StepBoundary > ExactSteps > TRL, for each pass (calls compute_loss)
+    evaluation_loop        ExactSteps > DeviceMetrics > transformers
+    prediction_step        trainer > ExactSteps > TRL, for each pass (calls compute_loss)
 """
 
 from __future__ import annotations
@@ -60,7 +66,7 @@ from packsft.data.streams import PackedStream
 from packsft.model.head import count_embeddings
 from packsft.model.isolation import IsolationVerdict
 from packsft.model.pictures import prepare_for_pictures
-from packsft.model.positions import check_document_lengths, has_position_table, longest_document, max_positions
+from packsft.model.positions import check_document_lengths, has_position_table, max_positions, most_tokens_of
 from packsft.model.prepared import PreparedModel, any_rank_of, base_model_of
 from packsft.model.sequence_parallel import SequenceGroup
 from packsft.notices import PackingNotice, cost_of_logits
@@ -167,7 +173,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             per_example=self._per_example,
             masked=self.aux_loss_enabled,
             virtual_tokens=self._prepared.virtual_tokens,
-            table_of_positions=longest_document(base_model_of(self.model), None),
+            table_of_positions=most_tokens_of(base_model_of(self.model), None),
             part=(0, 1) if self._sequence is None else self._sequence.part,
         )
         self._check_data(self._vocab_size)
@@ -393,7 +399,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         rows = rows_with_pictures(self.train_dataset)
         documents = [] if rows is None else rows.shortest_documents()
         if not documents:
-            documents = first_documents(packs, longest_document(base_model_of(self.model), self.args.max_length))
+            documents = first_documents(packs, most_tokens_of(base_model_of(self.model), self.args.max_length))
         self._check = check_packing(self.model, self._prepared, documents, self.data_collator, self._prepare_inputs)
         return self._check
 

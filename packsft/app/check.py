@@ -27,7 +27,7 @@ from packsft.data.joined_pictures import JoinedPictures, RotaryPositions
 from packsft.data.packs import pack_dataset
 from packsft.data.pictures import PictureRows
 from packsft.model.head import count_embeddings
-from packsft.model.positions import longest_document
+from packsft.model.positions import most_tokens_of
 from packsft.model.prepared import PreparedModel
 from packsft.proof.claims import PackingCheck, check_packing, first_documents, random_documents
 from packsft.proof.invariance import InvarianceResult, certify_by_name, train_layouts
@@ -100,7 +100,7 @@ def check_model(
         needs_aux_loss=routes,
     )
     vocab_size = count_embeddings(prepared.base_model)
-    max_length = longest_document(prepared.base_model, max_length) or max_length
+    max_length = most_tokens_of(prepared.base_model, max_length) or max_length
     pictures = None
     if rows is None:
         documents = random_documents(vocab_size, max_length)

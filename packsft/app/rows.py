@@ -19,7 +19,7 @@ from datasets.data_files import DataFilesDict, DataFilesList
 
 from packsft.app.json_lines import check_json, parse_json
 from packsft.data.messages import tokenizer_without_nulls, warn_of_unseen_roles
-from packsft.data.pictures import PictureRows, has_pictures, with_hidden_pictures
+from packsft.data.pictures import PictureRows, picture_column, with_hidden_pictures
 from packsft.data.raw import checked_rows, label_rows, once_of, one_form
 
 FILE_KINDS = {
@@ -51,7 +51,7 @@ def prepared_rows(
         ValueError, OSError: anything that the user can fix; the message names it.
     """
     rows = load_rows(data, split)
-    if has_pictures(rows.column_names):
+    if picture_column(rows.column_names):
         with_pictures = _with_pictures(rows, data, model, max_length, assistant_only_loss, completion_only_loss)
         return with_pictures, (None, None)
     if "seq_lengths" in rows.column_names:

@@ -38,7 +38,7 @@ from packsft.checkpoints.folders import (
     sync_folder,
     why_not_whole,
 )
-from packsft.checkpoints.settings import OF_THE_OPTIMIZER, differences, in_background, rows_of, settings_of
+from packsft.checkpoints.settings import OF_THE_OPTIMIZER, differences, digests_of_rows, in_background, settings_of
 from packsft.checkpoints.state import FILE, load_model_state, model_state
 from packsft.checkpoints.stream_place import StreamPlace
 from packsft.data.ranks import Ranks
@@ -89,7 +89,7 @@ class WholeCheckpoints(Trainer):
         saves = str(self.args.save_strategy.value) != "no"
         self._rows: Future[Any] | None = None  # hashed while training begins, on one rank
         if (saves or resume_from_checkpoint) and self.is_world_process_zero():
-            self._rows = in_background(rows_of, self._packs_of(self.train_dataset))
+            self._rows = in_background(digests_of_rows, self._packs_of(self.train_dataset))
         self._resumed, self._resumed_state, self._order = None, {}, {}
         if saves and not resume_from_checkpoint and (found := checkpoints(output_dir)):
             logger.warning(

@@ -37,7 +37,7 @@ _OF_PEFT = ("base_model_name_or_path", "revision", "inference_mode", "auto_mappi
 def settings_of(
     args: Any, model: nn.Module, tokenizer: Any, dataset: Any, total_batch: int, ranks: Ranks
 ) -> dict[str, Any]:
-    """By name, in JSON's types, without the rows (`rows_of`); a digest is SHA-256 in hex.
+    """By name, in JSON's types, without the rows (`digests_of_rows`); a digest is SHA-256 in hex.
 
     Args:
         args: an `SFTConfig`.
@@ -123,7 +123,7 @@ def digest_of_frozen(model: nn.Module) -> str | None:
     return _digest(json.dumps([sorted(frozen), sample]))
 
 
-def rows_of(dataset: Any) -> dict[str, Any] | None:
+def digests_of_rows(dataset: Any) -> dict[str, Any] | None:
     """The number of rows, and digests of what they hold, in order; None if they cannot be read ahead."""
     if isinstance(dataset, PackedDataset):
         of_pictures = {}

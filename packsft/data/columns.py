@@ -58,7 +58,7 @@ class ListColumn:
         for chunk in column.chunks:
             if len(chunk) == 0:  # may have no offsets
                 continue
-            if chunk.null_count and (row := self._find(first + where(chunk.is_null()))) is not None:
+            if chunk.null_count and (row := self._find(first + true_at(chunk.is_null()))) is not None:
                 raise ValueError(f"row {row} of the data set: {name} is missing")
             offsets, flat = _flat(chunk)
             array, unfit = _as_numpy(flat, values)
@@ -182,10 +182,10 @@ def _as_numpy(values: pa.Array, expected: str) -> tuple[np.ndarray, np.ndarray]:
     array = known.to_numpy(zero_copy_only=not pa.types.is_boolean(values.type))
     fits = FITTING[expected][1](array)
     unfit = none if fits.all() else np.flatnonzero(~fits)
-    return array, np.union1d(unfit, where(values.is_null())) if values.null_count else unfit
+    return array, np.union1d(unfit, true_at(values.is_null())) if values.null_count else unfit
 
 
-def where(flags: pa.BooleanArray) -> np.ndarray:
+def true_at(flags: pa.BooleanArray) -> np.ndarray:
     """The indices of the values that are true."""
     return np.flatnonzero(flags.fill_null(False).to_numpy(zero_copy_only=False))
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
-from packsft.data.columns import first_of, is_list, order_of, rows_of, where
+from packsft.data.columns import first_of, is_list, order_of, rows_of, true_at
 from packsft.data.document import short
 
 logger = logging.getLogger("packsft")
@@ -65,11 +65,11 @@ def doubtful_rows(dataset: Dataset, name: str, expected: str) -> Iterable[int]:
         return range(len(dataset))  # of a type that Arrow does not know
     first, doubtful = 0, [np.zeros(0, np.int64)]
     for chunk in column.chunks:
-        doubtful.append(first + where(chunk.is_null()))
+        doubtful.append(first + true_at(chunk.is_null()))
         if expected != TEXT:
-            doubtful.append(first + where(pc.equal(pc.list_value_length(chunk), 0)))
+            doubtful.append(first + true_at(pc.equal(pc.list_value_length(chunk), 0)))
             of_row = pc.list_parent_indices(chunk).to_numpy()
-            doubtful.append(first + of_row[where(_may_say_nothing(chunk.flatten(), *KEYS[expected]))])
+            doubtful.append(first + of_row[true_at(_may_say_nothing(chunk.flatten(), *KEYS[expected]))])
         first += len(chunk)
     return rows_of(order_of(dataset), np.unique(np.concatenate(doubtful))).tolist()
 
@@ -139,7 +139,7 @@ def rows_of_each_kind(rows: Dataset) -> list[int]:
         if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
             kinds = column.combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy()
             found += np.unique(kinds if order is None else kinds[order], return_index=True)[1].tolist()
-        found += [first_of(order, where(part.is_valid())) for part in parts]
+        found += [first_of(order, true_at(part.is_valid())) for part in parts]
     return sorted({row for row in found if row is not None})
 
 
@@ -293,7 +293,7 @@ def _first_rows_of_roles(rows: Dataset, column: str, key: str) -> list[int]:
     for chunk in rows.data.column(column).chunks:
         roles, of_row = pc.struct_field(chunk.flatten(), key), pc.list_parent_indices(chunk).to_numpy()
         for role in pc.unique(roles):
-            table_rows.setdefault(role.as_py(), []).append(first + np.unique(of_row[where(pc.equal(roles, role))]))
+            table_rows.setdefault(role.as_py(), []).append(first + np.unique(of_row[true_at(pc.equal(roles, role))]))
         first += len(chunk)
     found = {first_of(order_of(rows), np.concatenate(of_role)) for of_role in table_rows.values()}
     return sorted(row for row in found if row is not None)

@@ -38,7 +38,7 @@ Rows: TypeAlias = Dataset | IterableDataset
 ORIENTATION = 0x0112  # of Exif; from 5 on, height and width change places
 
 
-def has_pictures(columns: Any) -> str | None:
+def picture_column(columns: Any) -> str | None:
     """The name of the column of pictures, if there is one."""
     return next((name for name in ("images", "image", PICTURES) if name in columns), None)
 
@@ -60,7 +60,7 @@ def with_hidden_pictures(rows: Any) -> Any:
     if isinstance(rows, Dataset) and rows.format["type"] == "custom":
         return rows
     columns = (rows.column_names or list(next(iter(rows), {}))) if is_stream else rows.format["columns"]
-    if (name := has_pictures(columns)) in (None, PICTURES):
+    if (name := picture_column(columns)) in (None, PICTURES):
         return rows
     rows = rows.with_format(None)
     feature = (rows.features or {}).get(name)

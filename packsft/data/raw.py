@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, Value
 
-from packsft.data.columns import MASK, ListColumn, check_no_transform, first_of, order_of, rows_of, where
+from packsft.data.columns import MASK, ListColumn, check_no_transform, first_of, order_of, rows_of, true_at
 from packsft.data.document import IGNORE_INDEX, check_mask, checked_tokens, short
 from packsft.data.messages import (
     BESIDE,
@@ -37,7 +37,7 @@ from packsft.data.messages import (
     rows_of_each_kind,
     types_of,
 )
-from packsft.data.pictures import has_pictures, holds_pictures
+from packsft.data.pictures import holds_pictures, picture_column
 
 logger = logging.getLogger("packsft")
 
@@ -101,7 +101,7 @@ def one_form(dataset: Rows, text_field: str, name: str) -> Rows:
 
 
 def _renamed(row: dict[str, Any], index: int, names: Mapping[str, str], name: str) -> dict[str, Any]:
-    if (pictures := has_pictures(row)) is not None and row[pictures]:
+    if (pictures := picture_column(row)) is not None and row[pictures]:
         raise ValueError(
             f"row {index} of the {name} stream has {pictures}, which the first row has not: give it to all"
         )
@@ -193,11 +193,11 @@ def checked_rows(dataset: Rows, *, text_field: str, completion_only: bool, eos_t
     if expected != TEXT:
         return dataset
     last = _strings(dataset, texts[-1])
-    if scores_completions and len(empty := rows_of(order_of(dataset), where(pc.equal(last, "")))):
+    if scores_completions and len(empty := rows_of(order_of(dataset), true_at(pc.equal(last, "")))):
         logger.warning("%s data set: %d of %d completions %s", name, len(empty), len(dataset), EMPTY)
     if eos_token is not None:
         blanks = pc.match_substring_regex(last, re.escape(eos_token) + r"\s+$")
-        if first_of(order_of(dataset), where(blanks)) is not None:
+        if first_of(order_of(dataset), true_at(blanks)) is not None:
             logger.warning("%s data set: blanks after an eos_token at the end of a text are left out", name)
             dataset = dataset.map(strip)
     return dataset

@@ -90,7 +90,7 @@ def prepare(
             "output_router_logits=True: the router's loss is one of a step's tokens, which only PackedSFTTrainer adds: "
             "set model.config.output_router_logits = False"
         )
-    limit = positions.longest_document(base, None)
+    limit = positions.most_tokens_of(base, None)
     if max_length is not None and limit is not None and max_length > limit:
         raise ValueError(f"max_length={max_length}: {type(base).__name__} has a table of {limit} positions")
     if hasattr(base, "packing"):

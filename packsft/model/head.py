@@ -78,12 +78,14 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` within the context; each module's own flag is restored."""
+def probing(model: nn.Module) -> Iterator[None]:
+    """For forwards that leave no trace: `model.eval()` within the context; each module's own flag, and the random
+    generators, are restored."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield
+        with torch.random.fork_rng([device] if (device := device_of(model)).type == "cuda" else []):
+            yield
     finally:
         for module in training:
             module.training = True
@@ -491,7 +493,7 @@ def _why_not_fused(
         targets = torch.cat([ids.new_tensor(changed, dtype=ids.dtype), ids[0]])[:7]
         rows = torch.arange(7, dtype=torch.int32, device=ids.device)
         plain = replace(options, label_smoothing=0.0, z_loss=0.0, dft=False)
-        with eval_mode(model), exercised(additions):
+        with probing(model), exercised(additions):
             logits, own_aux_loss = own_outputs(tuple(ids[0].tolist()))
 
             def log_prob(hidden: Tensor) -> tuple[Tensor, Tensor]:

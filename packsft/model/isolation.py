@@ -28,8 +28,8 @@ from packsft.compat import is_out_of_memory
 from packsft.data.batch import document_lengths, model_inputs
 from packsft.data.collator import PackingCollator
 from packsft.model.attention import packed_forward, watch_masks
-from packsft.model.head import count_embeddings, device_of, eval_mode
-from packsft.model.positions import longest_document
+from packsft.model.head import count_embeddings, device_of, probing
+from packsft.model.positions import most_tokens_of
 from packsft.model.rotary import Call, by_document, watch_positions, why_by_row
 from packsft.model.sequence_parallel import group_of, shared_by
 
@@ -65,8 +65,7 @@ def check_isolation(
     Raises:
         torch.OutOfMemoryError, RuntimeError: out of memory, which says nothing about the model.
     """
-    devices = [device_of(model)] if device_of(model).type == "cuda" else []
-    with torch.random.fork_rng(devices), eval_mode(model), autocast(), watch_positions(model) as calls:
+    with probing(model), autocast(), watch_positions(model) as calls:
         verdict = _verdict(lambda: _documents_apart(model, max_length or sys.maxsize))
     apart = _verdict(lambda: _rotations_apart(calls, max_length or UNBOUNDED_LENGTH))
     if verdict.isolated or apart.isolated:
@@ -80,8 +79,7 @@ def check_cut_rows(model: PreTrainedModel) -> IsolationVerdict:
 
     A layer that hands a state or neighbouring tokens on, other than by our attention, loses them where a row is cut.
     """
-    devices = [device_of(model)] if device_of(model).type == "cuda" else []
-    with torch.random.fork_rng(devices), eval_mode(model):
+    with probing(model):
         return _verdict(lambda: _cut_as_whole(model))
 
 
@@ -137,7 +135,7 @@ def _documents_apart(model: PreTrainedModel, max_length: int) -> IsolationVerdic
 
 
 def _document_lengths(model: PreTrainedModel) -> list[int]:
-    longest = longest_document(model, max(DOCUMENT_LENGTHS)) or 0  # a table of positions may be shorter
+    longest = most_tokens_of(model, max(DOCUMENT_LENGTHS)) or 0  # a table of positions may be shorter
     return [length * longest // max(DOCUMENT_LENGTHS) for length in DOCUMENT_LENGTHS]
 
 

@@ -15,7 +15,7 @@ from packsft.data.batch import model_inputs
 from packsft.data.collator import PackingCollator
 from packsft.data.document import Document
 from packsft.model.attention import BOUNDARIES, packed_forward
-from packsft.model.head import backbone_of, device_of, eval_mode
+from packsft.model.head import backbone_of, probing
 from packsft.model.isolation import CUT_ROUNDING, IsolationVerdict
 from packsft.model.prepared import PreparedModel
 
@@ -71,7 +71,7 @@ def check_pictures(
     And whether the last document's hidden states have a gradient of exactly 0.0 at the pictures of the others.
     """
     documents = [_with_leaves(document) for document in documents]
-    with torch.random.fork_rng(_devices(model)), eval_mode(model), torch.enable_grad():
+    with probing(model), torch.enable_grad():
         with packed_forward():
             hidden = _hidden(model, to_device(collator.torch_call([documents])))
         lengths = [len(document) for document in documents]
@@ -99,7 +99,7 @@ def check_padded_pictures(
     to_device: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> None:
     """Raises ValueError if documents on padded rows give something else than each alone, as the model runs it."""
-    with torch.random.fork_rng(_devices(model)), eval_mode(model), torch.no_grad():
+    with probing(model), torch.no_grad():
         hidden = _hidden(model, to_device(collator.torch_call([documents])))
         for document, padded in zip(documents, hidden, strict=True):
             off = _off(padded[: len(document)], _alone(model, document, collator, to_device))
@@ -133,7 +133,7 @@ def _count_runs(model: PreTrainedModel, modules: Iterable[nn.Module], batch: dic
     runs: Counter[nn.Module] = Counter()
     hooks = [module.register_forward_hook(lambda module, *_: runs.update([module])) for module in modules]
     try:
-        with torch.random.fork_rng(_devices(model)), eval_mode(model), torch.no_grad(), packed_forward():
+        with probing(model), torch.no_grad(), packed_forward():
             _hidden(model, batch)
     finally:
         for hook in hooks:
@@ -157,10 +157,6 @@ def _off(found: Tensor, alone: Tensor) -> float | None:
     found = found.detach()
     off = ((found - alone).norm(dim=-1) / found.norm(dim=-1).clamp(min=1e-30)).mean()
     return None if off <= allowed else float(off)
-
-
-def _devices(model: PreTrainedModel) -> list[torch.device]:
-    return [device_of(model)] if device_of(model).type == "cuda" else []
 
 
 def _with_leaves(document: Document) -> Document:

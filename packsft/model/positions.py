@@ -36,7 +36,7 @@ def has_position_table(model: PreTrainedModel) -> bool:
     return False
 
 
-def longest_document(model: PreTrainedModel, max_length: int | None) -> int | None:
+def most_tokens_of(model: PreTrainedModel, max_length: int | None) -> int | None:
     """The most tokens that a document of the model may have: `max_length`, or the end of its table of positions."""
     limits = [max_length, max_positions(model) if has_position_table(model) else None]
     return min((limit for limit in limits if limit is not None), default=None)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from packsft.data.batch import loss_inputs, model_inputs
 from packsft.data.collator import PackingCollator
 from packsft.data.document import IGNORE_INDEX, Document, Pack, documents_of, make_document
-from packsft.model.head import device_of, eval_mode
+from packsft.model.head import device_of, probing
 from packsft.model.isolation import decoder_layers, watch_layers
 from packsft.model.pictures import check_pictures
 from packsft.model.prepared import PreparedModel
@@ -129,8 +129,7 @@ def check_packing(
 
 
 def _measure(step: Comparison, prepared: PreparedModel) -> tuple[Claim, ...]:
-    devices = [step.device] if step.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), eval_mode(step.model):
+    with probing(step.model):
         rounding = step.rounding
         logits = _compare("hidden states and logits are those of the documents alone", *step.logits(), rounding)
         alone, rounded = step.alone(), step.rounded()

@@ -7,6 +7,7 @@ release may change it without a word. These tests then name the place before a t
 import importlib
 import inspect
 import re
+import sys
 
 import accelerate
 import pytest
@@ -170,3 +171,14 @@ def test_the_range_is_that_of_the_requirements():
     assert str(low) in ranges["trl"]
     assert str(high) not in ranges["trl"]
     assert {str(one) for one in ranges["transformers"]} == {f">={compat.TRANSFORMERS_MIN}"}
+
+
+def test_the_trainer_says_rightly_who_calls_whom():
+    written = re.findall(r"^    (\w+) +(\w+(?: > \w+)+)", sys.modules[PackedSFTTrainer.__module__].__doc__, re.M)
+    names = {"PackedSFTTrainer": "trainer", "SFTTrainer": "TRL", "Trainer": "transformers"}
+    assert len(written) == 5
+    for method, order in written:
+        classes = [cls.__name__ for cls in PackedSFTTrainer.__mro__ if method in vars(cls)]
+        order_of_classes = " > ".join(names.get(name, name) for name in classes)
+        assert order_of_classes.startswith(order)
+        assert order.endswith((" > TRL", " > transformers"))
