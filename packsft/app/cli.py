@@ -234,10 +234,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     demo.add_argument("--model", help="local folder or hub name of a causal language model (default: SmolLM2)")
     demo.add_argument(
-        "--data",
-        type=Path,
-        help="JSONL file, one object per line with `text`, `prompt` and `completion`, or `messages` "
-        "(default: the standard library's docstrings)",
+        "--data", help="a data set, as for `packsft inspect` (default: the standard library's docstrings)"
     )
     demo.add_argument("--max-length", type=_at_least(2), default=1024, help="tokens in a pack (default: %(default)s)")
     slow = "without bfloat16 hardware, where a token takes twice as long"

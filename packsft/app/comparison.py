@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from packsft.app.demo_rows import read_jsonl, token_ids
+from packsft.app.demo_rows import token_ids
 
 PADDED_BATCH_SIZE = 8  # TRL's default
 REPEATS, REPEAT_WITHIN = 3, 20.0  # of the step of a competitor, and seconds
@@ -36,7 +36,7 @@ def compare(
         settings: of the training.
     """
     for name, part in (("compare", rows), ("held_out", held_out)):
-        part.to_json(scratch / f"{name}.jsonl", force_ascii=False)
+        part.save_to_disk(scratch / name)
     (scratch / "settings.json").write_text(json.dumps(settings))
     results: dict[str, dict[str, Any]] = {}
     for method, title in METHODS.items():
@@ -92,7 +92,7 @@ def compete(method: str, scratch: Path) -> None:
     from packsft import PackedSFTConfig, PackedSFTTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(scratch / "model")
-    rows = read_jsonl(scratch / "compare.jsonl")
+    rows = load_from_disk(scratch / "compare")
     settings = json.loads((scratch / "settings.json").read_text()) | {
         "output_dir": str(scratch / "trainer"),
         "packing": method != "trl_padded",
@@ -116,7 +116,7 @@ def compete(method: str, scratch: Path) -> None:
     plain.load_state_dict(trainer.model.state_dict())
     plain.eval()
     losses = [trainer.state.log_history[0]["loss"]]
-    for row in read_jsonl(scratch / "held_out.jsonl"):
+    for row in load_from_disk(scratch / "held_out"):
         ids = torch.tensor([token_ids(row, tokenizer)[: settings["max_length"]]])
         with torch.no_grad():
             losses.append(plain(input_ids=ids, labels=ids).loss.item())

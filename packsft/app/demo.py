@@ -34,7 +34,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from packsft.app.comparison import PADDED_BATCH_SIZE, compare
-from packsft.app.demo_rows import Row, decode, is_text, prompt_ids, read_jsonl, token_ids
+from packsft.app.demo_rows import Row, decode, demo_rows, of_texts, prompt_ids, token_ids
 from packsft.app.drawing import block_colours, draw_packs
 from packsft.app.inspect import inspection_of
 from packsft.app.page import check_page, html_page, write_whole
@@ -85,7 +85,7 @@ def prepare(
     scratch: Path,
     output_dir: Path,
     model_name: str | None,
-    data: Path | None,
+    data: str | None,
     max_length: int,
     max_tokens: int | None,
     compare_tokens: int | None,
@@ -113,7 +113,7 @@ def prepare(
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     disable_progress_bars()
     transformers_logging.disable_progress_bar()
-    rows = stdlib_docstrings() if data is None else read_jsonl(data)
+    rows = stdlib_docstrings() if data is None else demo_rows(data)
     if len(rows) < 2:
         raise ValueError(f"{data} holds {len(rows)} example, but the demo needs at least 2: it holds one out")
     if model_name is None:
@@ -128,7 +128,7 @@ def prepare(
             tokenizer = AutoTokenizer.from_pretrained(model_name)
         except Exception as error:  # transformers raises anything about a damaged folder
             raise ValueError(could_not_load(model_name, error)) from error
-    if not all(is_text(row) for row in rows[0].values()) and tokenizer.chat_template is None:
+    if not of_texts(rows[0]) and tokenizer.chat_template is None:
         raise ValueError(f"{data} holds messages, but the tokenizer of {model_name} has no chat template")
     if tokenizer.eos_token is None:
         raise ValueError(f"the tokenizer of {model_name} has no EOS token to end an example with")
@@ -185,7 +185,7 @@ def prepare(
         output_dir=output_dir,
         scratch=scratch,
         model_name=model_name or f"SmolLM2-135M-Instruct, {UNPACKED}",
-        data_name="the standard library's docstrings" if data is None else str(data),
+        data_name="the standard library's docstrings" if data is None else data,
         trainer=trainer,
         tokenizer=tokenizer,
         held_out=held_out,

@@ -1,74 +1,40 @@
-"""The rows of the demo: a JSONL file in one of TRL's forms, and the tokens of an example and of its prompt."""
+"""The rows of the demo, and the tokens of an example and of its prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from trl.data_utils import maybe_convert_to_chatml
 
-from packsft.app.json_lines import check_json, parse_json
+from packsft.app.rows import load_rows
+from packsft.data.raw import checked_rows
 
 Row = dict[str, Any]
+COLUMNS = ("text", "prompt", "completion", "messages")
 
 
-def is_text(value: object) -> bool:
-    return isinstance(value, str)
+def demo_rows(data: str) -> Dataset:
+    """Texts or messages: `text`, `prompt` and `completion`, or `messages`. Without other columns.
 
-
-def _is_chat(value: object) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(map(_is_message, value))
-
-
-def _is_message(value: object) -> bool:
-    return isinstance(value, dict) and is_text(value.get("role")) and is_text(value.get("content"))
-
-
-TYPE_NAMES = {is_text: "a text", _is_chat: "a list of messages with `role` and `content`"}
-FORMS = {("prompt", "completion"): (is_text, _is_chat), ("messages",): (_is_chat,), ("text",): (is_text,)}
-
-
-def read_jsonl(path: Path) -> Dataset:
-    """A JSONL file in one of TRL's forms: `text`, `prompt` + `completion` (texts or messages), or `messages`.
-
-    Skips blank lines and drops other columns.
+    Args:
+        data: see `load_rows`.
 
     Raises:
-        ValueError: a line is not a JSON object, has no known form or another form than the first line, or has a column
-            of the wrong type. The message names the line.
-        OSError: the file cannot be read.
+        ValueError, OSError: as `load_rows`, or a row has neither. The message names it.
     """
-    rows: list[Row] = []
-    check_json(path)
-    text = path.read_text(encoding="utf-8-sig")  # without a byte order mark
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        row = parse_json(line, path, number)
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: a JSON {type(row).__name__}, expected an object")
-        form = next((form for form in FORMS if row.keys() >= set(form)), None)
-        if form is None:
-            raise ValueError(
-                f"{where}: columns {sorted(row)}, expected `text`, or `prompt` and `completion`, or `messages`"
-            )
-        row = {column: row[column] for column in form}
-        first = rows[0] if rows else row
-        if first.keys() != row.keys():
-            raise ValueError(f"{where}: columns {sorted(row)}, but the first example has {sorted(first)}")
-        for column in form:
-            if not any(is_type(row[column]) for is_type in FORMS[form]):
-                allowed = " or ".join(TYPE_NAMES[is_type] for is_type in FORMS[form])
-                raise ValueError(f"{where}: `{column}` is not {allowed}")
-        if len({type(value) for value in [*first.values(), *row.values()]}) > 1:
-            raise ValueError(f"{where}: texts and lists of messages cannot be mixed in one file")
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{path} holds no examples")
-    return Dataset.from_list(rows)
+    rows = checked_rows(load_rows(data), text_field="text", completion_only=False, eos_token=None, name=data)
+    if "input_ids" in rows.column_names:
+        raise ValueError(f"{data} holds tokens, but the demo shows texts: it needs a text or messages in each row")
+    rows = rows.map(maybe_convert_to_chatml)
+    return rows.select_columns([name for name in COLUMNS if name in rows.column_names])
+
+
+def of_texts(row: Row) -> bool:
+    """Whether it holds texts, and not messages."""
+    return all(isinstance(value, str) for value in row.values())
 
 
 def token_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -77,7 +43,7 @@ def token_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return tokenizer(row["text"] + tokenizer.eos_token)["input_ids"]
     if "messages" in row:
         return _chat_ids(row["messages"], tokenizer)
-    if is_text(row["prompt"]):
+    if of_texts(row):
         return tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]
     return _chat_ids(row["prompt"] + row["completion"], tokenizer)
 
@@ -89,7 +55,7 @@ def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return ids[: (len(ids) + 1) // 2]
     if "messages" in row:
         return _chat_ids(row["messages"][:-1] or row["messages"], tokenizer, add_generation_prompt=True)
-    if is_text(row["prompt"]):
+    if of_texts(row):
         return tokenizer(row["prompt"])["input_ids"]
     return _chat_ids(row["prompt"], tokenizer, add_generation_prompt=True)
 

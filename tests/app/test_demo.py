@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from packsft.app import smollm2
 from packsft.app.cli import main
 from packsft.app.demo import REPORT_HEADING, WRITTEN, _check_output_dir
-from packsft.app.demo_rows import prompt_ids, read_jsonl, token_ids
+from packsft.app.demo_rows import demo_rows, prompt_ids, token_ids
 
 WORDS = [*"abcdefghijklmno", "the", "cat", "sits"]
 
@@ -133,39 +133,28 @@ def test_names_are_printed_as_they_are_and_a_second_demo_replaces_the_first(tiny
     ("lines", "message"),
     [
         (['{"text": "a"}', "{text"], "line 2: not JSON"),
-        (['{"text": "a"}', "", "[1]"], "line 3: a JSON list, expected an object"),
-        (['{"question": "a", "answer": "b"}'], r"line 1: columns \['answer', 'question'\], expected `text`"),
-        (['{"text": "a"}', '{"messages": []}'], "line 2: columns .*, but the first example has"),
-        (['{"text": 3}'], "line 1: `text` is not a text"),
-        (['{"messages": [{"role": "user"}]}'], "line 1: `messages` is not a list of messages"),
-        (['{"messages": []}'], "line 1: `messages` is not a list of messages"),
-        (['{"prompt": "a", "completion": null}'], "line 1: `completion` is not a text or a list of messages"),
-        (['{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}'], "line 1: texts and lists"),
+        (['{"question": "a", "answer": "b"}'], "has only the columns question, answer"),
+        (['{"text": "a"}', '{"messages": []}'], "row 0 .* messages is None"),
+        (['{"text": 3}'], "row 0 .* text"),
+        (['{"messages": [{"role": "user", "content": "a"}]}', '{"messages": []}'], r"row 1 .* messages is \[\]"),
+        (['{"input_ids": [3, 4]}'], "holds tokens, but the demo shows texts"),
         (["", " "], "holds no examples"),
-        (['{"text": "a"}', '{"text": ' + "[" * 100_000], "line 2: nested 100001 deep, at most 32"),
-        (['{"text": "a", "b": ' + "1" * 5000 + "}"], "line 1: not JSON: Exceeds the limit"),
-        ([r'{"text": "\ud800"}'], r"line 1: an escape such as \\ud800 is half a character"),
-        (['{"text": "a\0"}'], "line 1: not JSON: Invalid control character at column 12"),
     ],
 )
-def test_bad_line_is_named_by_its_number(tmp_path, lines, message):
+def test_bad_rows_are_named(tmp_path, lines, message):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(lines))
     with pytest.raises(ValueError, match=message):
-        read_jsonl(path)
+        demo_rows(str(path))
 
 
-def test_a_byte_order_mark_and_brackets_in_texts_are_no_error(tmp_path):
-    text = '\\"' + "[{" * 50 + "\\\\"
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": text}), encoding="utf-8-sig")
-    assert read_jsonl(tmp_path / "rows.jsonl")[0] == {"text": text}
-
-
-def test_bytes_that_are_not_utf8_are_an_error(tmp_path):
+def test_other_columns_and_blank_lines_are_left_out(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"text": "\xff"}')
-    with pytest.raises(ValueError, match="not UTF-8 text"):
-        read_jsonl(path)
+    path.write_text('{"text": "a", "source": 1}\n\n{"text": "b", "source": 2}\n')
+    assert demo_rows(str(path))[:] == {"text": ["a", "b"]}
+    path.write_text('{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}')
+    (row,) = demo_rows(str(path))
+    assert [(message["role"], message["content"]) for message in row["messages"]] == [("human", "a"), ("gpt", "b")]
 
 
 @pytest.mark.parametrize("form", ["text", "prompt", "chat prompt", "messages"])
