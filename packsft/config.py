@@ -60,9 +60,10 @@ class PackedSFTConfig(SFTConfig):
             packs); batch sizes then count packs, not examples.
         tokens_per_pass (`int` or `str`, *optional*, defaults to `max_length`):
             With `"step"`, the most tokens in one pass on each device. A pass is a micro-batch: one forward and backward
-            of the model. `"auto"` measures at the first step how many tokens fit. The value changes speed and memory,
-            not the training, except for what draws or averages over a pass (dropout, NEFTune's noise, the router's
-            auxiliary loss). In one process, a step that runs out of memory runs again with half as many tokens.
+            of the model. `"auto"` measures at the first step how many tokens fit, and turns gradient checkpointing off
+            if the largest step fits without it. The value changes speed and memory, not the training, except for what
+            draws or averages over a pass (dropout, NEFTune's noise, the router's auxiliary loss). In one process, a
+            step that runs out of memory runs again with half as many tokens.
         sequence_parallel_size (`int`, *optional*, defaults to `1`):
             How many ranks share each row, for documents that one device has no memory for: each holds that part of the
             row's tokens, and in attention that part of the heads. It must divide the number of processes and of

@@ -73,7 +73,7 @@ from packsft.notices import PackingNotice, cost_of_logits
 from packsft.packing import STRATEGIES, PackingReport, packing_report
 from packsft.proof.claims import PackingCheck, check_packing, first_documents
 from packsft.step.boundary import StepBoundary, StepCallback
-from packsft.step.exact import ExactSteps
+from packsft.step.exact import ExactSteps, check_divides
 from packsft.step.failure import naming_failed_rank
 from packsft.step.metrics import DeviceMetrics, MetricSums
 from packsft.step.normalization import items_in_step
@@ -478,7 +478,8 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             outputs = self._prepared.logits(model, inputs)
             loss = self.compute_loss_func(outputs, inputs["labels"], num_items_in_batch=num_items_in_batch)
             if mode == "train" and self._takes_exact_steps and not self._checked_own_loss:
-                self._check_own_loss(loss, outputs, inputs["labels"], num_items_in_batch)
+                check_divides(self.compute_loss_func, loss, outputs, inputs["labels"], num_items_in_batch)
+                self._checked_own_loss = bool(loss)  # 0 tells nothing
         with torch.set_grad_enabled(torch.is_grad_enabled() and not own_loss):
             output = self._prepared.loss(model, inputs, num_items)
         loss = loss if own_loss else output.loss
@@ -507,20 +508,6 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             return loss
         with torch.no_grad():
             return loss, self._prepared.logits(model, inputs)
-
-    def _check_own_loss(self, loss: Tensor, outputs: Any, labels: Tensor, num_items: Any) -> None:
-        """Raises ValueError if `compute_loss_func` does not divide by `num_items_in_batch`: losses are added up."""
-        with torch.no_grad():
-            half = self.compute_loss_func(outputs, labels, num_items_in_batch=2 * num_items)
-        given, other = float(loss.detach()), float(half)
-        self._checked_own_loss = given != 0
-        if abs(2 * other - given) > 0.5 * abs(given):
-            raise ValueError(
-                f"compute_loss_func gives {given:.4g} for num_items_in_batch={float(num_items):g} and {other:.4g} for "
-                "twice as many. With packing_strategy='step' a step has several passes, whose losses are added: return "
-                "a sum divided by num_items_in_batch, such as F.cross_entropy(..., reduction='sum') / "
-                "num_items_in_batch; or set packing=False"
-            )
 
     def predict(self, test_dataset: Any, *positional: Any, **named: Any) -> PredictionOutput:
         """Adds to the parent: rows are prepared as in `evaluate`.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,20 @@ def check_no_hooks(model: nn.Module) -> None:
                 "packing_strategy='step' has a backward for each pass: remove it, or set packing=False and "
                 "gradient_accumulation_steps=1"
             )
+
+
+def check_divides(loss_func: Callable[..., Tensor], loss: Tensor, outputs: Any, labels: Tensor, num_items: Any) -> None:
+    """Raises ValueError if a user's loss function does not divide by `num_items_in_batch`: losses are added up."""
+    with torch.no_grad():
+        half = loss_func(outputs, labels, num_items_in_batch=2 * num_items)
+    given, other = float(loss.detach()), float(half)
+    if abs(2 * other - given) > 0.5 * abs(given):
+        raise ValueError(
+            f"compute_loss_func gives {given:.4g} for num_items_in_batch={float(num_items):g} and {other:.4g} for "
+            "twice as many. With packing_strategy='step' a step has several passes, whose losses are added: return a "
+            "sum divided by num_items_in_batch, such as F.cross_entropy(..., reduction='sum') / num_items_in_batch; or "
+            "set packing=False"
+        )
 
 
 class LossOfRows(Tensor):

@@ -71,6 +71,7 @@ class PassWalker:
         self._accelerator = accelerator
         self._run, self._collate, self._begin, self._undo = run, collate, begin, undo
         self.steps: Steps | None = None
+        self._unchecked: list[nn.Module] = []  # layers whose gradient checkpointing was turned off
 
     @property
     def tokens_per_pass(self) -> int:
@@ -136,11 +137,21 @@ class PassWalker:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                smaller = self._smaller(passes, steps.tokens_per_pass, error)
+                if self._unchecked and self._accelerator.num_processes == 1:
+                    smaller = steps.tokens_per_pass
+                    logger.warning("out of memory: gradient checkpointing is turned on again, and the step runs again")
+                    self._checkpoint(self._unchecked)
+                else:
+                    smaller = self._smaller(passes, steps.tokens_per_pass, error)
             # here, outside the except block, the exception no longer keeps the activations alive
             undo()
             release_memory()
             steps.tokens_per_pass = smaller
+
+    def _checkpoint(self, layers: list[nn.Module]) -> None:
+        for layer in layers:
+            layer.gradient_checkpointing = True  # type: ignore[assignment]
+        self._unchecked = []
 
     def _smaller(self, passes: list[dict[str, Any]], tokens_per_pass: int, error: RuntimeError) -> int:
         """Half the tokens of the fullest pass that holds more than one document."""
@@ -172,7 +183,10 @@ class PassWalker:
         return smaller
 
     def _measured(self, model: nn.Module, steps: Steps) -> int:
-        """The most tokens that fit on every rank, measured at two sizes; at most the tokens of a step."""
+        """The most tokens that fit on every rank, measured at two sizes; at most the tokens of a step.
+
+        Gradient checkpointing is turned off if the largest step fits without it: no memory is left to save.
+        """
         longest, largest_step = steps.longest(), steps.most_tokens_per_rank()
         small = max(longest, min(MEASURED_TOKENS, largest_step // 2))
         if largest_step <= small:
@@ -185,14 +199,24 @@ class PassWalker:
 
         device = self._accelerator.device
         moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-        self._begin(1)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            fitting = fit_tokens(run, small, min(2 * small, largest_step), device, to_come=moments)  # of AdamW
-        self._undo()
-        model.zero_grad()
-        tokens = torch.tensor([min(fitting, largest_step)], device=device)
-        fitting = int(self._accelerator.gather(tokens).min())
-        whole = fitting == largest_step
-        said = f"the largest step fits in one pass of {fitting} tokens" if whole else f"passes of {fitting} tokens fit"
+        layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+
+        def fitting() -> int:
+            self._begin(1)
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                tokens = fit_tokens(run, small, min(2 * small, largest_step), device, to_come=moments)  # of AdamW
+            self._undo()
+            model.zero_grad()
+            return int(self._accelerator.gather(torch.tensor([min(tokens, largest_step)], device=device)).min())
+
+        for layer in layers:
+            layer.gradient_checkpointing = False  # type: ignore[assignment]
+        self._unchecked, tokens = layers, fitting()
+        if layers and tokens < largest_step:
+            self._checkpoint(layers)
+            tokens = fitting()
+        turned_off = " without gradient checkpointing, which is turned off" if self._unchecked else ""
+        whole = f"the largest step fits in one pass of {tokens} tokens{turned_off}"
+        said = whole if tokens == largest_step else f"passes of {tokens} tokens fit"
         logger.warning("tokens_per_pass='auto': %s on %s", said, device)
-        return fitting
+        return tokens

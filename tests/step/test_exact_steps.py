@@ -369,6 +369,40 @@ def test_auto_measures_and_trains_the_same(tmp_path, monkeypatch, caplog):
     assert logged == [entry["num_tokens"] for entry in unpacked.state.log_history if "num_tokens" in entry]
 
 
+@pytest.mark.parametrize("room", [0, 10_000], ids=["little memory", "memory for a step"])
+def test_auto_turns_checkpointing_off_where_a_step_fits_without(room, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("packsft.step.passes.MEASURED_TOKENS", 16)
+    ran, forwards, layers = [], [], []
+
+    def fit_tokens(run, small, large, device, to_come):
+        run(small)
+        ran.append(any(layer.gradient_checkpointing for layer in layers))
+        return small + (room if len(ran) == 1 else 1)
+
+    monkeypatch.setattr("packsft.step.passes.fit_tokens", fit_tokens)
+    options = {"rows": token_rows(24), "per_device_train_batch_size": 8, "max_steps": 2, "family": "llama"}
+    plain = run(tmp_path, tokens_per_pass=1000, **options)
+
+    class Watches(TrainerCallback):
+        def on_train_begin(self, args, state, control, model, **kwargs):
+            layers.extend(model.model.layers)
+            layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(len(ran)))
+
+    options |= {"tokens_per_pass": "auto", "gradient_checkpointing": True}
+    ours = run(tmp_path, callbacks=[Watches()], **options)
+    assert ran == ([False] if room else [False, True])
+    trained = forwards.count(len(ran))
+    assert trained == 2 if room else trained > 4
+    assert ("without gradient checkpointing, which is turned off" in caplog.text) == bool(room)
+    assert_same_losses(ours, plain, 1e-10)
+    if room:  # and on again where it does not fit after all
+        ran.clear()
+        seen = failing_in_pass(2, monkeypatch)
+        assert_same_losses(run(tmp_path, **options), plain, 1e-10)
+        assert "gradient checkpointing is turned on again, and the step runs again" in caplog.text
+        assert seen[2] == seen[3]  # the same pass
+
+
 def test_the_line_through_two_peaks_is_that_of_the_memory(monkeypatch):
     from packsft.step import memory
 
