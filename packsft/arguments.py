@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.utils import is_kernels_available
 from trl import SFTConfig
 
-from packsft.config import PackedSFTConfig, check_choice, check_packs
+from packsft.config import PackedSFTConfig, check_choice, check_packs, with_own_fields
 from packsft.data.document import check_row
 from packsft.data.loaders import Packs
 from packsft.data.messages import BESIDE
@@ -36,7 +36,7 @@ from packsft.step.memory import can_measure
 logger = logging.getLogger("packsft")
 
 
-def own_arguments(arguments: dict[str, Any]) -> SFTConfig:
+def own_arguments(arguments: dict[str, Any]) -> PackedSFTConfig:
     """A copy of the configuration: the trainer adjusts it, and the caller may use the original again.
 
     Raises ValueError for a value of another type.
@@ -52,8 +52,8 @@ def own_arguments(arguments: dict[str, Any]) -> SFTConfig:
         args = PackedSFTConfig(f"{name.split('/')[-1]}-SFT")
     if not isinstance(args, SFTConfig):
         args = SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # `to_dict` hides the token
+    args = with_own_fields(args)
     _check_values(args)
-    args = copy.copy(args)
     args.padding_free = args.padding_free and args.packing  # we do it without packing, within max_length
     if _takes_exact_steps(args) and args.auto_find_batch_size:  # it would change the training
         args.auto_find_batch_size = False
@@ -67,7 +67,7 @@ def own_arguments(arguments: dict[str, Any]) -> SFTConfig:
     return args
 
 
-def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
+def check_arguments(args: PackedSFTConfig, arguments: dict[str, Any]) -> None:
     """Raises ValueError for anything wrong with the call that can be known before a row is tokenised."""
     check_packs(args)
     if _takes_exact_steps(args):
@@ -80,9 +80,9 @@ def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
             f"packing_strategy={args.packing_strategy!r} it would see packs, which all have about the same length: "
             "leave it unset, or set packing_strategy='step' or packing=False"
         )
-    if getattr(args, "compile_layers", False):
+    if args.compile_layers:
         _check_compiled_layers(args)
-    if (parts := getattr(args, "sequence_parallel_size", 1)) > 1:
+    if (parts := args.sequence_parallel_size) > 1:
         _check_sequence_parallel(parts, args, arguments)
     if args.deepspeed_plugin is not None:
         for name, value in (("on_nonfinite", "skip"), ("resume_only_model", True)):
@@ -149,7 +149,7 @@ def check_arguments(args: SFTConfig, arguments: dict[str, Any]) -> None:
         )
 
 
-def _check_sequence_parallel(parts: int, args: SFTConfig, arguments: dict[str, Any]) -> None:
+def _check_sequence_parallel(parts: int, args: PackedSFTConfig, arguments: dict[str, Any]) -> None:
     where = f"sequence_parallel_size={parts}"
     if args.world_size % parts:
         raise ValueError(
@@ -158,7 +158,7 @@ def _check_sequence_parallel(parts: int, args: SFTConfig, arguments: dict[str, A
         )
     if args.deepspeed_plugin is not None:
         raise ValueError(f"{where} has not been tried under DeepSpeed: use FSDP2 (`fsdp`), or set it to 1")
-    if getattr(args, "tokens_per_pass", None) == "auto":
+    if args.tokens_per_pass == "auto":
         raise ValueError(f"{where}: tokens_per_pass='auto' would measure on each rank for itself: set a number")
     for name in ("compute_metrics", "compute_loss_func"):
         if arguments.get(name) is not None:
@@ -172,7 +172,7 @@ def _check_sequence_parallel(parts: int, args: SFTConfig, arguments: dict[str, A
             raise ValueError(f"{where}: {name}=True does not compile the exchange between the ranks of a row")
 
 
-def _check_values(args: SFTConfig) -> None:
+def _check_values(args: PackedSFTConfig) -> None:
     """Raises ValueError for a field of numbers or of given choices that holds anything else: a text would be true."""
     hints = typing.get_type_hints(type(args))
     for field in dataclasses.fields(args):
@@ -210,16 +210,16 @@ def check_model_name(name: str) -> None:
         raise ValueError(f"model {name!r}: there is no such folder, and no model of the hub has such a name")
 
 
-def skips_preparation(args: SFTConfig) -> bool:
+def skips_preparation(args: PackedSFTConfig) -> bool:
     return bool((args.dataset_kwargs or {}).get("skip_prepare_dataset"))
 
 
-def _takes_exact_steps(args: SFTConfig) -> bool:
+def _takes_exact_steps(args: PackedSFTConfig) -> bool:
     strategy = STRATEGIES.get(args.packing_strategy if args.packing else "none")
     return strategy is not None and strategy.exact_steps and not skips_preparation(args)
 
 
-def _warn_of_idle_settings(args: SFTConfig) -> None:
+def _warn_of_idle_settings(args: PackedSFTConfig) -> None:
     idle: dict[str, Any] = {} if _takes_exact_steps(args) else {"tokens_per_pass": None}
     if skips_preparation(args):  # packs that the user made are not changed
         idle |= {"overlong": None, "max_lost_fraction": 1.0}
@@ -229,24 +229,24 @@ def _warn_of_idle_settings(args: SFTConfig) -> None:
         logger.warning("%s: no effect on %s", " and ".join(given), why)
 
 
-def _check_exact_steps(args: SFTConfig) -> None:
+def _check_exact_steps(args: PackedSFTConfig) -> None:
     other = "set packing_strategy='bfd'"
     if args.dataloader_drop_last:
         raise ValueError(
             "dataloader_drop_last=True drops a micro-batch that is not full, but packing_strategy='step' has none: "
             f"leave it False, or {other}"
         )
-    if getattr(args, "tokens_per_pass", None) == "auto" and not can_measure(args.device):
+    if args.tokens_per_pass == "auto" and not can_measure(args.device):
         raise ValueError(
             f"tokens_per_pass='auto' can measure memory on CUDA devices and on the CPU under Linux, not on "
             f"{args.device.type}: set a number"
         )
-    if args.deepspeed_plugin is not None and getattr(args, "tokens_per_pass", None) == "auto":
+    if args.deepspeed_plugin is not None and args.tokens_per_pass == "auto":
         raise ValueError(
             "tokens_per_pass='auto' does not work under DeepSpeed, which keeps the gradients of the measurement: set a "
             "number"
         )
-    optimizer = getattr(args.optim, "value", args.optim)
+    optimizer = str(getattr(args.optim, "value", args.optim))
     if "lomo" in optimizer or "layerwise" in optimizer:
         raise ValueError(
             f"optim={optimizer!r} updates weights within a backward, but a step of packing_strategy='step' runs one "
@@ -264,7 +264,7 @@ def _check_exact_steps(args: SFTConfig) -> None:
         )
 
 
-def _check_compiled_layers(args: SFTConfig) -> None:
+def _check_compiled_layers(args: PackedSFTConfig) -> None:
     if args.torch_compile:
         raise ValueError("compile_layers=True compiles each layer, torch_compile=True the whole model: choose one")
     if args.use_liger_kernel:
@@ -275,7 +275,7 @@ def _check_compiled_layers(args: SFTConfig) -> None:
         raise ValueError("compile_layers=True does not work under DeepSpeed, whose hooks run within the layers")
 
 
-def check_dataset(name: str, dataset: Any, args: SFTConfig, formats: bool = False) -> None:
+def check_dataset(name: str, dataset: Any, args: PackedSFTConfig, formats: bool = False) -> None:
     """Raises ValueError for data that cannot be trained or evaluated on, as the first row shows.
 
     `formats`: whether there is a `formatting_func`.
@@ -309,7 +309,7 @@ def check_dataset(name: str, dataset: Any, args: SFTConfig, formats: bool = Fals
     if "input_ids" not in first:
         return
     read = {"input_ids", "labels", "attention_mask", "position_ids", "seq_lengths"}
-    if own and getattr(args, "loss_normalization", "token") == "example":
+    if own and args.loss_normalization == "example":
         read.add("loss_weights")
     if not own and "labels" not in first:
         read |= {"assistant_masks"} | ({"completion_mask"} if args.completion_only_loss else set())
@@ -318,7 +318,7 @@ def check_dataset(name: str, dataset: Any, args: SFTConfig, formats: bool = Fals
         logger.warning("%s: %s beside input_ids: not read", name, " and ".join(unread))
 
 
-def _check_pictures(said: str, columns: set[str], dataset: Any, args: SFTConfig, formats: bool) -> None:
+def _check_pictures(said: str, columns: set[str], dataset: Any, args: PackedSFTConfig, formats: bool) -> None:
     """Raises ValueError for what cannot be done with pictures."""
     if {"image", "images"} <= columns:
         raise ValueError(f"{said}, and 'image', too: leave one of them out")
@@ -331,7 +331,7 @@ def _check_pictures(said: str, columns: set[str], dataset: Any, args: SFTConfig,
     if beside := [name for name in BESIDE if name in columns]:
         logger.warning("%s: %s not read beside it, as in TRL", said, " and ".join(beside))
     strategy = STRATEGIES[args.packing_strategy if args.packing else "none"]
-    if strategy.splits or getattr(args, "overlong", None) == "split":
+    if strategy.splits or args.overlong == "split":
         raise ValueError(
             f"{said}, and no picture may be cut, but {strategy.name!r} or overlong='split' cuts rows anywhere: choose "
             "packing_strategy='step' or 'bfd', and overlong='truncate', 'drop' or 'error'"
@@ -340,23 +340,23 @@ def _check_pictures(said: str, columns: set[str], dataset: Any, args: SFTConfig,
         raise ValueError(f"{said}, which truncation_mode='keep_end' would cut off: choose 'keep_start'")
     if args.assistant_only_loss and Version(transformers.__version__) < Version("5.18"):
         raise ValueError(f"{said}, and assistant_only_loss=True needs transformers 5.18 or newer for them")
-    if (parts := getattr(args, "sequence_parallel_size", 1)) > 1:
+    if (parts := args.sequence_parallel_size) > 1:
         raise ValueError(f"{said}, which sequence_parallel_size={parts} cannot cut: leave it at 1")
 
 
 _NO_ROW: Any = object()  # a row may be anything, None as well
 
 
-def _warn_of_idle_settings_of_streams(name: str, args: SFTConfig) -> None:
+def _warn_of_idle_settings_of_streams(name: str, args: PackedSFTConfig) -> None:
     idle = {"dataset_num_proc": args.dataset_num_proc is not None}
     idle["train_sampling_strategy"] = args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
     if given := [f"{field}={getattr(args, field)!r}" for field, is_set in idle.items() if is_set]:
         logger.warning("%s: no effect on %s, which is a stream", " and ".join(given), name)
 
 
-def _check_adapter(config: Any, args: SFTConfig) -> None:
+def _check_adapter(config: Any, args: PackedSFTConfig) -> None:
     """`config`: a PEFT configuration, or None."""
-    if getattr(config, "target_r", None) is not None and getattr(args, "on_nonfinite", "error") == "skip":
+    if getattr(config, "target_r", None) is not None and args.on_nonfinite == "skip":
         raise ValueError("on_nonfinite='skip' leaves no gradients, but AdaLoRA measures them in every step")
     if getattr(config, "is_prompt_learning", False):
         _check_prompt(config, args)
@@ -379,7 +379,7 @@ def _check_adapter(config: Any, args: SFTConfig) -> None:
             )
 
 
-def _check_prompt(config: Any, args: SFTConfig) -> None:
+def _check_prompt(config: Any, args: PackedSFTConfig) -> None:
     name, kind = type(config).__name__, config.peft_type  # a text as well
     if kind not in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE"):
         raise ValueError(
@@ -394,9 +394,9 @@ def _check_prompt(config: Any, args: SFTConfig) -> None:
         )
 
 
-def check_accelerator(accelerator: Any, args: SFTConfig, model: nn.Module) -> None:
+def check_accelerator(accelerator: Any, args: PackedSFTConfig, model: nn.Module) -> None:
     """Raises ValueError for what `accelerate launch` or its configuration file asks for and cannot have."""
-    if getattr(args, "compile_layers", False) and accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+    if args.compile_layers and accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise ValueError("compile_layers=True compiles each layer, accelerate's dynamo_backend the model: choose one")
     if args.fsdp and accelerator.distributed_type != DistributedType.FSDP:
         logger.warning(
@@ -415,7 +415,7 @@ def check_accelerator(accelerator: Any, args: SFTConfig, model: nn.Module) -> No
             "cp_size or sp_size above 1: accelerate's context and sequence parallelism shard a row by position, across "
             "the boundaries of packed documents: leave both at 1, and set sequence_parallel_size of PackedSFTConfig"
         )
-    parts = getattr(args, "sequence_parallel_size", 1)
+    parts = args.sequence_parallel_size
     if parallelism is not None and parallelism.tp_enabled and parts > 1:
         raise ValueError(
             f"tp_size={parallelism.tp_size} and sequence_parallel_size={parts} both divide the heads: choose one"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -202,6 +203,15 @@ class PackedSFTConfig(SFTConfig):
             raise ValueError(f"tokens_per_pass={given!r}: expected an integer of at least 1, 'auto' or None")
         resolve_overlong(self.packing_strategy if self.packing else "none", self.overlong)  # raises
         check_max_lost_fraction(self.max_lost_fraction)
+
+
+def with_own_fields(args: SFTConfig) -> PackedSFTConfig:
+    """A copy. A plain `SFTConfig` gets the fields that it lacks, with their defaults."""
+    args = copy.copy(args)
+    for own in fields(PackedSFTConfig):
+        if not hasattr(args, own.name):
+            setattr(args, own.name, own.default)
+    return cast(PackedSFTConfig, args)
 
 
 CHOICES: dict[str, Sequence[Any]] = {

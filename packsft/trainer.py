@@ -35,7 +35,7 @@ from packsft_kernels.version import __version__
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 from transformers.trainer_utils import PredictionOutput, TrainOutput
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from packsft import compat
@@ -49,7 +49,7 @@ from packsft.arguments import (
 )
 from packsft.checkpoints.resuming import WholeCheckpoints
 from packsft.checkpoints.stream_place import CountsEpochs
-from packsft.config import has_bf16
+from packsft.config import PackedSFTConfig, has_bf16
 from packsft.data.batch import document_lengths, has_documents
 from packsft.data.collator import PackingCollator, mark_sizes
 from packsft.data.divided import divisible
@@ -115,7 +115,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         filters_log = args.logging_nan_inf_filter
         args.logging_nan_inf_filter = False  # reads the device per micro-batch; see `StepBoundary`
         saves_on_sigterm, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False  # the parent's, see `Sigterm`
-        self._per_example = getattr(args, "loss_normalization", "token") == "example"
+        self._per_example = args.loss_normalization == "example"
         self._vocab_size: int | None = None  # until the constructor knows the model
         if not skips_preparation(args) and call.arguments.get("formatting_func") is None:
             for name in ("train", "eval"):  # the parent looks at the first row
@@ -131,39 +131,50 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
 
         check_accelerator(self.accelerator, self.args, self.model)
         compat.reduce_gradients_in_every_pass(self)
-        parts = getattr(self.args, "sequence_parallel_size", 1)
+        parts = self.args.sequence_parallel_size
         self.accelerator.packsft_sequence_parts = parts  # for `Ranks`
         self._sequence = SequenceGroup(parts) if parts > 1 else None
         self._check: PackingCheck | None = None
         self._checked_pictures = False
         self._sums = {"train": MetricSums(), "eval": MetricSums(filters_log)}
-        self._start_watching(getattr(self.args, "on_nonfinite", "error"), filters_log)
+        self._start_watching(filters_log)
         self._configured = {"logging_nan_inf_filter": filters_log}
         self._order: dict[str, Any] = {}
-        self._on_changed = getattr(self.args, "on_changed", "error")
-        self._resumes_only_model = getattr(self.args, "resume_only_model", False)
         self._document_lengths: Tensor | None = None  # of the micro-batch, for NEFTune's noise
         self._said_logits = self._checked_own_loss = False
         self._vocab_size = count_embeddings(base_model_of(self.model))
         self._configured_vocab_size = self.model.config.get_text_config().vocab_size
-        dft = self.args.loss_type == "dft"
         with compat.whole_model(self.model):
-            self._prepared = PreparedModel(
-                self.model,
-                # as in the parent, DFT takes no label smoothing
-                LossOptions(dft=dft, label_smoothing=0.0 if dft else self.args.label_smoothing_factor),
-                attention_backend=getattr(self.args, "attention_backend", "auto"),
-                check=getattr(self.args, "check_packing", "on") == "on",
-                on_unpackable=getattr(self.args, "on_unpackable", "pad"),
-                max_length=None if skips_preparation(self.args) else self.args.max_length,
-                autocast=self.accelerator.autocast,
-                any_rank=any_rank_of(self.accelerator),
-                needs_aux_loss=self.aux_loss_enabled,
-                compiles_layers=getattr(self.args, "compile_layers", False),
-                traced=self.args.torch_compile,
-                sequence=self._sequence,
-            )
-        self.data_collator = PackingCollator(
+            self._prepared = self._prepare_model()
+        self.data_collator = self._make_collator()
+        self._check_data(self._vocab_size)
+        max_length = self.args.max_length or sys.maxsize
+        self._passes = self._make_walker(self.args.tokens_per_pass or max_length, max_length)
+        notice = PackingNotice(lambda: self.packing_report, self._prepared.describe, self.eval_dataset is not None)
+        self.callback_handler.callbacks.insert(0, notice)  # before the one that begins a progress bar
+        self.add_callback(StepCallback(self))
+        self.add_callback(CountsEpochs(self))
+
+    def _prepare_model(self) -> PreparedModel:
+        dft = self.args.loss_type == "dft"
+        return PreparedModel(
+            self.model,
+            # as in the parent, DFT takes no label smoothing
+            LossOptions(dft=dft, label_smoothing=0.0 if dft else self.args.label_smoothing_factor),
+            attention_backend=self.args.attention_backend,
+            check=self.args.check_packing == "on",
+            on_unpackable=self.args.on_unpackable,
+            max_length=None if skips_preparation(self.args) else self.args.max_length,
+            autocast=self.accelerator.autocast,
+            any_rank=any_rank_of(self.accelerator),
+            needs_aux_loss=self.aux_loss_enabled,
+            compiles_layers=self.args.compile_layers,
+            traced=self.args.torch_compile,
+            sequence=self._sequence,
+        )
+
+    def _make_collator(self) -> PackingCollator:
+        return PackingCollator(
             pad_token_id=self._tokenizer.pad_token_id,
             pad_to_multiple_of=self.args.pad_to_multiple_of,
             vocab_size=self._vocab_size,
@@ -176,13 +187,6 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             table_of_positions=most_tokens_of(base_model_of(self.model), None),
             part=(0, 1) if self._sequence is None else self._sequence.part,
         )
-        self._check_data(self._vocab_size)
-        max_length = self.args.max_length or sys.maxsize
-        self._passes = self._make_walker(getattr(self.args, "tokens_per_pass", None) or max_length, max_length)
-        notice = PackingNotice(lambda: self.packing_report, self._prepared.describe, self.eval_dataset is not None)
-        self.callback_handler.callbacks.insert(0, notice)  # before the one that begins a progress bar
-        self.add_callback(StepCallback(self))
-        self.add_callback(CountsEpochs(self))
 
     @property
     def isolation(self) -> IsolationVerdict:
@@ -198,7 +202,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         self,
         dataset: Dataset | IterableDataset,
         processing_class: Any,
-        args: SFTConfig,
+        args: PackedSFTConfig,
         packing: bool,
         formatting_func: Callable[[dict], str] | None,
         dataset_name: str,
@@ -261,7 +265,9 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         if now != self._configured_vocab_size:
             self._configured_vocab_size = self._vocab_size = self.data_collator.vocab_size = now
 
-    def _picture_collator(self, processor: Any, args: SFTConfig, name: str) -> DataCollatorForVisionLanguageModeling:
+    def _picture_collator(
+        self, processor: Any, args: PackedSFTConfig, name: str
+    ) -> DataCollatorForVisionLanguageModeling:
         if not isinstance(processor, ProcessorMixin):
             raise ValueError(
                 f"the {name} data set has pictures, but processing_class is a {type(processor).__name__}: pass the "
@@ -279,7 +285,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         self,
         rows: Any,
         packing: bool,
-        args: SFTConfig,
+        args: PackedSFTConfig,
         name: str,
         *,
         once: Any = (None, None),
@@ -292,8 +298,8 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         options: dict[str, Any] = {
             "strategy": strategy,
             "name": name,
-            "overlong": getattr(args, "overlong", None),
-            "max_lost_fraction": getattr(args, "max_lost_fraction", 1.0),
+            "overlong": args.overlong,
+            "max_lost_fraction": args.max_lost_fraction,
             "vocab_size": self._vocab_size,
             "keep_end": args.truncation_mode == "keep_end",
             "per_example": self._per_example,
@@ -432,7 +438,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         if self.neftune_noise_alpha is not None:
             compat.noise_by_document(self, lambda: self._document_lengths)
         self._restart_metrics()
-        self._start_watching(self._on_nonfinite, self._filters_log)
+        self._start_watching(self._filters_log)
         output = super()._inner_training_loop(*positional, **named)
         return output._replace(training_loss=output.metrics["train_loss"])
 

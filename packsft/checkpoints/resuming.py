@@ -53,9 +53,8 @@ _OF_ALL_RANKS = ("max_steps", "num_train_epochs", "tokens_per_pass", "sequence_p
 class WholeCheckpoints(Trainer):
     """Saves and resumes; mixed into a trainer before its class.
 
-    The trainer sets `_sums`, `_on_changed` and `_resumes_only_model`, adds the callback `CountsEpochs`, tells `_place`
-    what it reads, and gives what else a checkpoint records (`_record`). Its other mixins give `_check_finite`,
-    `_packs_of` and `_takes_exact_steps`.
+    The trainer sets `_sums`, adds the callback `CountsEpochs`, tells `_place` what it reads, and gives what else a
+    checkpoint records (`_record`). Its other mixins give `_check_finite`, `_packs_of` and `_takes_exact_steps`.
     """
 
     _sums: dict[str, MetricSums]
@@ -154,13 +153,13 @@ class WholeCheckpoints(Trainer):
             checkpoint = Path(str(asked))
             if any(gather_object([not checkpoint.is_dir()])):
                 raise ValueError(f"resume_from_checkpoint={asked!r}: there is no such folder")
-            reason = why_not_whole(checkpoint, self._resumes_only_model)
+            reason = why_not_whole(checkpoint, self.args.resume_only_model)
             if reason := next(filter(None, gather_object([reason])), None):
                 whole, _ = find_whole(checkpoint.parent)
                 instead = f"; the newest whole one beside it is {whole[0]}" if whole else ""
                 raise ValueError(f"resume_from_checkpoint={asked!r} is not a whole checkpoint: {reason}{instead}")
             return checkpoint
-        whole, reasons = find_whole(output_dir, self._resumes_only_model)
+        whole, reasons = find_whole(output_dir, self.args.resume_only_model)
         on_nodes = gather_object([[path.name for path in whole]])
         common = [path for path in whole if all(path.name in names for names in on_nodes)]
         because = "".join(f"; {reason}" for reason in reasons)
@@ -171,7 +170,7 @@ class WholeCheckpoints(Trainer):
 
     def _check_same_run(self, checkpoint: Path) -> None:
         missing = missing_state(checkpoint)
-        if missing and not self._resumes_only_model:
+        if missing and not self.args.resume_only_model:
             raise ValueError(
                 f"{checkpoint} lacks the state of {', '.join(missing)} (saved with save_only_model=True?): going on "
                 "would be another training. Set resume_only_model=True to take only its weights and its step"
@@ -192,10 +191,10 @@ class WholeCheckpoints(Trainer):
 
     def _say_changed(self, checkpoint: Path, changed: dict[str, str]) -> None:
         lines = [f"{name}: {change}" for name, change in changed.items()]
-        if kept := [name for name in OF_THE_OPTIMIZER if name in changed and not self._resumes_only_model]:
+        if kept := [name for name in OF_THE_OPTIMIZER if name in changed and not self.args.resume_only_model]:
             lines.append(f"({', '.join(kept)}: the optimizer's state keeps the value of the checkpoint)")
         message = f"{checkpoint} is of a run with other settings:\n  " + "\n  ".join(lines)
-        if self._on_changed == "error":
+        if self.args.on_changed == "error":
             raise ValueError(f'{message}\nRestore them, or set on_changed="warn" to go on with the new ones')
         logger.warning("%s\nTraining goes on with the new ones", message)
 
@@ -267,7 +266,7 @@ class WholeCheckpoints(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Adds to the parent: with `resume_only_model`, the schedule goes on and the optimizer begins anew."""
-        if not self._resumes_only_model or checkpoint is None:
+        if not self.args.resume_only_model or checkpoint is None:
             return super()._load_optimizer_and_scheduler(checkpoint)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
@@ -276,11 +275,11 @@ class WholeCheckpoints(Trainer):
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Adds to the parent: not with `resume_only_model`."""
-        super()._load_scaler(None if self._resumes_only_model else checkpoint)
+        super()._load_scaler(None if self.args.resume_only_model else checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Adds to the parent: not with `resume_only_model`."""
-        super()._load_rng_state(None if self._resumes_only_model else checkpoint)
+        super()._load_rng_state(None if self.args.resume_only_model else checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Replaces the parent's warnings: weights that are tied to others are not missing, and others are an error."""

@@ -52,8 +52,8 @@ def settings_of(
     strategy = args.packing_strategy if args.packing else "none"
     settings = {name: getattr(args, name, None) for name in _FIELDS} | {
         "packing_strategy": strategy,
-        "overlong": resolve_overlong(strategy, getattr(args, "overlong", None)),
-        "loss_normalization": getattr(args, "loss_normalization", "token"),
+        "overlong": resolve_overlong(strategy, args.overlong),
+        "loss_normalization": args.loss_normalization,
         "total batch": total_batch,
         "tokenizer": digest_of_tokenizer(tokenizer),
         "chat_template": _digest(json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True, default=str)),

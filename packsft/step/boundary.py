@@ -59,9 +59,9 @@ class StepBoundary(Trainer):
     _sums: dict[str, MetricSums]
     _sigterm: Sigterm | None = None
 
-    def _start_watching(self, on_nonfinite: str, filters_log: bool) -> None:
-        """`on_nonfinite`: "error", "skip" or "ignore". `filters_log`: `logging_nan_inf_filter`."""
-        self._on_nonfinite, self._filters_log = on_nonfinite, filters_log
+    def _start_watching(self, filters_log: bool) -> None:
+        """`filters_log`: `logging_nan_inf_filter`."""
+        self._filters_log = filters_log
         self._step_loss: Tensor | None = None
         self._step_rows: list[np.ndarray] = []
         self._flags: deque[_Flags] = deque()
@@ -120,7 +120,7 @@ class StepBoundary(Trainer):
 
     def _leave_out_nonfinite(self, model: nn.Module) -> None:
         """With "skip": without gradients, the optimizer changes nothing."""
-        if self._on_nonfinite != "skip" or self.accelerator.scaler is not None:  # the scaler leaves such steps out
+        if self.args.on_nonfinite != "skip" or self.accelerator.scaler is not None:  # the scaler leaves such steps out
             return
         flags = self._flags[-1]
         loss = torch.where(flags.on_device[0] == 0, 0.0, torch.nan)  # with the gradients, to read the device once
@@ -142,7 +142,7 @@ class StepBoundary(Trainer):
             nonfinite, wants_to_stop = flags.read()
             stops |= bool(wants_to_stop)
             self._nonfinite = [*self._nonfinite, flags] if nonfinite else []
-            if len(self._nonfinite) >= IN_A_ROW and self._on_nonfinite == "error":
+            if len(self._nonfinite) >= IN_A_ROW and self.args.on_nonfinite == "error":
                 first = self._nonfinite[0]
                 steps = " and ".join(str(flags.step) for flags in self._nonfinite)
                 raise FloatingPointError(
@@ -155,7 +155,7 @@ class StepBoundary(Trainer):
     def _check_finite(self, model: nn.Module) -> None:
         """Before a save, and at the end: raises FloatingPointError for losses as above, or weights, unless "ignore"."""
         self._read_flags(lag=0)
-        if self._on_nonfinite == "ignore":
+        if self.args.on_nonfinite == "ignore":
             return
         weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self._all_finite(weights.values()):
