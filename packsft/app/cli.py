@@ -15,7 +15,8 @@ from pathlib import Path
 
 from packsft_kernels.version import __version__
 
-from packsft.packing.segments import OVERLONG, STRATEGIES
+from packsft.packing.segments import OVERLONG
+from packsft.packing.strategies import STRATEGIES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
