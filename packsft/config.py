@@ -193,7 +193,7 @@ class PackedSFTConfig(SFTConfig):
         if isinstance(self.check_packing, bool):  # YAML reads on and off as booleans
             self.check_packing = "on" if self.check_packing else "off"
         for name in CHOICES:
-            if (value := getattr(self, name)) is not None:
+            if (value := getattr(self, name)) is not None or name in NEVER_NONE:
                 check_choice(name, value)
         check_packs(self)
         if isinstance(self.tokens_per_pass, str) and self.tokens_per_pass.isdecimal():  # from a command line
@@ -218,6 +218,11 @@ CHOICES: dict[str, Sequence[Any]] = {
     name: field.metadata["choices"]
     for name, field in PackedSFTConfig.__dataclass_fields__.items()
     if "choices" in field.metadata
+}
+
+
+NEVER_NONE = {
+    own.name for own in fields(PackedSFTConfig) if own.default is not None and not hasattr(SFTConfig, own.name)
 }
 
 

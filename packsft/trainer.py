@@ -482,8 +482,10 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         own_loss = callable(self.compute_loss_func)  # deprecated in TRL; needs logits: a second forward
         if own_loss:
             outputs = self._prepared.logits(model, inputs)
+            version = outputs.logits._version
             loss = self.compute_loss_func(outputs, inputs["labels"], num_items_in_batch=num_items_in_batch)
-            if mode == "train" and self._takes_exact_steps and not self._checked_own_loss:
+            in_step = mode == "train" and self._takes_exact_steps and num_items_in_batch is not None
+            if in_step and not self._checked_own_loss and outputs.logits._version == version:  # not overwritten
                 check_divides(self.compute_loss_func, loss, outputs, inputs["labels"], num_items_in_batch)
                 self._checked_own_loss = bool(loss)  # 0 tells nothing
         with torch.set_grad_enabled(torch.is_grad_enabled() and not own_loss):

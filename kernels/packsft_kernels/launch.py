@@ -23,10 +23,10 @@ def rows_per_chunk(num_rows: int, vocab: int, itemsize: int, *, weight_grad: boo
     18 ms. At most 1,024 without: nothing is accumulated, and 1,024 rows fill a GEMM. The rows are spread evenly over
     the fewest chunks that respect this limit and `CHUNK_BYTES`. Only shapes decide: every rank gets the same answer.
 
-    `rounded_width` is M if the gradient of the weight has the dtype of the logits, bfloat16. One chunk then writes it
-    in the memory of M rows of logits. Several need 2 M rows for a sum in float32, and after the last chunk, when the
-    logits are gone, M rows for the rounded sum. So chunks of M rows need no more memory than smaller ones, and one
-    chunk may have M rows more than that.
+    More, if the gradient of the weight is rounded to the dtype of the logits, bfloat16: `rounded_width` is then M. One
+    chunk writes it in the memory of M rows of logits. Several need 2 M rows for a sum in float32, and after the last
+    chunk, when the logits are gone, M rows for the rounded sum. So chunks of M rows need no more memory than smaller
+    ones, and one chunk of M rows more needs no more than a larger number of rows does anyway.
     """
     most = max(1, rounded_width, min(4096 if weight_grad else 1024, CHUNK_BYTES // (vocab * itemsize)))
     if num_rows <= most + rounded_width:

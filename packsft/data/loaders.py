@@ -55,11 +55,12 @@ class PackedLoaders(Trainer):
         dataset = self._packs_of(self.train_dataset)
         if dataset is None:
             return super().get_train_dataloader()
-        another = self._loop_has_loader  # for a callback that looks at a batch: the run keeps its order and its steps
+        another = bool(self._loop_has_loader)  # a callback looks at a batch: the run keeps its order and its steps
         loader = self._loader(dataset, self._train_batch_size, dict(self._order) if another else self._order)
         if dataset.strategy.exact_steps and not another:
             self._passes.steps = loader.dataset
-        self._loop_has_loader = None if another is None else True
+        if self._loop_has_loader is not None:
+            self._loop_has_loader = True
         return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:

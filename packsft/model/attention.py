@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -91,7 +92,7 @@ def _unpacked(
             f"{type(module).__name__} was called on packed documents without cu_seq_lens_q: the model drops keyword "
             "arguments on the way to its attention, so that its documents would see each other"
         )
-    if _documents is not None and not torch.compiler.is_compiling() and _mixes(*_documents, query, attention_mask):
+    if _open_row is not None and not torch.compiler.is_compiling() and _mixes(_open_row, query, attention_mask):
         raise ValueError(
             "a forward got a row of several documents, which would see each other: give it all inputs of the batch, "
             "model(**inputs), or the input_ids and position_ids without an attention_mask"
@@ -110,27 +111,44 @@ def _unpacked(
     return out.transpose(1, 2).contiguous()
 
 
-_documents: tuple[int, Tensor] | None = None  # tokens and boundaries of the row that a user's forward may be given
+@dataclass
+class _OpenRow:
+    """The row that a user's forward may be given: its tokens, its boundaries, and the masks that were looked at."""
+
+    num_tokens: int
+    cu_seqlens: Tensor
+    mixes: list[tuple[Tensor, bool]] = field(default_factory=list)
+
+
+_open_row: _OpenRow | None = None
 
 
 @contextmanager
-def refusing_mixed(documents: tuple[int, Tensor] | None) -> Iterator[None]:
-    """While open, attention without boundaries over so many tokens is refused if the documents see each other."""
-    global _documents
-    _documents = documents
+def refusing_mixed(num_tokens: int, cu_seqlens: Tensor) -> Iterator[None]:
+    """While open, attention without boundaries over these tokens, or all but one of them, as for a shift, is refused if
+    the documents see each other. Compiled code is not looked at."""
+    global _open_row
+    _open_row = _OpenRow(num_tokens, cu_seqlens)
     try:
         yield
     finally:
-        _documents = None
+        _open_row = None
 
 
-def _mixes(num_tokens: int, cu_seqlens: Tensor, query: Tensor, attention_mask: Tensor | None) -> bool:
-    """Whether the second document sees the first. Reads the device."""
-    if query.shape[2] != num_tokens or attention_mask is None:
-        return query.shape[2] == num_tokens
-    begin = int(cu_seqlens[1])
+def _mixes(row: _OpenRow, query: Tensor, attention_mask: Tensor | None) -> bool:
+    """Whether the second document sees the first. Reads the device, once for a mask."""
+    if not row.num_tokens - 1 <= query.shape[2] <= row.num_tokens:
+        return False
+    if attention_mask is None:
+        return True
+    for mask, mixes in row.mixes:
+        if mask is attention_mask:
+            return mixes
+    begin = int(row.cu_seqlens[1])
     seen = attention_mask[..., begin, begin - 1]
-    return bool((seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2).any())
+    mixes = bool((seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2).any())
+    row.mixes.append((attention_mask, mixes))
+    return mixes
 
 
 def attention_of(model: PreTrainedModel) -> str | None:
@@ -174,10 +192,6 @@ def set_backend(model: nn.Module, backend: str) -> None:
     """
     for module in model.modules():
         module.packsft_backend = backend  # type: ignore[assignment]
-
-
-def has_backend(model: nn.Module) -> bool:
-    return "packsft_backend" in vars(model)
 
 
 def remove_backend(model: nn.Module) -> None:

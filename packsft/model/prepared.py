@@ -201,9 +201,11 @@ class PreparedModel:
         packed = not self.padded and batch.get("num_documents", 1) > 1
         forward_on = functools.partial(self.forward_on, batch)
         self.base_model.packsft_row = Row(batch, forward_on, packed, self.virtual_tokens, router_share)
-        documents = (batch["input_ids"].shape[1], batch["cu_seq_lens_q"]) if packed else None
+        refusing: AbstractContextManager = contextlib.nullcontext()
+        if packed:
+            refusing = attention.refusing_mixed(batch["input_ids"].shape[1], batch["cu_seq_lens_q"])
         try:
-            with attention.refusing_mixed(documents):
+            with refusing:
                 yield
         finally:
             del self.base_model.packsft_row
@@ -211,7 +213,7 @@ class PreparedModel:
     @staticmethod
     def check_same(model: nn.Module) -> None:
         """Raises ValueError for a model that is neither the prepared one nor a copy of it."""
-        if not attention.has_backend(base_model_of(model)):
+        if not any("packsft_backend" in vars(module) for module in model.modules()):
             raise ValueError(
                 f"this {type(model).__name__} is not the model that the trainer was made with (model_init, "
                 "hyperparameter_search, trainer.model = ...): make a new trainer for it"

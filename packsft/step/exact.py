@@ -33,7 +33,8 @@ def check_no_hooks(model: nn.Module) -> None:
     """Raises ValueError if weights may change within a backward, of which a step has several."""
     for name, parameter in model.named_parameters():
         hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)
-        if hooks and not hasattr(parameter, "ds_id"):  # DeepSpeed's own
+        of_engine = hasattr(parameter, "ds_id") or hasattr(parameter, "_replicated_grad_hook_registered")
+        if hooks and not of_engine:  # DeepSpeed, transformers
             raise ValueError(
                 f"{name} has a hook that runs after each backward (register_post_accumulate_grad_hook), and a step of "
                 "packing_strategy='step' has a backward for each pass: remove it, or set packing=False and "
@@ -44,8 +45,8 @@ def check_no_hooks(model: nn.Module) -> None:
 def check_divides(loss_func: Callable[..., Tensor], loss: Tensor, outputs: Any, labels: Tensor, num_items: Any) -> None:
     """Raises ValueError if a user's loss function does not divide by `num_items_in_batch`: losses are added up."""
     with torch.no_grad():
-        half = loss_func(outputs, labels, num_items_in_batch=2 * num_items)
-    given, other = float(loss.detach()), float(half)
+        of_twice = loss_func(outputs, labels, num_items_in_batch=2 * num_items)
+    given, other = float(loss.detach()), float(of_twice)
     if abs(2 * other - given) > 0.5 * abs(given):
         raise ValueError(
             f"compute_loss_func gives {given:.4g} for num_items_in_batch={float(num_items):g} and {other:.4g} for "
@@ -59,6 +60,8 @@ class LossOfRows(Tensor):
     """The mean loss of a batch. transformers repeats it `eval_batch_size` times; this is repeated for each row."""
 
     num_rows: int
+    # what is computed from it is a plain tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def repeat(self, *_: Any) -> Tensor:
         return self.as_subclass(Tensor).repeat(self.num_rows)

@@ -90,9 +90,11 @@ class PassWalker:
 
         Raises:
             torch.OutOfMemoryError: each pass holds a single document already, there are several ranks, which cannot
-                wait for each other, or DeepSpeed keeps the gradients.
+                wait for each other, DeepSpeed keeps the gradients, or others came before this step.
         """
         assert self.steps is not None
+        for layer in self._unchecked:  # another run turns it on again
+            layer.gradient_checkpointing = False  # type: ignore[assignment]
         if self._fits:
             self._fits = False
             self.tokens_per_pass = self._measured(model, self.steps)
@@ -104,16 +106,23 @@ class PassWalker:
 
         earlier = any(parameter.grad is not None for parameter in model.parameters())
 
-        def undo() -> None:
+        def save_memory(error: RuntimeError) -> bool:
             if earlier:
                 raise torch.OutOfMemoryError(
                     "a pass is too much for the memory, and to run its step again would lose the gradients of the one "
-                    "before: set a smaller tokens_per_pass, and gradient_accumulation_steps before training begins"
-                )
+                    f"before: set a smaller tokens_per_pass, and no accumulation of steps in a callback ({error})"
+                ) from None
+            if not self._unchecked or self._accelerator.num_processes > 1:
+                return False
+            logger.warning("out of memory: gradient checkpointing is turned on again, and the step runs again")
+            self._checkpoint(self._unchecked)
+            return True
+
+        def undo() -> None:
             self._undo()
             model.zero_grad()
 
-        loss = self.retry(step, self.steps, run, undo)
+        loss = self.retry(step, self.steps, run, undo, save_memory)
         self._tokens_per_pass = self.steps.tokens_per_pass
         return loss
 
@@ -123,10 +132,11 @@ class PassWalker:
         steps: Steps,
         run: Callable[[list[dict[str, Any]]], Any],
         undo: Callable[[], None],
+        save_memory: Callable[[RuntimeError], bool] = lambda error: False,
     ) -> Any:
         """`run` on the passes of a step that `steps` planned; if memory runs out, `undo`, and again in smaller passes.
 
-        The limit of `steps` becomes smaller. Raises as `walk` does.
+        The limit of `steps` becomes smaller, unless `save_memory` has done something else. Raises as `walk` does.
         """
         while True:
             if step["tokens_per_pass"] != steps.tokens_per_pass:  # planned ahead, with another limit
@@ -137,12 +147,8 @@ class PassWalker:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                if self._unchecked and self._accelerator.num_processes == 1:
-                    smaller = steps.tokens_per_pass
-                    logger.warning("out of memory: gradient checkpointing is turned on again, and the step runs again")
-                    self._checkpoint(self._unchecked)
-                else:
-                    smaller = self._smaller(passes, steps.tokens_per_pass, error)
+                same = steps.tokens_per_pass
+                smaller = same if save_memory(error) else self._smaller(passes, same, error)
             # here, outside the except block, the exception no longer keeps the activations alive
             undo()
             release_memory()
@@ -155,6 +161,7 @@ class PassWalker:
 
     def _smaller(self, passes: list[dict[str, Any]], tokens_per_pass: int, error: RuntimeError) -> int:
         """Half the tokens of the fullest pass that holds more than one document."""
+        off = "; tokens_per_pass='auto' has turned gradient checkpointing off" if self._unchecked else ""
         parts = Ranks.of(self._accelerator).parts
         divisible = [parts * batch["input_ids"].numel() for batch in passes if batch["num_documents"] > 1]
         most = max(divisible, default=0)
@@ -163,13 +170,13 @@ class PassWalker:
             most = parts * max(batch["input_ids"].numel() for batch in passes)
             raise torch.OutOfMemoryError(
                 f"a document of {most:,} tokens is too much for the device's memory, even alone: set "
-                "gradient_checkpointing=True if it is off, a smaller max_length, or a larger sequence_parallel_size "
-                f"({error})"
+                "gradient_checkpointing=True if it is off, a smaller max_length, or a larger sequence_parallel_size"
+                f"{off} ({error})"
             ) from None
         if self._accelerator.num_processes > 1:
             raise torch.OutOfMemoryError(
                 f"a pass of {most:,} tokens is too much for the memory of rank {self._accelerator.process_index}, and "
-                f"the other ranks cannot wait for it: set tokens_per_pass={smaller} ({error})"
+                f"the other ranks cannot wait for it: set tokens_per_pass={smaller}{off} ({error})"
             ) from None
         if self._accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise torch.OutOfMemoryError(
@@ -201,7 +208,7 @@ class PassWalker:
         moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
 
-        def fitting() -> int:
+        def measured() -> int:
             self._begin(1)
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 tokens = fit_tokens(run, small, min(2 * small, largest_step), device, to_come=moments)  # of AdamW
@@ -211,10 +218,10 @@ class PassWalker:
 
         for layer in layers:
             layer.gradient_checkpointing = False  # type: ignore[assignment]
-        self._unchecked, tokens = layers, fitting()
+        self._unchecked, tokens = layers, measured()
         if layers and tokens < largest_step:
             self._checkpoint(layers)
-            tokens = fitting()
+            tokens = measured()
         turned_off = " without gradient checkpointing, which is turned off" if self._unchecked else ""
         whole = f"the largest step fits in one pass of {tokens} tokens{turned_off}"
         said = whole if tokens == largest_step else f"passes of {tokens} tokens fit"

@@ -184,7 +184,9 @@ def test_a_callback_may_look_at_a_batch(options, tmp_path):
     class Looks(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 3:
+                steps = self.trainer._passes.steps
                 next(iter(self.trainer.get_train_dataloader()))
+                assert self.trainer._passes.steps is steps
 
     def made():
         ours = trainer(tmp_path, **SAVES | options, callbacks=[looks := Looks()])

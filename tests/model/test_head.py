@@ -10,7 +10,7 @@ from tiny import tiny_model
 from tiny_models import tiny_model as tiny_family
 from transformers import LlamaForCausalLM, Qwen2MoeForCausalLM
 
-from packsft.model.head import install_head
+from packsft.model.head import install_head, probing
 
 ROUTED = {"max_steps": 2, "router_aux_loss_coef": 0.5}
 FAMILIES = {"qwen2_moe": ROUTED, "roformer": {"max_steps": 2}}
@@ -147,6 +147,17 @@ def test_a_hook_of_trls_is_not_taken_for_one_that_sees_logits():
     assert install_head(model, LossOptions(), needs_aux_loss=True) is None
     model.lm_head.register_forward_hook(lambda *_: None)
     assert "a hook may look" in install_head(model, LossOptions(), needs_aux_loss=True)
+
+
+def test_a_probe_leaves_no_trace():
+    model = tiny_model("llama").train()
+    model.model.layers[0].eval()
+    modes, state = [module.training for module in model.modules()], torch.get_rng_state()
+    with probing(model):
+        assert not any(module.training for module in model.modules())
+        torch.rand(3)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 class Bounded(torch.nn.Sequential):

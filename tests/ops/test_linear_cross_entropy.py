@@ -355,6 +355,20 @@ def test_chunks_keep_to_the_budget_and_are_few(num_rows: int, vocab: int, weight
     assert math.ceil(num_rows / rows) <= fewest
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_only_a_gradient_in_bfloat16_is_rounded(
+    dtype: torch.dtype, trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict] = []
+    rows_per_chunk = launch.rows_per_chunk
+    monkeypatch.setattr(launch, "rows_per_chunk", lambda *a, **k: asked.append(k) or rows_per_chunk(*a, **k))
+    given = inputs(dtype)
+    linear_cross_entropy(given["hidden"], given["weight"].requires_grad_(trained), given["targets"], rows=given["rows"])
+    rounded = M if trained and dtype == torch.bfloat16 else 0
+    assert asked == [{"weight_grad": trained, "rounded_width": rounded}]
+
+
 @pytest.mark.parametrize(
     ("vocab", "width"), [(128_256, 2048), (128_256, 4096), (256_000, 3584), (32_000, 4096), (7, 64)]
 )
@@ -365,6 +379,7 @@ def test_a_rounded_gradient_takes_larger_chunks_in_the_same_memory(vocab: int, w
         return logits + rounded if rows >= num_rows else 2 * rounded + max(logits, rounded)
 
     chunks = {}
+    # what any number of rows may take, although fewer rows in even chunks would take less
     allowed = peak(2**30, launch.rows_per_chunk(2**30, vocab, 2, weight_grad=True))
     for num_rows in (*range(1, 20_000, 13), 2**20):
         rows = launch.rows_per_chunk(num_rows, vocab, 2, weight_grad=True, rounded_width=width)

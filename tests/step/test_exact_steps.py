@@ -403,6 +403,31 @@ def test_auto_turns_checkpointing_off_where_a_step_fits_without(room, tmp_path, 
         assert seen[2] == seen[3]  # the same pass
 
 
+def test_checkpointing_that_auto_turned_off(tmp_path, monkeypatch, caplog):
+    """An evaluation leaves it as it is, the next run turns it off again, and on several ranks it is named."""
+    ours = trainer(tmp_path, gradient_checkpointing=True, tokens_per_pass=24, max_steps=1, eval_dataset=token_rows(9))
+    layers = list(ours.model.model.layers)
+    ours._passes._unchecked = layers
+    ours.train()
+    assert not any(layer.gradient_checkpointing for layer in layers)
+    compute_loss, seen = PackedSFTTrainer.compute_loss, []
+
+    def compute(self, *args, **kwargs):
+        seen.append(1)
+        if len(seen) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return compute_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(PackedSFTTrainer, "compute_loss", compute)
+    ours.evaluate()
+    assert "turned on again" not in caplog.text
+    assert not any(layer.gradient_checkpointing for layer in layers)
+    monkeypatch.setattr(type(ours.accelerator), "num_processes", 2)
+    passes = [ours.data_collator([{"input_ids": [3] * 5, "labels": [3] * 5}] * 5)]
+    with pytest.raises(torch.OutOfMemoryError, match=r"=12; .* has turned gradient checkpointing off"):
+        ours._passes._smaller(passes, 32, torch.OutOfMemoryError("CUDA out of memory."))
+
+
 def test_the_line_through_two_peaks_is_that_of_the_memory(monkeypatch):
     from packsft.step import memory
 

@@ -207,6 +207,22 @@ def test_what_a_formatting_function_gives_is_what_is_trained_on(columns, stream,
     assert batch["passes"][0]["input_ids"][0, :3].tolist() == [*tiny_tokenizer()("tell me")["input_ids"], 1]
 
 
+NEVER_NONE = [
+    "attention_backend", "check_packing", "loss_normalization", "on_changed", "on_nonfinite", "on_unpackable",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEVER_NONE)
+def test_a_choice_without_a_default_of_none_is_never_none(name, tmp_path):
+    with pytest.raises(ValueError, match=f"{name}=None is unknown, expected one of"):
+        config(tmp_path, **{name: None})
+
+
+def test_a_text_may_stand_beside_a_column_of_the_name_of_packs(tmp_path):
+    rows = Dataset.from_list([{"text": "a b c", "seq_lengths": [3]}] * 4)
+    assert len(trainer(tmp_path, train_dataset=rows).train_dataset) == 4
+
+
 def test_another_model_than_that_of_the_constructor_is_named(tmp_path):
     ours = trainer(tmp_path)
     ours.model = copy.deepcopy(ours.model)

@@ -15,7 +15,7 @@ from tiny import tiny_model, tiny_tokenizer, token_rows
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
-from packsft import PackedSFTTrainer
+from packsft import PackedSFTTrainer, compat
 from packsft.model.isolation import IsolationVerdict
 
 WAYS = {
@@ -444,6 +444,15 @@ def test_every_flavour_of_checkpointing_recomputes_and_changes_nothing(flavour, 
         results.append(losses(ours))
     assert results[1] == pytest.approx(results[0], rel=1e-6)
     assert forwards[1] > forwards[0]
+
+
+def test_selective_checkpoints_know_the_operators_of_attention(tmp_path, monkeypatch):
+    known, build = [], compat.trl_selective._build_policy_fn
+    monkeypatch.setattr(compat.trl_selective, "_build_policy_fn", lambda ops: known.append(ops) or build(ops))
+    trainer(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"selective": True})
+    aten, own = torch.ops.aten, torch.ops.packsft.varlen_sdpa
+    operators = aten._flash_attention_forward, own, aten._scaled_dot_product_flash_attention_for_cpu
+    assert known[0] >= {operator.default for operator in operators}
 
 
 @pytest.mark.parametrize("way", WAYS)

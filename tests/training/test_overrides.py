@@ -5,6 +5,7 @@
 
 import copy
 
+import packsft_kernels
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from transformers import Trainer
 
 from packsft import PackedSFTTrainer
 from packsft.data.batch import for_logits
+from packsft.model import attention
 
 STEP = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "num_train_epochs": 1, "optim": "sgd"}
 
@@ -171,6 +173,8 @@ FORWARDS = {
         input_ids=inputs["input_ids"], position_ids=inputs["position_ids"],
         attention_mask=(torch.arange(inputs["input_ids"].shape[1]) > 0)[None].long(),
     ).logits,
+    "all but the last": lambda own, model, inputs, _: model(inputs["input_ids"][:, :-1]).logits,
+    "the backbone, all but the last": lambda own, model, inputs, _: model.model(inputs["input_ids"][:, :-1])[0],
     "the backbone": lambda own, model, inputs, _: model.model(inputs["input_ids"])[0],
     "twice": two_rows,
 }  # fmt: skip
@@ -180,6 +184,7 @@ FORWARDS = {
 def test_no_forward_of_ones_own_lets_documents_see_each_other(forward, tmp_path):
     with pytest.raises(ValueError, match="a row of several documents, which would see each other"):
         trained(tmp_path, lambda *given: FORWARDS[forward](*given).sum())
+    assert attention._open_row is None
 
 
 def test_the_backbone_of_a_forward_of_ones_own_gets_positions(plain, tmp_path):
@@ -212,6 +217,33 @@ def test_a_loss_function_has_to_divide_by_the_items_of_the_step(tokens_per_pass,
     assert with_loss_function(tmp_path, part, tokens_per_pass=tokens_per_pass) == pytest.approx(losses(plain), rel=1e-6)
     options = {"packing": False, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 6}
     assert with_loss_function(tmp_path, mean, **options) == pytest.approx(losses(plain), rel=1e-6)
+
+
+def test_a_loss_function_that_cannot_be_tried_again_is_taken_as_it_is(plain, tmp_path):
+    def in_place(outputs, labels, num_items_in_batch=None):
+        return packsft_kernels.cross_entropy(outputs.logits, labels, num_items=num_items_in_batch, inplace=True).loss
+
+    assert with_loss_function(tmp_path, in_place, tokens_per_pass=12) == pytest.approx(losses(plain), rel=1e-6)
+
+
+def test_a_small_part_of_a_loss_that_is_not_divided_is_allowed(tmp_path):
+    def with_penalty(outputs, labels, num_items_in_batch=None):
+        return cross_entropy(outputs.logits, labels, num_items_in_batch) + penalty
+
+    penalty = 1.0  # of a loss of about 3.2: 1.0 of 4.2 is not divided
+    assert with_loss_function(tmp_path, with_penalty)
+    penalty = 4.0
+    with pytest.raises(ValueError, match="compute_loss_func gives"):
+        with_loss_function(tmp_path, with_penalty)
+
+
+def test_a_loss_is_computed_outside_of_a_run(tmp_path):
+    own = PackedSFTTrainer(
+        tiny_model("llama"), config(tmp_path), train_dataset=token_rows(24), processing_class=tiny_tokenizer(),
+        compute_loss_func=lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum(),
+    )  # fmt: skip
+    batch = own.data_collator([token_rows(1)[0]])
+    assert own.compute_loss(own.model.train(), batch).isfinite()
 
 
 def test_logits_of_a_part_of_a_row_are_refused():

@@ -258,7 +258,9 @@ def test_an_evaluation_counts_nothing_of_one_that_failed(tmp_path):
     with torch.no_grad():
         weight.zero_()
     ours.compute_loss(ours.model.eval(), ours.data_collator([token_rows(1)[0]]))  # nor of the user's own calls
+    before = ours._sums["eval"]
     metrics = ours.evaluate()
+    assert ours._sums["eval"] is before
     for name in ("eval_loss", "eval_entropy"):
         assert metrics[name] == pytest.approx(math.log(24), rel=1e-6)
 
@@ -270,9 +272,12 @@ def test_tokens_may_be_added_after_construction(tmp_path):
         ours.evaluate(rows)
     ours.model.resize_token_embeddings(25)
     assert ours.evaluate(rows)["eval_loss"] > 0
-    ours.train_dataset = rows
-    ours.train()
-    assert len(losses(ours)) == 1
+    assert ours.data_collator.vocab_size == 25
+    again = trainer(tmp_path, max_steps=1)
+    again.model.resize_token_embeddings(25)
+    again.train_dataset = rows  # as a pack of one's own
+    again.train()
+    assert len(losses(again)) == 1
 
 
 def test_workers_that_stay_are_those_of_the_trainers_own_sets(tmp_path):
