@@ -457,9 +457,10 @@ def linear_cross_entropy(
 ) -> LossOutput:
     """Cross-entropy of `(F.linear(hidden, weight, bias) + down @ up.T)[rows]` with `targets`, `low_rank = (down, up)`.
 
-    It makes the logits in chunks and keeps none. For the scalar reductions, gradients are computed in the forward. "none" computes the
-    logits again in the backward (four GEMMs), because the upstream gradient is only known there. Under autocast the
-    GEMMs run in its dtype. Each gradient has the dtype of its parameter. float16 on the CPU is computed in float32.
+    It makes the logits in chunks and keeps none. For the scalar reductions, gradients are computed in the forward.
+    "none" computes the logits again in the backward (four GEMMs), because the upstream gradient is only known there.
+    Under autocast the GEMMs run in its dtype. Each gradient has the dtype of its parameter. float16 on the CPU is
+    computed in float32.
 
     Args:
         hidden: [T, M], float64, float32, bfloat16 or float16.
