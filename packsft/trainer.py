@@ -63,6 +63,7 @@ from packsft.data.pictures import PictureRows, holds_pictures, with_hidden_pictu
 from packsft.data.ranks import Ranks, check_same_on_all_ranks, on_a_disk_of_the_node
 from packsft.data.raw import checked_rows, formatted_rows, in_one_form, once_of
 from packsft.data.streams import PackedStream
+from packsft.model.gradient_checkpointing import install_checkpoint
 from packsft.model.head import count_embeddings
 from packsft.model.isolation import IsolationVerdict
 from packsft.model.pictures import prepare_for_pictures
@@ -432,11 +433,12 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
                 hook.remove()
 
     def _inner_training_loop(self, *positional: Any, **named: Any) -> TrainOutput:
-        """Adds to the parent: NEFTune's noise by document; other dropout on every part of a row."""
+        """Adds to the parent: NEFTune's noise by document, other dropout on each part of a row, our checkpoints."""
         if self._sequence is not None:
             torch.manual_seed(torch.initial_seed() + (self._sequence.rank << 32))
         if self.neftune_noise_alpha is not None:
             compat.noise_by_document(self, lambda: self._document_lengths)
+        install_checkpoint(self.model)
         self._restart_metrics()
         self._start_watching(self._filters_log)
         output = super()._inner_training_loop(*positional, **named)

@@ -6,9 +6,11 @@ SmolLM2-135M on real instruction text, on a GPU a model of 1B random weights on 
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +19,10 @@ from harness.measure import Figure, Settings, device, figure, interleave, synchr
 from harness.shapes import MODELS, docstrings, random_documents, random_model, smollm2, tiny_tokenizer
 from harness.trainers import OURS, build_trainer
 from torch.autograd import DeviceType
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from packsft.model.compilation import compile_layers, restore_layers
+from packsft.model.gradient_checkpointing import checkpoint
 
 # Tensor operations that multiply matrices, by the names the profiler gives them
 GEMM_OPERATORS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::addmm_", "aten::matmul", "aten::linear")
@@ -62,6 +66,7 @@ def bench(settings: Settings) -> list[Figure]:
         return table
     if on_gpu:
         table += launching(trainer)
+    table += checkpointing()
     if "compiled" in times:
         compiled = times["compiled"]
         table.append(figure(
@@ -119,6 +124,37 @@ def launching(trainer: Any, repeats: int = 15) -> list[Figure]:
         figure(
             "a launch of the smallest kernel", times["launch"].median / 1000, "s", spread=times["launch"].spread,
             note=f"of 1,000 in a row; the step of 16 tokens has {kernels}",
+        ),
+    ]  # fmt: skip
+
+
+def checkpointing(repeats: int = 25) -> list[Figure]:
+    """What gradient checkpointing takes of the host: forward and backward of 16 tokens through 16 layers that are so
+    small that nothing else takes time. It must take one more forward."""
+    shape = replace(MODELS["Llama-3.2-1B"].shrunk(), num_hidden_layers=16)
+    model = random_model(shape, training_dtype(), device()).train()
+    ids = torch.full((1, 16), 5, device=model.device)
+
+    def forward(function: Callable[..., Any] | None = None) -> torch.Tensor:
+        for layer in model.model.layers:
+            layer.gradient_checkpointing, layer._gradient_checkpointing_func = function is not None, function
+        return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+    def step(function: Callable[..., Any] | None) -> Callable[[], None]:
+        return lambda: forward(function).backward()
+
+    pytorchs = functools.partial(torch_checkpoint, use_reentrant=False)
+    candidates = {"forward": forward, "none": step(None), "pytorch": step(pytorchs), "packsft": step(checkpoint)}
+    times = interleave(candidates, repeats, launches=True)
+    limit = times["none"].median + times["forward"].median
+    return [
+        figure("16 tiny layers, a step and a forward", limit, "s", spread=times["none"].spread, note="host"),
+        *(
+            figure(
+                f"16 tiny layers, a step with {name} gradient checkpointing", times[key].median, "s",
+                ratio=times[key].median / limit, ratio_of="time / a step and a forward", spread=times[key].spread,
+            )
+            for name, key in {"PyTorch's": "pytorch", "packsft's": "packsft"}.items()
         ),
     ]  # fmt: skip
 
