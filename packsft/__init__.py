@@ -8,10 +8,9 @@ Names that need torch are imported on first use, so `import packsft` is fast.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from packsft.app.stdlib_docstrings import stdlib_docstrings  # needs no torch
-
 if TYPE_CHECKING:
     from packsft.app.patch import patch_trl
+    from packsft.app.stdlib_docstrings import stdlib_docstrings
     from packsft.config import PackedSFTConfig
     from packsft.loops.data import load, pack
     from packsft.loops.model import prepare, unprepare
@@ -29,6 +28,7 @@ _HOMES = {
     "patch_trl": "packsft.app.patch",
     "plan_packs": "packsft.packing",
     "prepare": "packsft.loops.model",
+    "stdlib_docstrings": "packsft.app.stdlib_docstrings",
     "unprepare": "packsft.loops.model",
 }
 

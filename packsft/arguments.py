@@ -30,6 +30,7 @@ from packsft.data.document import check_row
 from packsft.data.loaders import Packs
 from packsft.data.messages import BESIDE
 from packsft.data.pictures import picture_column
+from packsft.model.parts import check_has_head
 from packsft.packing import STRATEGIES
 from packsft.step.memory import can_measure
 
@@ -142,11 +143,8 @@ def check_arguments(args: PackedSFTConfig, arguments: dict[str, Any]) -> None:
             )
     elif is_peft_model(model):
         _check_adapter(model.active_peft_config, args)
-    elif isinstance(model, PreTrainedModel) and model.get_output_embeddings() is None:
-        raise ValueError(
-            f"{type(model).__name__} has no language-model head (get_output_embeddings() is None): packsft trains "
-            "causal language models; load one with AutoModelForCausalLM"
-        )
+    elif isinstance(model, PreTrainedModel):
+        check_has_head(model)
 
 
 def _check_sequence_parallel(parts: int, args: PackedSFTConfig, arguments: dict[str, Any]) -> None:

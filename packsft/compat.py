@@ -87,10 +87,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, Exception) and should_reduce_batch_size(error)  # accelerate knows the CPU's message
 
 
-class _NoLayer:
-    """Replaces PEFT's tuner layer: no head is an instance of it."""
-
-
 @contextmanager
 def own_head_during_init() -> Iterator[None]:
     """During `SFTTrainer.__init__`, TRL neither patches the head nor refuses an adapter on it.
@@ -100,17 +96,10 @@ def own_head_during_init() -> Iterator[None]:
     """
     swapped: dict[str, Any] = {"add_fused_lm_head": lambda *args, **kwargs: None}
     if is_peft_available():
-        swapped["BaseTunerLayer"] = _NoLayer
-    originals = {name: getattr(trl_sft_trainer, name) for name in swapped}
-    for name, value in swapped.items():
-        setattr(trl_sft_trainer, name, value)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`label_smoothing_factor` is deprecated", category=FutureWarning)
-            yield
-    finally:
-        for name, value in originals.items():
-            setattr(trl_sft_trainer, name, value)
+        swapped["BaseTunerLayer"] = type("NoLayer", (), {})
+    with mock.patch.multiple(trl_sft_trainer, **swapped), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`label_smoothing_factor` is deprecated", category=FutureWarning)
+        yield
 
 
 def saved_by_selective_checkpointing(operators: Iterable[Any]) -> AbstractContextManager:

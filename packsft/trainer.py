@@ -7,7 +7,7 @@ names. The mixins add to the same methods. Who calls whom in a run, from the out
 
     train                  trainer > WholeCheckpoints > StepBoundary > transformers
     _inner_training_loop   trainer > PackedLoaders > WholeCheckpoints > StepBoundary > ExactSteps > transformers
-    training_step          trainer > StepBoundary > ExactSteps > TRL, for each pass (calls compute_loss)
+    training_step          StepBoundary > ExactSteps > TRL, for each pass (calls compute_loss)
     evaluation_loop        ExactSteps > DeviceMetrics > transformers
     prediction_step        trainer > ExactSteps > TRL, for each pass (calls compute_loss)
 """
@@ -51,7 +51,7 @@ from packsft.checkpoints.resuming import WholeCheckpoints
 from packsft.checkpoints.stream_place import CountsEpochs
 from packsft.config import PackedSFTConfig, has_bf16
 from packsft.data.batch import document_lengths, has_documents
-from packsft.data.collator import PackingCollator, mark_sizes
+from packsft.data.collator import PackingCollator
 from packsft.data.divided import divisible
 from packsft.data.exchange import Exchange
 from packsft.data.joined_pictures import JoinedPictures, RotaryPositions
@@ -63,12 +63,13 @@ from packsft.data.pictures import PictureRows, holds_pictures, with_hidden_pictu
 from packsft.data.ranks import Ranks, check_same_on_all_ranks, on_a_disk_of_the_node
 from packsft.data.raw import checked_rows, formatted_rows, in_one_form, once_of
 from packsft.data.streams import PackedStream
+from packsft.model.compilation import mark_sizes
 from packsft.model.gradient_checkpointing import install_checkpoint
-from packsft.model.head import count_embeddings
 from packsft.model.isolation import IsolationVerdict
+from packsft.model.parts import base_model_of, count_embeddings
 from packsft.model.pictures import prepare_for_pictures
 from packsft.model.positions import check_document_lengths, has_position_table, max_positions, most_tokens_of
-from packsft.model.prepared import PreparedModel, any_rank_of, base_model_of
+from packsft.model.prepared import PreparedModel, any_rank_of
 from packsft.model.sequence_parallel import SequenceGroup
 from packsft.notices import PackingNotice, cost_of_logits
 from packsft.packing import STRATEGIES, PackingReport, packing_report
@@ -138,7 +139,8 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         self._check: PackingCheck | None = None
         self._checked_pictures = False
         self._sums = {"train": MetricSums(), "eval": MetricSums(filters_log)}
-        self._start_watching(filters_log)
+        self._filters_log = filters_log
+        self._start_watching()
         self._configured = {"logging_nan_inf_filter": filters_log}
         self._order: dict[str, Any] = {}
         self._document_lengths: Tensor | None = None  # of the micro-batch, for NEFTune's noise
@@ -440,7 +442,6 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
             compat.noise_by_document(self, lambda: self._document_lengths)
         install_checkpoint(self.model)
         self._restart_metrics()
-        self._start_watching(self._filters_log)
         output = super()._inner_training_loop(*positional, **named)
         return output._replace(training_loss=output.metrics["train_loss"])
 
@@ -453,11 +454,6 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         self._note_stream(batches)
         across_ranks = self.args.average_tokens_across_devices
         return batches, items_in_step(batches, self.accelerator, across_ranks=across_ranks)
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Adds to the parent: the clock."""
-        self._sums["train"].start()
-        return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self,

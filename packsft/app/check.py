@@ -26,7 +26,7 @@ from packsft.data.collator import PackingCollator
 from packsft.data.joined_pictures import JoinedPictures, RotaryPositions
 from packsft.data.packs import pack_dataset
 from packsft.data.pictures import PictureRows
-from packsft.model.head import count_embeddings
+from packsft.model.parts import count_embeddings
 from packsft.model.positions import most_tokens_of
 from packsft.model.prepared import PreparedModel
 from packsft.proof.claims import PackingCheck, check_packing, first_documents, random_documents

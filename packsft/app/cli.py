@@ -375,7 +375,3 @@ def _above_0(text: str) -> float:
         if 0 < (value := float(text)) <= 1e9:  # also of NaN
             return value
     raise argparse.ArgumentTypeError(f"{text}: expected a number above 0, at most 1e9")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

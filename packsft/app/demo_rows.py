@@ -13,7 +13,7 @@ from packsft.app.rows import load_rows
 from packsft.data.raw import checked_rows
 
 Row = dict[str, Any]
-COLUMNS = ("text", "prompt", "completion", "messages")
+SHOWN_COLUMNS = ("text", "prompt", "completion", "messages")
 
 
 def demo_rows(data: str) -> Dataset:
@@ -29,7 +29,7 @@ def demo_rows(data: str) -> Dataset:
     if "input_ids" in rows.column_names:
         raise ValueError(f"{data} holds tokens, but the demo shows texts: it needs a text or messages in each row")
     rows = rows.map(maybe_convert_to_chatml)
-    return rows.select_columns([name for name in COLUMNS if name in rows.column_names])
+    return rows.select_columns([name for name in SHOWN_COLUMNS if name in rows.column_names])
 
 
 def of_texts(row: Row) -> bool:

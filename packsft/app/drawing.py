@@ -15,7 +15,7 @@ import numpy as np
 
 from packsft.packing import STRATEGIES, MaxLength, PackPlan
 
-SHOWN_PACKS = 24
+DRAWN_PACKS = 24
 # Of tab20, which alternates dark and light: neighbours differ in black and white too. Without grey, which is padding
 COLOURS = (*range(14), *range(16, 20))
 
@@ -83,8 +83,7 @@ def draw_lengths(axes: Any, lengths: np.ndarray, max_length: int) -> None:
 
 def draw_unused(axes: Any, plan: PackPlan) -> None:
     """The unused part of the packs."""
-    tokens = np.concatenate(([0], np.cumsum(plan.stops.astype(np.int64) - plan.starts)))[plan.offsets]
-    fill = np.quantile(np.diff(tokens) / plan.max_length, np.linspace(1, 0, 500))
+    fill = np.quantile(plan.per_pack(plan.document_lengths) / plan.max_length, np.linspace(1, 0, 500))
     unused = 100 - 100 * fill  # of most plans the fill would be a full rectangle
     axes.fill_between(np.linspace(0, 100, 500), unused, color="steelblue")
     most = float(np.quantile(unused, 0.99))  # the last pack may be nearly empty
@@ -109,7 +108,7 @@ def kind_of(plan: PackPlan) -> str:
     return "passes" if STRATEGIES[plan.strategy].exact_steps else "packs"
 
 
-def shown_packs(plan: PackPlan, count: int = SHOWN_PACKS) -> list[int]:
+def shown_packs(plan: PackPlan, count: int = DRAWN_PACKS) -> list[int]:
     """Packs from all of the plan."""
     return np.unique(np.linspace(0, len(plan) - 1, count).astype(int)).tolist()
 

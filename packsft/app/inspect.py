@@ -197,7 +197,7 @@ def inspect_data(
         tokens_per_pass=tokens_per_pass,
     )
     if packed.strategy.exact_steps:  # the picture shows the passes of some steps
-        lengths = plan.stops.astype(np.int64) - plan.starts
+        lengths = plan.document_lengths
         steps = simulate_steps(lengths, batch_size, report.tokens_per_pass, devices, SIMULATED_STEPS)
         plan = _as_packs(plan, max(report.tokens_per_pass, int(lengths.max())), steps)
     return inspection_of(" + ".join(data), packed.rows, plan, report, mixture)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,32 +190,3 @@ def rounded_size(size: int) -> int:
     """The next multiple of 8; from 256 on, of 1/16 of the next lower power of two, which adds at most 6%."""
     step = max(8, 1 << size.bit_length() >> 5)
     return max(step, size + -size % step)
-
-
-def mark_sizes(batch: Mapping[str, Any]) -> None:
-    """Tell `torch.compile` that sizes vary: its first graph then serves all sizes except 0 and 1."""
-    for tensor in batch.values():
-        if isinstance(tensor, torch.Tensor):
-            for dim in range(tensor.dim()):
-                if tensor.shape[dim] > 1:
-                    torch._dynamo.maybe_mark_dynamic(tensor, dim)
-
-
-def rows_of_documents(x: torch.Tensor, batch: Mapping[str, Any], value: float) -> torch.Tensor:
-    """One row for each document of a batch, `[D, longest, ...]`, filled up with `value`, of a packed row `[1, T, ...]`;
-    without what is no document: padding, or a row with a picture that other ranks wait for."""
-    if "cu_seq_lens_q" not in batch:
-        return x[: batch["num_documents"]]
-    lengths = batch["cu_seq_lens_q"].diff()[: batch["num_documents"]].tolist()
-    if not lengths:
-        return x.new_empty(0, 1, *x.shape[2:])
-    documents = x[0, : sum(lengths)].split(lengths)
-    return torch.nn.utils.rnn.pad_sequence(documents, batch_first=True, padding_value=value)
-
-
-def join_rows(parts: Sequence[torch.Tensor], value: float) -> torch.Tensor:
-    """Joins per-token tensors of several passes, one row below the other."""
-    longest = max(part.shape[1] for part in parts)
-    others = [0, 0] * (parts[0].dim() - 2)  # `pad` starts at the last dimension
-    pad = torch.nn.functional.pad
-    return torch.cat([pad(part, [*others, 0, longest - part.shape[1]], value=value) for part in parts], dim=0)

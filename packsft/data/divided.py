@@ -25,7 +25,6 @@ from packsft.data.batch import StepRows
 from packsft.data.document import Document
 from packsft.data.exchange import Exchange
 from packsft.data.messages import BESIDE
-from packsft.data.ranks import Ranks
 from packsft.data.steps import StepStream
 from packsft.data.stream_pack import chained_digest, digest_of
 from packsft.data.streams import END, PackedStream
@@ -151,16 +150,13 @@ class DividedSteps(StepStream):
     All processes iterate together. With workers, a step is made while the one before it is trained on.
 
     Args:
-        steps: the steps.
-        ranks: the place of this rank.
+        steps: the steps of this rank.
         load: makes the loader of `OwnRows`.
         exchange: between the main processes.
     """
 
-    def __init__(
-        self, steps: StepStream, ranks: Ranks, load: Callable[[OwnRows], DataLoader], exchange: Exchange
-    ) -> None:
-        super().__init__(steps.examples, steps.batch_size, steps.tokens_per_pass, ranks, steps.padded)
+    def __init__(self, steps: StepStream, load: Callable[[OwnRows], DataLoader], exchange: Exchange) -> None:
+        super().__init__(steps.examples, steps.batch_size, steps.tokens_per_pass, steps.ranks, steps.padded)
         self._exchange, self._rows_per_chunk = exchange, -(-self.batch_size // exchange.size)
         self._chunks = load(OwnRows(self.examples, exchange.rank, exchange.size, self._rows_per_chunk))
 

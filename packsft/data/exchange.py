@@ -5,6 +5,7 @@ Knows Python objects, not what they mean.
 
 from __future__ import annotations
 
+import functools
 import pickle
 import queue
 import threading
@@ -17,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 PATIENCE = timedelta(days=1)  # for a process that saves or evaluates; one that ends is noticed at once
-_of_group: dict[Any, Exchange] = {}
 
 
 class Exchange:
@@ -39,10 +39,7 @@ class Exchange:
     @classmethod
     def of_run(cls) -> Exchange:
         """The one of this run. All processes make it together."""
-        if dist.group.WORLD not in _of_group:
-            _of_group.clear()
-            _of_group[dist.group.WORLD] = cls()
-        return _of_group[dist.group.WORLD]
+        return _of_world(dist.group.WORLD)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Future:
         """The result of a function, later."""
@@ -78,3 +75,8 @@ class Exchange:
         # forked at that moment hangs in CPython 3.11.
         self._kept = sizes, sizes_in, sent, arrived
         return [pickle.loads(part.numpy()) for part in arrived.split(sizes_in.tolist())]
+
+
+@functools.lru_cache(maxsize=1)
+def _of_world(group: Any) -> Exchange:
+    return Exchange()

@@ -115,111 +115,113 @@ class PackedLoaders(Trainer):
             )
 
     def _loader(self, dataset: Packs, batch_size: int, order: dict[str, Any] | None = None) -> DataLoader:
-        """`order`: of training."""
-        training = order is not None
+        """The loader of transformers' trainer, for packs. With exact steps, an item is an optimizer step.
+
+        Args:
+            batch_size: items on each rank; with exact steps, examples of a step on each rank.
+            order: of training, which samples by `train_sampling_strategy`: filled with what the order depends on, or
+                holds it, if a run resumes. Evaluation keeps the order of the rows.
+        """
+        training, args, accelerator, collator = order is not None, self.args, self.accelerator, self.data_collator
+        ranks = Ranks.of(accelerator)
+        sampler = None if isinstance(dataset, PackedStream) else self._sampler(dataset, batch_size, ranks, order)
+        source: Any = dataset
+        ranks_of_batches = ranks
+        if dataset.strategy.exact_steps:
+            step_size = batch_size * (1 if args.accelerator_config.split_batches else ranks.size)
+            limit = self._passes.tokens_per_pass
+            steps = StepDataset if isinstance(dataset, PackedDataset) else StepStream
+            source = steps(
+                dataset, step_size, limit if training else min(limit, self._tokens_in_evaluation), ranks,
+                collator.padded,
+            )  # fmt: skip
+            batch_size, ranks_of_batches = (step_size if sampler else 1), Ranks()  # every rank asks for the whole step
+        elif isinstance(dataset, PackedStream) and ranks.size > 1:
+            source = dataset.share(ranks, endless=training)
+        seeds_workers = training and sampler is not None
+        workers: dict[str, Any] = {
+            "num_workers": args.dataloader_num_workers,
+            "persistent_workers": args.dataloader_persistent_workers,
+            "multiprocessing_context": args.dataloader_multiprocessing_context,
+            "prefetch_factor": args.dataloader_prefetch_factor,
+            "in_order": args.dataloader_in_order,
+            "worker_init_fn": functools.partial(
+                _start_worker, seed=(args.dataloader_num_workers, args.process_index) if seeds_workers else None
+            ),
+        }
+        if isinstance(dataset, PackedStream) and dataset.divisible and not accelerator.use_stateful_dataloader:
+            chunks = functools.partial(DataLoader, batch_size=None, generator=torch.Generator(), **workers)
+            source = DividedSteps(source, chunks, Exchange.of_run())
+            workers = {}
+
+        options: dict[str, Any] = {"batch_size": batch_size}
+        if sampler is not None:
+            options = {"batch_sampler": sampler}
+            if not isinstance(sampler, BatchRebalanceSampler):
+                whole = batch_size * (1 if args.accelerator_config.split_batches else ranks_of_batches.size)
+                options = {"batch_sampler": RankBatches(sampler, whole, ranks_of_batches, args.dataloader_drop_last)}
+        # The loader draws a number each epoch. From a generator of its own for evaluation, and for workers that stay:
+        # these draw once, at the first epoch or where a run resumes.
+        draws = training and not args.dataloader_persistent_workers
+        loader = DataLoader(
+            source,
+            collate_fn=collator,
+            pin_memory=args.dataloader_pin_memory,
+            generator=None if draws else torch.Generator(),
+            **options,
+            **workers,
+        )
+        return prepare_data_loader(  # as `accelerator.prepare`, without sharding: each rank already has its share
+            loader,
+            accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=accelerator.device_placement,
+            rng_types=list(accelerator.rng_types),
+            dispatch_batches=False,
+            non_blocking=accelerator.non_blocking,
+            use_stateful_dataloader=accelerator.use_stateful_dataloader,
+        )
+
+    def _sampler(
+        self, dataset: PackedDataset | UserPacks, batch_size: int, ranks: Ranks, order: dict[str, Any] | None
+    ) -> Sampler:
+        """The sampler of `train_sampling_strategy`. If packs differ between epochs, their order balances the ranks.
+
+        What it takes from the batch size and the ranks is kept in `order`: a run that resumes with others keeps its
+        order. Raises ValueError if the trainer overrides the method that makes transformers' sampler.
+        """
+        args, accelerator = self.args, self.accelerator
+        training, order = order is not None, {} if order is None else order
         name = "_get_train_sampler" if training else "_get_eval_sampler"
-        if not isinstance(dataset, PackedStream) and getattr(type(self), name) is not getattr(Trainer, name):
+        if getattr(type(self), name) is not getattr(Trainer, name):
             raise ValueError(
                 f"{type(self).__name__} overrides {name}, which packs and exact steps do not ask: set "
                 "train_sampling_strategy, put the rows in order, or override the method that makes the data loader"
             )
-        tokens_per_pass = self._passes.tokens_per_pass
-        return packed_loader(
-            dataset,
-            batch_size,
-            training=training,
-            order={} if order is None else order,
-            args=self.args,
-            accelerator=self.accelerator,
-            collator=self.data_collator,
-            tokens_per_pass=tokens_per_pass if training else min(tokens_per_pass, self._tokens_in_evaluation),
-        )
-
-
-def packed_loader(
-    dataset: Packs,
-    batch_size: int,
-    *,
-    training: bool,
-    order: dict[str, Any],
-    args: Any,
-    accelerator: Any,
-    collator: Any,
-    tokens_per_pass: int,
-) -> DataLoader:
-    """The loader of transformers' trainer, for packs. With exact steps, an item is an optimizer step.
-
-    Args:
-        batch_size: items on each rank; with exact steps, examples of a step on each rank.
-        training: sample by `train_sampling_strategy`; evaluation keeps the order.
-        order: filled with what the order depends on, or holds it, if a run resumes.
-        args: transformers' training arguments.
-        accelerator: accelerate's.
-        collator: a `PackingCollator`.
-        tokens_per_pass: the limit of a pass, for exact steps only.
-    """
-    ranks = Ranks.of(accelerator)
-    sampler: Sampler | None = None
-    if not isinstance(dataset, PackedStream):
-        seedable = accelerator.use_seedable_sampler or accelerator.num_processes > 1  # the same order on every rank
         # ranks that share a row draw other numbers in their model, and the same ones here
         seed = torch.random.initial_seed() if accelerator.num_processes == 1 else args.seed
-        sampler = _sampler(dataset, batch_size, ranks, training, order, args, seed, seedable)
-    source: Any = dataset
-    ranks_of_batches = ranks
-    if dataset.strategy.exact_steps:
-        step_size = batch_size * (1 if args.accelerator_config.split_batches else ranks.size)
-        if isinstance(dataset, PackedDataset):
-            source = StepDataset(dataset, step_size, tokens_per_pass, ranks, collator.padded)
-            batch_size, ranks_of_batches = step_size, Ranks()  # every rank asks for the whole step
-        else:
-            source, batch_size = StepStream(dataset, step_size, tokens_per_pass, padded=collator.padded), 1
-    seeds_workers = training and isinstance(dataset, (PackedDataset, UserPacks))
-    workers: dict[str, Any] = {
-        "num_workers": args.dataloader_num_workers,
-        "persistent_workers": args.dataloader_persistent_workers,
-        "multiprocessing_context": args.dataloader_multiprocessing_context,
-        "prefetch_factor": args.dataloader_prefetch_factor,
-        "in_order": args.dataloader_in_order,
-        "worker_init_fn": functools.partial(
-            _start_worker, seed=(args.dataloader_num_workers, args.process_index) if seeds_workers else None
-        ),
-    }
-    if isinstance(dataset, PackedStream) and dataset.divisible and not accelerator.use_stateful_dataloader:
-        chunks = functools.partial(DataLoader, batch_size=None, generator=torch.Generator(), **workers)
-        source = DividedSteps(source, ranks, chunks, Exchange.of_run())
-        workers = {}
-    elif isinstance(source, (PackedStream, StepStream)) and ranks.size > 1:
-        source = source.share(ranks, endless=training)
-
-    options: dict[str, Any] = {"batch_size": batch_size}
-    if sampler is not None:
-        options = {"batch_sampler": sampler}
-        if not isinstance(sampler, BatchRebalanceSampler):
-            whole = batch_size * (1 if args.accelerator_config.split_batches else ranks_of_batches.size)
-            options = {"batch_sampler": RankBatches(sampler, whole, ranks_of_batches, args.dataloader_drop_last)}
-    # The loader draws a number each epoch. From a generator of its own for evaluation, and for workers that stay: these
-    # draw once, at the first epoch or where a run resumes.
-    draws = training and not args.dataloader_persistent_workers
-    loader = DataLoader(
-        source,
-        collate_fn=collator,
-        pin_memory=args.dataloader_pin_memory,
-        generator=None if draws else torch.Generator(),
-        **options,
-        **workers,
-    )
-    return prepare_data_loader(  # as `accelerator.prepare`, without sharding: each rank already has its share
-        loader,
-        accelerator.device,
-        num_processes=1,
-        process_index=0,
-        put_on_device=accelerator.device_placement,
-        rng_types=list(accelerator.rng_types),
-        dispatch_batches=False,
-        non_blocking=accelerator.non_blocking,
-        use_stateful_dataloader=accelerator.use_stateful_dataloader,
-    )
+        strategy, accumulation = args.train_sampling_strategy, args.gradient_accumulation_steps
+        if strategy == "group_by_length":
+            size = args.train_batch_size * accumulation if training else args.eval_batch_size
+            own = seed if not training or args.world_size > 1 else None
+            return GroupedByLength(order.setdefault("group", size), dataset.lengths.tolist(), own, order)
+        if strategy == "sequential" or not training:
+            return SequentialSampler(dataset)
+        if strategy == "batch_rebalance":
+            return BatchRebalanceSampler(
+                lengths=dataset.lengths.tolist(),
+                effective_batch_size=args.train_batch_size * accumulation * ranks.size,
+                dp_size=ranks.size,
+                grad_accum=accumulation,
+                rank=ranks.rank,
+                drop_last=args.dataloader_drop_last,
+            )
+        if isinstance(dataset, PackedDataset) and dataset.repacks:
+            return PackSampler(dataset, order.setdefault("group", batch_size * ranks.size))
+        if accelerator.use_seedable_sampler or accelerator.num_processes > 1:  # the same order on every rank
+            return SeedableRandomSampler(dataset, data_seed=seed if args.data_seed is None else args.data_seed)
+        return RandomOrder(dataset, order)
 
 
 def _start_worker(worker: int, seed: tuple[int, int] | None) -> None:
@@ -235,43 +237,6 @@ def _end_with(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
-
-
-def _sampler(
-    dataset: PackedDataset | UserPacks,
-    batch_size: int,
-    ranks: Ranks,
-    training: bool,
-    order: dict[str, Any],
-    args: Any,
-    seed: int,
-    seedable: bool,
-) -> Sampler:
-    """The sampler of `train_sampling_strategy`. If packs differ between epochs, their order balances the ranks.
-
-    What it takes from the batch size and the ranks is kept in `order`: a run that resumes with others keeps its order.
-    """
-    strategy, accumulation = args.train_sampling_strategy, args.gradient_accumulation_steps
-    if strategy == "group_by_length":
-        size = args.train_batch_size * accumulation if training else args.eval_batch_size
-        own = seed if not training or args.world_size > 1 else None
-        return GroupedByLength(order.setdefault("group", size), dataset.lengths.tolist(), own, order)
-    if strategy == "sequential" or not training:
-        return SequentialSampler(dataset)
-    if strategy == "batch_rebalance":
-        return BatchRebalanceSampler(
-            lengths=dataset.lengths.tolist(),
-            effective_batch_size=args.train_batch_size * accumulation * ranks.size,
-            dp_size=ranks.size,
-            grad_accum=accumulation,
-            rank=ranks.rank,
-            drop_last=args.dataloader_drop_last,
-        )
-    if isinstance(dataset, PackedDataset) and dataset.repacks:
-        return PackSampler(dataset, order.setdefault("group", batch_size * ranks.size))
-    if seedable:
-        return SeedableRandomSampler(dataset, data_seed=seed if args.data_seed is None else args.data_seed)
-    return RandomOrder(dataset, order)
 
 
 class RankBatches(BatchSampler):

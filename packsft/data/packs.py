@@ -303,9 +303,7 @@ class PackedDataset(torch.utils.data.Dataset):
         if self._per_example:
             self._weights = 1.0 / np.bincount(plan.examples, self.scored)[plan.examples]
             items = items * self._weights
-        if len(plan):
-            self.lengths = np.add.reduceat(plan.stops.astype(np.int64) - plan.starts, plan.offsets[:-1])
-            self.items = np.add.reduceat(items, plan.offsets[:-1])
+        self.lengths, self.items = plan.per_pack(plan.document_lengths), plan.per_pack(items)
 
     total_dataset_length = 0  # otherwise accelerate cuts the last gathered batch, as if it repeated examples
 
@@ -327,7 +325,7 @@ class PackedDataset(torch.utils.data.Dataset):
     @property
     def document_lengths(self) -> np.ndarray:
         """`[documents]` integers, the tokens of each document of the plan."""
-        return self.plan.stops - self.plan.starts
+        return self.plan.document_lengths
 
     def sample(self) -> str:
         """SHA-256 in hex over the number of rows and the tokens and labels of some of them."""

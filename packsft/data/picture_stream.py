@@ -12,7 +12,7 @@ from datasets import IterableDataset
 
 from packsft.data.document import Pack, PlannedDocument
 from packsft.data.pictures import LOOKED_AT, PICTURES, MeasuredRows, PictureRows, RowProcessor
-from packsft.data.streams import SAMPLED_ROWS, PackedStream, for_a_worker
+from packsft.data.streams import FIRST_ROWS, PackedStream, for_a_worker
 from packsft.packing import Account
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class PictureStream(PackedStream):
 
     def sample(self) -> str:
         """SHA-256 in hex of the first rows, as of the parent."""
-        rows = self.first_rows.rows[:SAMPLED_ROWS]
+        rows = self.first_rows.rows[:FIRST_ROWS]
         split = repr(getattr(self.stream, "_distributed", None))
         return hashlib.sha256(split.encode() + b"".join(map(self._process.digest, rows))).hexdigest()
 

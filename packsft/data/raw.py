@@ -41,7 +41,7 @@ from packsft.data.pictures import holds_pictures, picture_column
 
 logger = logging.getLogger("packsft")
 
-FORMS = "expected input_ids, prompt and completion, messages, or the texts {!r} (dataset_text_field)"
+EXPECTED_FORMS = "expected input_ids, prompt and completion, messages, or the texts {!r} (dataset_text_field)"
 EMPTY = "are empty: there, at most the EOS token is scored"
 OF_TOKENS = ("labels", "attention_mask", "position_ids", "completion_mask", "assistant_masks")
 Rows = TypeVar("Rows", Dataset, IterableDataset)
@@ -77,7 +77,9 @@ def one_form(dataset: Rows, text_field: str, name: str) -> Rows:
     forms = [form for form in forms if sample.keys() >= set(form)]
     readable = [form for form in forms if form[0] not in CHATS or not isinstance(sample[form[0]], str)]
     if not readable:
-        raise ValueError(f"the {name} data set has only the columns {', '.join(sample)}: {FORMS.format(text_field)}")
+        raise ValueError(
+            f"the {name} data set has only the columns {', '.join(sample)}: {EXPECTED_FORMS.format(text_field)}"
+        )
     chosen: tuple[str, ...] = readable[0]
     if left := [column for other in readable[1:] for column in other if column not in chosen]:
         logger.warning("%s data set: %s is trained on; %s is not read", name, " and ".join(chosen), " and ".join(left))

@@ -6,7 +6,6 @@ in where lengths and documents come from.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -79,7 +78,8 @@ class StepDataset(_Steps, torch.utils.data.Dataset):
 class StepStream(_Steps, torch.utils.data.IterableDataset):
     """Optimizer steps over a `PackedStream`: its next `batch_size` examples, packed for one rank.
 
-    Every rank reads all rows. A worker makes steps of the examples that it reads. The state is the state of `examples`.
+    Every rank reads all rows, and ends with the stream, as all others do. A worker makes steps of the examples that it
+    reads. The state is the state of `examples`.
     """
 
     def step(self, examples: list[Pack]) -> StepRows:
@@ -91,12 +91,6 @@ class StepStream(_Steps, torch.utils.data.IterableDataset):
         per_example = self.examples.per_example
         items = sum(document.num_scored * (document.weight if per_example else 1) for document in documents)
         return StepRows(passes, examples, items, self.tokens_per_pass, stream_digests(examples))
-
-    def share(self, ranks: Ranks, *, endless: bool = False) -> StepStream:
-        """The share of a rank. It ends with the stream, on all ranks at the same time, even with `endless`."""
-        mine = copy.copy(self)
-        mine.ranks = ranks
-        return mine
 
     def longest(self) -> int:
         """An upper bound on the tokens of an example."""

@@ -38,7 +38,7 @@ from packsft.packing.buffer import PackingBuffer
 
 logger = logging.getLogger("packsft")
 
-SAMPLED_ROWS = 8
+FIRST_ROWS = 8
 BUFFERED_PACKS = 32  # within 0.7 points of the plan over a whole data set, see docs/log.md
 ROWS_BEFORE_JUDGEMENT = 1000  # of the share of lost tokens
 END: Any = object()  # a row may be anything, None as well
@@ -126,7 +126,7 @@ class PackedStream(torch.utils.data.IterableDataset):
 
     def sample(self) -> str:
         """SHA-256 in hex of the first rows. A stream that `datasets` has split by node has others on each."""
-        rows = [dict(row) for row in itertools.islice(iter(self.stream), SAMPLED_ROWS)]
+        rows = [dict(row) for row in itertools.islice(iter(self.stream), FIRST_ROWS)]
         as_text = json.dumps(rows, default=lambda value: value.tolist() if hasattr(value, "tolist") else repr(value))
         split = repr(getattr(self.stream, "_distributed", None))
         return hashlib.sha256((split + as_text).encode()).hexdigest()
@@ -281,8 +281,9 @@ class PackedStream(torch.utils.data.IterableDataset):
         while True:
             while (segments := self._buffer.pop(at_end=at_end)) is not None:
                 pack = [self._held[key].part(start, stop) for key, start, stop in segments]
-                for key in {key for key, _, _ in segments if key not in self._buffer}:
-                    del self._held[key]
+                for key, _, stop in segments:
+                    if stop == len(self._held[key]):
+                        del self._held[key]
                 yield pack
             if at_end:
                 return

@@ -71,7 +71,7 @@ class Mixture:
     ) -> None:
         bounds = np.cumsum([0, *sizes.values()])
         set_of_item = np.searchsorted(bounds, plan.examples, side="right") - 1
-        lengths = plan.stops.astype(np.int64) - plan.starts
+        lengths = plan.document_lengths
         self._items = [np.flatnonzero(set_of_item == index) for index in range(len(sizes))]
         if shuffle:  # one order for all epochs: no document of an epoch comes twice before all came once
             self._items = [np.random.default_rng([seed, i]).permutation(items) for i, items in enumerate(self._items)]

@@ -12,6 +12,7 @@ from accelerate.utils import is_peft_model
 from packsft_kernels import LossOptions
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from packsft.compat import as_before_accelerate
@@ -19,9 +20,8 @@ from packsft.config import check_choice, integer
 from packsft.data.batch import HOST_KEYS, longest_document
 from packsft.model import attention, positions
 from packsft.model.compilation import restore_layers
-from packsft.model.prepared import PreparedModel, base_model_of
-from packsft.model.rotary import remove_rotary
-from packsft.model.sequence_parallel import remove_group
+from packsft.model.parts import base_model_of
+from packsft.model.prepared import PreparedModel
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -131,15 +131,15 @@ def unprepare(model: Model) -> Model:
 def _restore(base: Any, own_forward: Any, own_attention: str | None) -> None:
     as_before_accelerate(base)
     vars(base).pop("forward", None)
-    vars(base).pop("packsft_values", None)
     if own_forward is not None:
         base.forward = own_forward
     if own_attention is not None and own_attention != attention.attention_of(base):
         attention.set_attention(base, own_attention)
     restore_layers(base)
-    remove_rotary(base)
-    remove_group(base)
-    attention.remove_backend(base)
+    for module in base.modules():  # what packsft adds to a module is an attribute, of hooks the handle
+        for name in [name for name in vars(module) if name.startswith("packsft_")]:
+            if isinstance(value := vars(module).pop(name), RemovableHandle):
+                value.remove()
 
 
 def _install_forward(base: Any) -> None:

@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from packsft.compat import attention_registries
-from packsft.model.head import device_of
+from packsft.model.parts import device_of
 from packsft.model.sequence_parallel import group_of
 
 ATTENTION_NAME = "packsft"
@@ -173,9 +173,9 @@ def keep_boundaries_from_towers(model: PreTrainedModel) -> None:
     """Some models hand what their layers of text get to their tower, too: flash attention there would cut its pictures
     at the boundaries of documents."""
     for tower in towers_of(model):
-        if not hasattr(tower, "packsft_knows_no_boundaries"):
-            tower.packsft_knows_no_boundaries = True  # type: ignore[assignment]
-            tower.register_forward_pre_hook(_without_boundaries, with_kwargs=True)
+        if not hasattr(tower, "packsft_tower"):
+            hook = tower.register_forward_pre_hook(_without_boundaries, with_kwargs=True)
+            tower.packsft_tower = hook  # type: ignore[assignment]
 
 
 def set_attention(model: PreTrainedModel, name: str) -> None:
@@ -192,17 +192,6 @@ def set_backend(model: nn.Module, backend: str) -> None:
     """
     for module in model.modules():
         module.packsft_backend = backend  # type: ignore[assignment]
-
-
-def remove_backend(model: nn.Module) -> None:
-    """Undo `set_backend` and `keep_boundaries_from_towers`."""
-    for module in model.modules():
-        vars(module).pop("packsft_backend", None)
-        if vars(module).pop("packsft_knows_no_boundaries", False):
-            hooks: Any = module._forward_pre_hooks
-            for key in [key for key, hook in hooks.items() if hook is _without_boundaries]:
-                del hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _backend_of(module: nn.Module) -> str:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from packsft.compat import recording
 from packsft.model import attention
-from packsft.model.isolation import decoder_layers
+from packsft.model.parts import decoder_layers
 
 LONGEST = ("max_length_q", "max_length_k")
 
@@ -114,6 +114,15 @@ def _known_options() -> list[str]:
     import torch._inductor  # takes a second, and only a compiled model needs it
 
     return torch._inductor.list_options()
+
+
+def mark_sizes(batch: dict[str, Any]) -> None:
+    """Tell `torch.compile` that sizes vary: its first graph then serves all sizes except 0 and 1."""
+    for tensor in batch.values():
+        if isinstance(tensor, Tensor):
+            for dim in range(tensor.dim()):
+                if tensor.shape[dim] > 1:
+                    torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 def _mark_sizes(varying: set[int], *inputs: Any) -> None:

@@ -33,8 +33,10 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from packsft.compat import gathered_parameters, is_out_of_memory
-from packsft.data.batch import LOSS_KEYS, Row, for_logits, for_loss
+from packsft.data.batch import LOSS_KEYS
 from packsft.model.adapters import Addition, exercised, low_rank_of, split_head
+from packsft.model.given_batch import GivenBatch, for_logits, for_loss
+from packsft.model.parts import backbone_of, check_has_head, device_of, probing
 from packsft.model.sequence_parallel import gather_router_logits
 
 logger = logging.getLogger("packsft")
@@ -65,32 +67,6 @@ class HeadOutput(ModelOutput):
         )
 
 
-def count_embeddings(model: PreTrainedModel) -> int:
-    """Rows of the input embeddings, with or without an adapter on them."""
-    embedding = model.get_input_embeddings()
-    weight = getattr(embedding, "base_layer", embedding).weight
-    return getattr(weight, "ds_shape", weight.shape)[0]  # under ZeRO-3 a rank holds a part of it, or nothing
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device of the first weights that are on one: accelerate offloads some to "meta", and moves the inputs."""
-    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-
-
-@contextmanager
-def probing(model: nn.Module) -> Iterator[None]:
-    """For forwards that leave no trace: `model.eval()` within the context; each module's own flag, and the random
-    generators, are restored."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.random.fork_rng([device] if (device := device_of(model)).type == "cuda" else []):
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def install_head(
     model: PreTrainedModel, options: LossOptions, *, needs_aux_loss: bool = False, traced: bool = False
 ) -> str | None:
@@ -114,11 +90,7 @@ def install_head(
     Raises:
         ValueError: the model has no language-model head.
     """
-    if model.get_output_embeddings() is None:
-        raise ValueError(
-            f"{type(model).__name__} has no language-model head (get_output_embeddings() is None): "
-            "packsft trains causal language models, load one with AutoModelForCausalLM"
-        )
+    check_has_head(model)
     options = replace(options, entropy=True, correct=True)
     vars(model).pop("packsft_needs_logits", None)  # of an earlier trainer
     # a function of `self`: a deep copy of the model then runs on its own weights
@@ -168,19 +140,19 @@ def install_head(
             raise ValueError(f"the forward got an optimizer step of {len(kwargs['passes'])} passes: call it for each")
         if "loss_rows" in kwargs and "num_tokens" not in kwargs:
             return with_loss(self, *args, **kwargs)
-        row: Row | None = vars(self).get("packsft_row")
+        given: GivenBatch | None = vars(self).get("packsft_given")
         if "loss_rows" not in kwargs:
-            if row is not None:
-                row.check(args, kwargs)
+            if given is not None:
+                given.check(args, kwargs)
             return own_forward(self, *args, **kwargs)
         # a whole batch of the collator: from a user's own `compute_loss`
-        with nullcontext() if row is None else row.forward_on():
+        with nullcontext() if given is None else given.forward_on():
             if kwargs.get("labels") is None:
                 output = own_forward(self, *args, **for_logits(kwargs))
-                if row is not None and row.virtual_tokens:
-                    output.logits = output.logits[:, row.virtual_tokens :]
+                if given is not None and given.virtual_tokens:
+                    output.logits = output.logits[:, given.virtual_tokens :]
                 return output
-            share = 0.0 if row is None else row.router_share
+            share = 0.0 if given is None else given.router_share
             routed = {"output_router_logits": True} if share else {}
             output = with_loss(self, *args, **for_loss(kwargs), **routed)
             if share and output.aux_loss is not None:
@@ -203,14 +175,6 @@ def _own_forward(model: PreTrainedModel) -> Callable[..., Any]:
     if hasattr(bound, "own_forward"):
         return bound.own_forward
     return getattr(bound, "__func__", None) or (lambda self, *args, **kwargs: bound(*args, **kwargs))
-
-
-def backbone_of(model: PreTrainedModel) -> nn.Module:
-    """The model without its head."""
-    if model.base_model is not model:
-        return model.base_model
-    # Llama 4 and Mllama: their prefix names the larger model that holds them
-    return next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
 
 
 def _way_to_fuse(
@@ -268,12 +232,8 @@ def _in_own_forward(
         scores.append(scored)
         return inputs[0].new_empty(*inputs[0].shape[:-1], 0)
 
-    hook = head.register_forward_hook(keep)
-    try:
-        with _as_forward(head, in_place_of_head):
-            outputs = own_forward(model, *args, **kwargs)
-    finally:
-        hook.remove()
+    with head.register_forward_hook(keep), _as_forward(head, in_place_of_head):
+        outputs = own_forward(model, *args, **kwargs)
     if not scores:
         raise NeedsLogits(f"the forward of {type(model).__name__} does not call its head")
     return scores[0], getattr(outputs, "aux_loss", None)

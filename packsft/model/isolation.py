@@ -14,9 +14,10 @@ Rotary embeddings are compared by themselves, at positions as far as a document 
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +29,7 @@ from packsft.compat import is_out_of_memory
 from packsft.data.batch import document_lengths, model_inputs
 from packsft.data.collator import PackingCollator
 from packsft.model.attention import packed_forward, watch_masks
-from packsft.model.head import count_embeddings, device_of, probing
+from packsft.model.parts import count_embeddings, device_of, probing, watch_layers
 from packsft.model.positions import most_tokens_of
 from packsft.model.rotary import Call, by_document, watch_positions, why_by_row
 from packsft.model.sequence_parallel import group_of, shared_by
@@ -244,11 +245,8 @@ def _embedding_leaf(model: PreTrainedModel) -> Iterator[list[Tensor]]:
         leaf.append(output.detach().requires_grad_())
         return leaf[-1].clone()  # CTRL scales it in place, which a leaf does not allow
 
-    handle = model.get_input_embeddings().register_forward_hook(detach)
-    try:
+    with model.get_input_embeddings().register_forward_hook(detach):
         yield leaf
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -262,38 +260,7 @@ def _first_layer_input(model: nn.Module) -> Iterator[list[Tensor]]:
             given.append(hidden)
 
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for stack in stacks for layer in stack]
-    try:
+    with ExitStack() as hooks:
+        for layer in itertools.chain(*stacks):
+            hooks.enter_context(layer.register_forward_pre_hook(keep, with_kwargs=True))
         yield given
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, layer) for each layer of the stack with the most parameters."""
-    stacks = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    if not stacks:
-        return []
-    stack_name, stack = max(stacks, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    return [(f"{stack_name}.{index}", layer) for index, layer in enumerate(stack)]
-
-
-@contextmanager
-def watch_layers(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
-    """(name, hidden states) of each decoder layer, in running order."""
-    outputs: list[tuple[str, Tensor]] = []
-    handles = []
-    for layer_name, layer in decoder_layers(model):
-
-        def keep(module: nn.Module, args: tuple, output: object, name: str = layer_name) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            if isinstance(hidden, Tensor):
-                outputs.append((name, hidden))
-
-        handles.append(layer.register_forward_hook(keep))
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +16,8 @@ from packsft.data.batch import model_inputs
 from packsft.data.collator import PackingCollator
 from packsft.data.document import Document
 from packsft.model.attention import BOUNDARIES, packed_forward
-from packsft.model.head import backbone_of, probing
 from packsft.model.isolation import CUT_ROUNDING, IsolationVerdict
+from packsft.model.parts import backbone_of, probing
 from packsft.model.prepared import PreparedModel
 
 OF_PACKED_ROWS = (*BOUNDARIES, "position_ids")
@@ -131,13 +132,10 @@ def run_by_picture(
 
 def _count_runs(model: PreTrainedModel, modules: Iterable[nn.Module], batch: dict[str, Any]) -> Counter[nn.Module]:
     runs: Counter[nn.Module] = Counter()
-    hooks = [module.register_forward_hook(lambda module, *_: runs.update([module])) for module in modules]
-    try:
-        with probing(model), torch.no_grad(), packed_forward():
-            _hidden(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, probing(model), torch.no_grad(), packed_forward():
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(lambda module, *_: runs.update([module])))
+        _hidden(model, batch)
     return runs
 
 
@@ -168,5 +166,4 @@ def _with_leaves(document: Document) -> Document:
 
 
 def _hidden(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
-    inputs = {key: value for key, value in model_inputs(batch).items() if not key.startswith("loss_")}
-    return backbone_of(model)(**inputs, use_cache=False).last_hidden_state
+    return backbone_of(model)(**model_inputs(batch), use_cache=False).last_hidden_state

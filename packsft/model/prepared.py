@@ -19,11 +19,13 @@ from packsft_kernels.varlen_attention import FLOAT_DTYPES
 from torch import Tensor, nn
 
 from packsft.compat import as_before_accelerate, check_tied_at_load
-from packsft.data.batch import Row, document_lengths, longest_document, loss_inputs, model_inputs
+from packsft.data.batch import document_lengths, longest_document, loss_inputs, model_inputs
 from packsft.model import attention
 from packsft.model.compilation import compile_layers, restore_layers
+from packsft.model.given_batch import GivenBatch
 from packsft.model.head import HeadOutput, install_head, with_own_values
 from packsft.model.isolation import NOT_CHECKED, IsolationVerdict, check_cut_rows, check_isolation
+from packsft.model.parts import base_model_of
 from packsft.model.rotary import by_document, install_rotary
 from packsft.model.sequence_parallel import SequenceGroup, set_group
 
@@ -200,7 +202,7 @@ class PreparedModel:
         """While open, a forward that the user calls on this batch is as ours, or is refused."""
         packed = not self.padded and batch.get("num_documents", 1) > 1
         forward_on = functools.partial(self.forward_on, batch)
-        self.base_model.packsft_row = Row(batch, forward_on, packed, self.virtual_tokens, router_share)
+        self.base_model.packsft_given = GivenBatch(batch, forward_on, packed, self.virtual_tokens, router_share)
         refusing: AbstractContextManager = contextlib.nullcontext()
         if packed:
             refusing = attention.refusing_mixed(batch["input_ids"].shape[1], batch["cu_seq_lens_q"])
@@ -208,7 +210,7 @@ class PreparedModel:
             with refusing:
                 yield
         finally:
-            del self.base_model.packsft_row
+            del self.base_model.packsft_given
 
     @staticmethod
     def check_same(model: nn.Module) -> None:
@@ -263,11 +265,6 @@ class PreparedModel:
         with self.autocast():
             backend, spec = attention.backend_of(self.base_model)
         return f"{backend}, {str(spec.dtype).removeprefix('torch.')} on {spec.device}, head size {spec.head_dim}"
-
-
-def base_model_of(model: nn.Module) -> Any:
-    """The model without its PEFT wrapper."""
-    return model.get_base_model() if is_peft_model(model) else model  # type: ignore[operator]
 
 
 def _refuse_offloaded(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -65,20 +65,10 @@ def install_rotary(model: nn.Module) -> int:
         own = [limit for kind in _layer_types(rope) if (limit := _limit(rope, kind)) is not None]
         if own:
             rope.packsft_warned = False  # type: ignore[assignment]
-        if own and _turn_by_document not in rope._forward_hooks.values():
-            rope.register_forward_hook(_turn_by_document, with_kwargs=True)
+        if own and not hasattr(rope, "packsft_rotary"):
+            rope.packsft_rotary = rope.register_forward_hook(_turn_by_document, with_kwargs=True)  # type: ignore
         limits += own
     return min(limits)
-
-
-def remove_rotary(model: nn.Module) -> None:
-    """Undo `install_rotary`."""
-    for rope in model.modules():
-        hooks: Any = rope._forward_hooks
-        for key in [key for key, hook in hooks.items() if hook is _turn_by_document]:
-            del hooks[key]
-            rope._forward_hooks_with_kwargs.pop(key, None)
-        vars(rope).pop("packsft_warned", None)
 
 
 @torch.no_grad()
@@ -193,16 +183,10 @@ def watch_positions(model: nn.Module) -> Iterator[list[Call]]:
             seen.add(kind)
             calls.append((module, args, kwargs))
 
-    handles = [
-        module.register_forward_pre_hook(keep, with_kwargs=True)
-        for module in model.modules()
-        if _turns_positions(module)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for module in filter(_turns_positions, model.modules()):
+            hooks.enter_context(module.register_forward_pre_hook(keep, with_kwargs=True))
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

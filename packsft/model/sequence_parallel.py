@@ -128,12 +128,6 @@ def set_group(model: nn.Module, group: SequenceGroup | None) -> None:
         module.packsft_sequence = group  # type: ignore[assignment]
 
 
-def remove_group(model: nn.Module) -> None:
-    """Undo `set_group`."""
-    for module in model.modules():
-        vars(module).pop("packsft_sequence", None)
-
-
 def group_of(module: nn.Module) -> SequenceGroup | None:
     return getattr(module, "packsft_sequence", None)
 
@@ -159,6 +153,5 @@ def gather_router_logits(backbone: nn.Module) -> None:
             # a row of padding alone has a loss too, which does not count
             output.router_logits = tuple(of_layer[: group.num_tokens or None] for of_layer in whole)
 
-    gather.packsft = True  # type: ignore[attr-defined]
-    if not any(getattr(hook, "packsft", False) for hook in backbone._forward_hooks.values()):
-        backbone.register_forward_hook(gather)
+    if not hasattr(backbone, "packsft_router_logits"):
+        backbone.packsft_router_logits = backbone.register_forward_hook(gather)  # type: ignore[assignment]

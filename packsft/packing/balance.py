@@ -17,8 +17,7 @@ from .plan import PackPlan
 
 def attention_costs(plan: PackPlan) -> NDArray[np.int64]:
     """The sum of the squared lengths of each pack's documents, `[P]`."""
-    squares = (plan.stops.astype(np.int64) - plan.starts.astype(np.int64)) ** 2
-    return np.diff(np.concatenate(([0], np.cumsum(squares)))[plan.offsets])
+    return plan.per_pack(plan.document_lengths**2)
 
 
 def balanced_order(plan: PackPlan, group_size: int, seed: int = 0) -> NDArray[np.int64]:

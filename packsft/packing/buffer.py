@@ -6,7 +6,7 @@ content and the same further lengths give the same packs.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from typing import Any, NamedTuple
 
 from .strategies import strategy_named
@@ -25,7 +25,7 @@ class Segment(NamedTuple):
 
 
 class PackingBuffer:
-    """Takes lengths with `push`, gives packs of at most `max_length` tokens with `pop`.
+    """Takes lengths with `push`, gives packs of at most `max_length` tokens with `pop`; segments of a key in order.
 
     - `"bfd"` and `"bfd_split"`: segments wait until they exceed `buffer_tokens`. Then the segment that has waited
       longest begins a pack, so nothing waits for ever. The waiting segments that fill the rest best complete it (a
@@ -55,16 +55,11 @@ class PackingBuffer:
         self._complete: deque[list[Segment]] = deque()
         self._waiting: list[Segment] = []  # in the order of arrival; under "wrapped" the pack that is being filled
         self._waiting_tokens = 0
-        self._segments: Counter[int] = Counter()  # held of each key
 
     @property
     def tokens(self) -> int:
         """Tokens held, complete packs included."""
         return self._waiting_tokens + sum(segment.length for pack in self._complete for segment in pack)
-
-    def __contains__(self, key: int) -> bool:
-        """Whether the buffer holds a segment of this key."""
-        return key in self._segments
 
     def push(self, key: int, length: int) -> int:
         """Add a length, at most `max_length` unless the strategy is "wrapped". Returns the number of its segments."""
@@ -76,7 +71,6 @@ class PackingBuffer:
             segment = Segment(key, start, min(start + room, length))
             start = segment.stop
             num_segments += 1
-            self._segments[key] += 1
             if segment.length == limit or not (self.strategy.end_to_end or self.strategy.repacks):
                 self._complete.append([segment])
                 continue
@@ -102,10 +96,6 @@ class PackingBuffer:
             else:
                 pack = self._take_fitting(longest_first=at_end)
             self._waiting_tokens -= sum(segment.length for segment in pack)
-        for segment in pack:
-            self._segments[segment.key] -= 1
-            if not self._segments[segment.key]:
-                del self._segments[segment.key]
         return pack
 
     def _take_fitting(self, longest_first: bool) -> list[Segment]:
@@ -143,4 +133,3 @@ class PackingBuffer:
         self._complete = deque([Segment(*segment) for segment in pack] for pack in state["complete"])
         self._waiting = [Segment(*segment) for segment in state["waiting"]]
         self._waiting_tokens = sum(segment.length for segment in self._waiting)
-        self._segments = Counter(segment.key for pack in (self._waiting, *self._complete) for segment in pack)

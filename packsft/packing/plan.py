@@ -91,6 +91,15 @@ class PackPlan:
         index %= len(self)
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
 
+    @property
+    def document_lengths(self) -> NDArray[np.int64]:
+        """The lengths of all segments, `[S]` int64, pack by pack."""
+        return self.stops.astype(np.int64) - self.starts.astype(np.int64)
+
+    def per_pack(self, values: NDArray[Any]) -> NDArray[Any]:
+        """The sum over each pack's segments, `[P]`, of values `[S]`."""
+        return np.add.reduceat(values, self.offsets[:-1]) if len(self) else values[:0]
+
     @cached_property
     def num_tokens(self) -> int:
         """Tokens in all packs."""

@@ -208,7 +208,7 @@ def _packs(plan: PackPlan, effective_batch_size: int, ranks: int, packs_at_once:
 
 def _exact_steps(plan: PackPlan, effective_batch_size: int, ranks: int, tokens_per_pass: int) -> dict[str, Any]:
     """The passes of an epoch, estimated from some steps in a random order."""
-    lengths = plan.stops.astype(np.int64) - plan.starts
+    lengths = plan.document_lengths
     sizes = int(np.minimum(lengths, tokens_per_pass).sum())
     steps = simulate_steps(lengths, effective_batch_size, tokens_per_pass, ranks, SIMULATED_STEPS)
     passes = [documents for shares in steps for share in shares for documents in share]

@@ -17,7 +17,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -29,8 +29,7 @@ from torch import Tensor, nn
 from packsft.data.batch import loss_inputs, model_inputs
 from packsft.data.collator import PackingCollator
 from packsft.data.document import IGNORE_INDEX, Document, Pack, documents_of, make_document
-from packsft.model.head import device_of, probing
-from packsft.model.isolation import decoder_layers, watch_layers
+from packsft.model.parts import decoder_layers, device_of, probing, watch_layers
 from packsft.model.pictures import check_pictures
 from packsft.model.prepared import PreparedModel
 from packsft.model.rotary import by_document, forget
@@ -303,13 +302,11 @@ class Comparison:
             return logits
 
         places = [self.model.get_input_embeddings(), *(layer for _, layer in decoder_layers(self.model))]
-        handles = [place.register_forward_hook(round_otherwise) for place in places]
-        handles.append(self.model.get_output_embeddings().register_forward_hook(round_sums))
-        try:
+        with ExitStack() as hooks:
+            for place in places:
+                hooks.enter_context(place.register_forward_hook(round_otherwise))
+            hooks.enter_context(self.model.get_output_embeddings().register_forward_hook(round_sums))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     # ---- loss and gradients ----
 

@@ -40,7 +40,7 @@ from transformers import (
 )
 
 from packsft import compat
-from packsft.model.isolation import decoder_layers
+from packsft.model.parts import decoder_layers
 
 # allowed: in float64; for a model that itself rounds to float32; in float32, which DeepSpeed trains in
 EXACT, ROUNDING, SINGLE = 1e-12, 1e-9, 1e-4

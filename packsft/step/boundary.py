@@ -49,8 +49,8 @@ class _Flags:
 class StepBoundary(Trainer):
     """Watches every step; mixed into a trainer before its class.
 
-    The trainer sets `_sums`, calls `_start_watching` before training and `_check_finite` before it saves, and adds the
-    callback `StepCallback`.
+    The trainer sets `_sums` and `_filters_log`, calls `_start_watching` before a step outside of a run and
+    `_check_finite` before it saves, and adds the callback `StepCallback`.
 
     Attributes:
         skipped_steps: steps that `on_nonfinite="skip"` left out.
@@ -59,9 +59,7 @@ class StepBoundary(Trainer):
     _sums: dict[str, MetricSums]
     _sigterm: Sigterm | None = None
 
-    def _start_watching(self, filters_log: bool) -> None:
-        """`filters_log`: `logging_nan_inf_filter`."""
-        self._filters_log = filters_log
+    def _start_watching(self) -> None:
         self._step_loss: Tensor | None = None
         self._step_rows: list[np.ndarray] = []
         self._flags: deque[_Flags] = deque()
@@ -69,10 +67,12 @@ class StepBoundary(Trainer):
         self.skipped_steps = 0
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Adds to the parent: the flag of a step. With `filters_log`, the log takes a step's loss only if it is finite.
+        """Adds to the parent: the clock, and the flag of a step.
 
-        The last micro-batch then returns the loss of the whole step, or 0; `DeviceMetrics.log` knows how many counted.
+        With `_filters_log`, the log takes a step's loss only if it is finite: the last micro-batch then returns the
+        loss of the whole step, or 0; `DeviceMetrics.log` knows how many counted.
         """
+        self._sums["train"].start()
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._step_loss = loss if self._step_loss is None else self._step_loss + loss
         self._step_rows += [batch["rows"] for batch in inputs.get("passes", [inputs]) if "rows" in batch]
@@ -102,6 +102,7 @@ class StepBoundary(Trainer):
 
     def _inner_training_loop(self, *positional: Any, **named: Any) -> TrainOutput:
         """Adds to the parent: what the last steps left."""
+        self._start_watching()
         output = super()._inner_training_loop(*positional, **named)
         if self._read_flags(lag=0) and self._sigterm is not None:
             self._sigterm.receive()

@@ -20,7 +20,6 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from packsft import compat
 from packsft.data.batch import has_documents
-from packsft.data.collator import join_rows, rows_of_documents
 from packsft.data.document import IGNORE_INDEX
 from packsft.data.ranks import Ranks
 from packsft.data.steps import StepDataset, StepStream
@@ -239,3 +238,23 @@ class ExactSteps(Trainer):
                 pad = self.data_collator.pad_token_id
                 inputs["input_ids"] = joined([rows_of_documents(b["input_ids"], b, pad) for b in batches], pad)
         return loss, logits, labels
+
+
+def rows_of_documents(x: Tensor, batch: dict[str, Any], value: float) -> Tensor:
+    """One row for each document of a batch, `[D, longest, ...]`, filled up with `value`, of a packed row `[1, T, ...]`;
+    without what is no document: padding, or a row with a picture that other ranks wait for."""
+    if "cu_seq_lens_q" not in batch:
+        return x[: batch["num_documents"]]
+    lengths = batch["cu_seq_lens_q"].diff()[: batch["num_documents"]].tolist()
+    if not lengths:
+        return x.new_empty(0, 1, *x.shape[2:])
+    documents = x[0, : sum(lengths)].split(lengths)
+    return nn.utils.rnn.pad_sequence(documents, batch_first=True, padding_value=value)
+
+
+def join_rows(parts: Sequence[Tensor], value: float) -> Tensor:
+    """Joins per-token tensors of several passes, one row below the other."""
+    longest = max(part.shape[1] for part in parts)
+    others = [0, 0] * (parts[0].dim() - 2)  # `pad` starts at the last dimension
+    pad = nn.functional.pad
+    return torch.cat([pad(part, [*others, 0, longest - part.shape[1]], value=value) for part in parts], dim=0)

@@ -107,8 +107,7 @@ class MetricSums:
     def count_step(self, finite: Tensor) -> None:
         """Count an optimizer step, and whether its loss is finite (on all ranks, as a 0-d bool)."""
         self._steps += 1
-        counted = self._device_sums.get("finite_steps", torch.zeros((), dtype=torch.float64, device=finite.device))
-        self._device_sums["finite_steps"] = counted + finite
+        self._add({"finite_steps": finite.double()})
 
     def drain(self, accelerator: Any) -> dict[str, float]:
         """Sum over ranks, read the device once, and start anew. Empty if nothing was counted.

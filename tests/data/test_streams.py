@@ -262,7 +262,7 @@ def test_exact_steps_of_a_stream_are_its_examples_in_order(num_ranks, workers):
     # 41 examples, 6 a step, the last one 5; passes of 16 tokens, as many on every rank
     shares = []
     for rank in range(num_ranks):
-        steps = StepStream(packed(stream_of(COUNT), strategy="step"), 6, 16).share(Ranks(rank, num_ranks))
+        steps = StepStream(packed(stream_of(COUNT), strategy="step"), 6, 16, Ranks(rank, num_ranks))
         shares.append([step for batch in DataLoader(steps, 1, collate_fn=list, num_workers=workers) for step in batch])
     assert {len(share) for share in shares} == {7}
     rows = numbered_rows(COUNT)

@@ -10,7 +10,8 @@ from tiny import tiny_model
 from tiny_models import tiny_model as tiny_family
 from transformers import LlamaForCausalLM, Qwen2MoeForCausalLM
 
-from packsft.model.head import install_head, probing
+from packsft.model.head import install_head
+from packsft.model.parts import probing
 
 ROUTED = {"max_steps": 2, "router_aux_loss_coef": 0.5}
 FAMILIES = {"qwen2_moe": ROUTED, "roformer": {"max_steps": 2}}

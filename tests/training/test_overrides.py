@@ -16,8 +16,8 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
 from packsft import PackedSFTTrainer
-from packsft.data.batch import for_logits
 from packsft.model import attention
+from packsft.model.given_batch import for_logits
 
 STEP = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "num_train_epochs": 1, "optim": "sgd"}
 

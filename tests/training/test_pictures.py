@@ -17,7 +17,7 @@ from vision import FAMILIES, rows_with_pictures, vision_model
 from packsft import PackedSFTTrainer
 from packsft.data.batch import model_inputs
 from packsft.model.attention import BOUNDARIES, packed_forward
-from packsft.model.head import backbone_of
+from packsft.model.parts import backbone_of
 
 PADDED = {
     "Gemma3": "gives other hidden states in a pack than alone",
