@@ -431,23 +431,10 @@ def no_comparison_of_arguments() -> AbstractContextManager:
     return mock.patch.object(transformers.trainer, "compare_trainer_and_checkpoint_args")
 
 
-def engine_fields(engine: str, layer: str) -> dict[str, Any]:
-    """Fields of a configuration: "fsdp2" with this class of layers, "zero2", "zero3", "sp" over two ranks, or ""."""
-    if engine == "fsdp2":
-        config = {"version": 2, "transformer_layer_cls_to_wrap": [layer], "reshard_after_forward": True}
-        return {"fsdp": True, "fsdp_config": config}
-    if engine.startswith("zero"):
-        automatic = ("gradient_clipping", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-        options: dict[str, Any] = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-        options |= {"zero_optimization": {"stage": int(engine[-1])}} | dict.fromkeys(automatic, "auto")
-        return {"deepspeed": options}
-    return {"sequence_parallel_size": 2} if engine == "sp" else {}
-
-
 def engine_on_cpu(engine: str, args: Any) -> None:
     """accelerate (1.15) shards a model over accelerators only: let it do so over processes on the CPU.
 
-    `args` have the `engine_fields`. For DeepSpeed the environment has DS_ACCELERATOR=cpu, ACCELERATE_TORCH_DEVICE=cpu.
+    `args` are of the engine. For DeepSpeed the environment has DS_ACCELERATOR=cpu, ACCELERATE_TORCH_DEVICE=cpu.
     """
     assert args.device.type == "cpu"  # makes the process group
     if engine == "fsdp2":

@@ -2,7 +2,7 @@
 
 Each override says what it adds to the parent, and delegates: arguments to `arguments.py`, rows and packs to `data/`,
 the model to `model/prepared.py`, optimizer steps to `step/exact.py`, the loss's denominator to `step/normalization.py`,
-metrics to `step/metrics.py`, the proof to `proof/claims.py`. `compat.py` lists everything that uses a parent's private
+metrics to `step/metrics.py`, the proof to `model/claims.py`. `compat.py` lists everything that uses a parent's private
 names. The mixins add to the same methods. Who calls whom in a run, from the outermost:
 
     train                  trainer > WholeCheckpoints > StepBoundary > transformers
@@ -63,6 +63,7 @@ from packsft.data.pictures import PictureRows, holds_pictures, with_hidden_pictu
 from packsft.data.ranks import Ranks, check_same_on_all_ranks, on_a_disk_of_the_node
 from packsft.data.raw import checked_rows, formatted_rows, in_one_form, once_of
 from packsft.data.streams import PackedStream
+from packsft.model.claims import PackingCheck, check_packing, first_documents
 from packsft.model.compilation import mark_sizes
 from packsft.model.gradient_checkpointing import install_checkpoint
 from packsft.model.isolation import IsolationVerdict
@@ -73,7 +74,6 @@ from packsft.model.prepared import PreparedModel, any_rank_of
 from packsft.model.sequence_parallel import SequenceGroup
 from packsft.notices import PackingNotice, cost_of_logits
 from packsft.packing import STRATEGIES, PackingReport, packing_report
-from packsft.proof.claims import PackingCheck, check_packing, first_documents
 from packsft.step.boundary import StepBoundary, StepCallback
 from packsft.step.exact import ExactSteps, check_divides
 from packsft.step.failure import naming_failed_rank

@@ -26,7 +26,7 @@ FLOORS = (
     "trainer loops",
     "arguments notices",
     "checkpoints",
-    "proof step",
+    "step",
     "model",
     "data",
     "config",

@@ -40,7 +40,7 @@ from packsft_kernels.version import __version__
 from tiny_models import LEFT_OUT, Float64Throughout, families, is_adapted, tiny_model
 
 from packsft.model import attention, isolation
-from packsft.proof.invariance import rounds_to_float32
+from packsft.model.claims import rounds_to_float32
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from harness.report import read, write

@@ -1,7 +1,7 @@
 """Shows that packed training is the same training: kernels against float64, the tests of parity, the model's proof.
 
 The kernels are held to the numerical contract in every dtype. `tests/parity/` compares a packed step with the documents
-alone on tiny models. `PackedSFTTrainer.check_packing` (`packsft/proof/`) does so on the model that is trained.
+alone on tiny models. `PackedSFTTrainer.check_packing` (`packsft/model/claims.py`) does so on the model that is trained.
 """
 
 from __future__ import annotations

@@ -1,14 +1,10 @@
 """`packsft check`: proves on a named model that packed training is the same training.
 
-Loads and prepares the model. `proof/claims.py` measures the claims, `proof/invariance.py` batch invariance.
-
-    python -m packsft.app.check FOLDER   # one process of the batch-invariance check
+Loads and prepares the model. `model/claims.py` measures the claims.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from typing import Any
 
 import torch
@@ -21,28 +17,14 @@ from transformers.utils import is_peft_available
 from packsft.app.rows import could_not_load, prepared_rows
 from packsft.arguments import check_model_name
 from packsft.compat import is_out_of_memory
-from packsft.config import PackedSFTConfig
 from packsft.data.collator import PackingCollator
 from packsft.data.joined_pictures import JoinedPictures, RotaryPositions
 from packsft.data.packs import pack_dataset
 from packsft.data.pictures import PictureRows
+from packsft.model.claims import PackingCheck, check_packing, first_documents, random_documents
 from packsft.model.parts import count_embeddings
 from packsft.model.positions import most_tokens_of
 from packsft.model.prepared import PreparedModel
-from packsft.proof.claims import PackingCheck, check_packing, first_documents, random_documents
-from packsft.proof.invariance import InvarianceResult, certify_by_name, train_layouts
-from packsft.trainer import PackedSFTTrainer
-
-WORKER = "packsft.app.check"
-
-
-def check_batch_invariance(model: str | None, num_steps: int, engine: str | None = None) -> list[InvarianceResult]:
-    """`invariance.certify_by_name` with packsft's trainer."""
-    if model is not None:
-        check_model_name(model)
-    if engine in ("zero2", "zero3") and importlib.util.find_spec("deepspeed") is None:
-        raise ValueError(f"--engine {engine} needs the package deepspeed, which is not installed")
-    return certify_by_name(model, num_steps, WORKER, engine)
 
 
 def check_model(
@@ -130,7 +112,3 @@ def _load(model: str, dtype: torch.dtype, attn: str | None, loads: Any) -> PreTr
         return loads.from_pretrained(model, dtype=dtype, **options)
     except Exception as error:  # transformers raises anything about a damaged folder
         raise ValueError(could_not_load(model, error)) from error
-
-
-if __name__ == "__main__":
-    train_layouts(sys.argv[1], PackedSFTTrainer, PackedSFTConfig)

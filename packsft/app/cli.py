@@ -173,7 +173,7 @@ def _check_batch_invariance(options: argparse.Namespace) -> int:
             )
     from rich.console import Console
 
-    from packsft.app.check import check_batch_invariance
+    from packsft.app.invariance import check_batch_invariance
     from packsft.app.tables import print_table
 
     results = check_batch_invariance(options.model, options.steps or 10, options.engine)

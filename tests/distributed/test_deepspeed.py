@@ -7,8 +7,7 @@ import pytest
 from launch import launch, results_of
 from numerics import error
 
-from packsft.app.check import WORKER
-from packsft.proof.invariance import certify, layouts_of, random_rows, small_models
+from packsft.app.invariance import certify, layouts_of, random_rows, small_models
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytestmark = pytest.mark.slow
@@ -128,6 +127,6 @@ def test_a_tower_with_a_part_that_runs_for_each_picture(folder):
 def test_weights_after_ten_steps_agree(engine):
     model, tokenizer = small_models()["GPT-2"]
     layouts = layouts_of(engine)[::3]
-    results = certify(model, tokenizer, random_rows(200, 512, 256), max_length=512, worker=WORKER, layouts=layouts)
+    results = certify(model, tokenizer, random_rows(200, 512, 256), max_length=512, layouts=layouts)
     assert all(result.agrees for result in results), results
     assert max(result.difference for result in results) > 0

@@ -14,7 +14,7 @@ from tiny import tiny_model, token_rows
 from packsft.app.cli import main
 from packsft.data.collator import PackingCollator
 from packsft.model import attention, head
-from packsft.proof.claims import first_documents
+from packsft.model.claims import first_documents
 
 ISOLATION, LOGITS, HEAD, TWO, EACH, ALONE = range(6)
 

@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from packsft_kernels import reference
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
 
 from packsft.data.batch import loss_inputs, model_inputs
 from packsft.data.collator import PackingCollator
@@ -34,7 +36,6 @@ from packsft.model.pictures import check_pictures
 from packsft.model.prepared import PreparedModel
 from packsft.model.rotary import by_document, forget
 from packsft.model.sequence_parallel import shared_by
-from packsft.proof.invariance import rounds_to_float32
 
 Numbers = dict[str, Tensor]  # the loss and the gradient of every parameter, by name
 
@@ -402,3 +403,21 @@ def _compare(claim: str, found: Numbers, truth: Numbers, noise: Mapping[str, flo
             return one
         worst = max(worst, (difference / allowed if allowed else 0.0, one), key=lambda pair: pair[0])
     return worst[1]
+
+
+def rounds_to_float32(model: PreTrainedModel) -> bool:
+    """Whether the forward of a float64 model casts to a lower precision, as transformers' RMSNorm does."""
+
+    class Casts(TorchDispatchMode):
+        seen = False
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64 and out.is_floating_point():
+                Casts.seen |= out.dtype != torch.float64
+            return out
+
+    with torch.no_grad(), Casts():
+        ids = torch.tensor([[0, 1, 2]], device=model.device)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return Casts.seen

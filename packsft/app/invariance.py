@@ -6,12 +6,12 @@ Only weights that moved are compared. Where a gradient is zero except for roundi
 softmax), AdamW follows the rounding, by far less than a millionth of its learning rate per step. Weights that stay
 within this limit in both runs are ignored.
 
-This file knows no trainer: `certify` starts processes that run `python -m WORKER FOLDER`, and the worker calls
-`train_layouts` with the trainer.
+    python -m packsft.app.invariance FOLDER    # one process
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -28,7 +28,6 @@ from accelerate import PartialState
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -40,7 +39,11 @@ from transformers import (
 )
 
 from packsft import compat
+from packsft.arguments import check_model_name
+from packsft.config import PackedSFTConfig
+from packsft.model.claims import rounds_to_float32
 from packsft.model.parts import decoder_layers
+from packsft.trainer import PackedSFTTrainer
 
 # allowed: in float64; for a model that itself rounds to float32; in float32, which DeepSpeed trains in
 EXACT, ROUNDING, SINGLE = 1e-12, 1e-9, 1e-4
@@ -51,7 +54,7 @@ _MOVED = 1e-6 * LEARNING_RATE
 @dataclass(frozen=True)
 class Layout:
     """How a step is split: gradient accumulation, processes, and passes of at most `tokens_per_pass` tokens (None: not
-    packed, one pass per accumulation step); and the engine of several processes: see `compat.engine_fields`."""
+    packed, one pass per accumulation step); and the engine of several processes: see `_engine_fields`."""
 
     tokens_per_pass: int | None
     accumulation: int
@@ -110,10 +113,16 @@ class InvarianceResult:
         return asdict(self) | {"agrees": self.agrees}
 
 
-def certify_by_name(
-    model: str | None, num_steps: int, worker: str, engine: str | None = None
-) -> list[InvarianceResult]:
-    """`certify` on random tokens, for a model by folder or name (dropout off); None for the two small models."""
+def check_batch_invariance(model: str | None, num_steps: int, engine: str | None = None) -> list[InvarianceResult]:
+    """`certify` on random tokens, for a model by folder or name (dropout off); None for the two small models.
+
+    Raises:
+        ValueError: a name for no model, or an engine that is not installed.
+    """
+    if model is not None:
+        check_model_name(model)
+    if engine in ("zero2", "zero3") and importlib.util.find_spec("deepspeed") is None:
+        raise ValueError(f"--engine {engine} needs the package deepspeed, which is not installed")
     if model is None:
         models = small_models()
     else:
@@ -126,7 +135,7 @@ def certify_by_name(
         max_length = min(512, getattr(config, "max_position_embeddings", None) or 512)
         rows = random_rows(16 * num_steps, max_length, config.vocab_size)
         results += certify(
-            network, tokenizer, rows, name=name, max_length=max_length, num_steps=num_steps, worker=worker,
+            network, tokenizer, rows, name=name, max_length=max_length, num_steps=num_steps,
             layouts=layouts_of(engine),
         )  # fmt: skip
     return results
@@ -146,7 +155,6 @@ def certify(
     *,
     name: str = "",
     max_length: int,
-    worker: str,
     examples_per_step: int = 16,
     num_steps: int = 10,
     layouts: Sequence[Layout] = LAYOUTS,
@@ -157,7 +165,6 @@ def certify(
         model: a causal language model, trained in float64, or in float32 under DeepSpeed. Dropout must be off.
         rows: a data set for `PackedSFTTrainer`.
         name: the model's name in the results.
-        worker: the module that trains a job: `python -m WORKER FOLDER` must call `train_layouts`.
         examples_per_step: over all processes and micro-batches; a multiple of accumulation * processes.
 
     Raises:
@@ -185,7 +192,7 @@ def certify(
         for processes in sorted({layout.processes for layout in layouts}):
             job = options | {"layouts": [asdict(g) for g in layouts if g.processes == processes]}
             Path(folder, "job.json").write_text(json.dumps(job))
-            runs += _launch(worker, folder, processes, engine if processes > 1 else "")
+            runs += _launch(folder, processes, engine if processes > 1 else "")
         start = {name: weight.detach() for name, weight in model.named_parameters()}
     found = {Layout(**run["layout"]): run for run in runs}
     first = found[layouts[0]]
@@ -238,24 +245,6 @@ def random_rows(count: int, max_length: int, vocab_size: int) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def rounds_to_float32(model: PreTrainedModel) -> bool:
-    """Whether the forward of a float64 model casts to a lower precision, as transformers' RMSNorm does."""
-
-    class Casts(TorchDispatchMode):
-        seen = False
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64 and out.is_floating_point():
-                Casts.seen |= out.dtype != torch.float64
-            return out
-
-    with torch.no_grad(), Casts():
-        ids = torch.tensor([[0, 1, 2]], device=model.device)
-        model(input_ids=ids, attention_mask=torch.ones_like(ids))
-    return Casts.seen
-
-
 def _difference(
     weights: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], start: dict[str, torch.Tensor]
 ) -> dict[str, float]:
@@ -267,7 +256,7 @@ def _difference(
     return off
 
 
-def _launch(worker: str, folder: str, processes: int, engine: str) -> list[dict[str, Any]]:
+def _launch(folder: str, processes: int, engine: str) -> list[dict[str, Any]]:
     """Even a single process is a child: a process that has trained without a process group cannot create one."""
     results = Path(folder, "runs.pt")
     results.unlink(missing_ok=True)
@@ -281,7 +270,7 @@ def _launch(worker: str, folder: str, processes: int, engine: str) -> list[dict[
         **({"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"} if engine.startswith("zero") else {}),
     }
     done = subprocess.run(
-        [sys.executable, *ranks, "-m", worker, folder],
+        [sys.executable, *ranks, "-m", "packsft.app.invariance", folder],
         env=environment,
         capture_output=True,
         text=True,
@@ -291,10 +280,26 @@ def _launch(worker: str, folder: str, processes: int, engine: str) -> list[dict[
     return torch.load(results)
 
 
-def train_layouts(folder: str, trainer_class: Any, config_class: Any) -> None:
+def _engine_fields(engine: str, layer: str) -> dict[str, Any]:
+    """Fields of a configuration: "fsdp2" with this class of layers, "zero2", "zero3", "sp" over two ranks, or ""."""
+    if engine == "fsdp2":
+        config = {"version": 2, "transformer_layer_cls_to_wrap": [layer], "reshard_after_forward": True}
+        return {"fsdp": True, "fsdp_config": config}
+    if engine.startswith("zero"):
+        automatic = ("gradient_clipping", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        options: dict[str, Any] = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+        options |= {"zero_optimization": {"stage": int(engine[-1])}} | dict.fromkeys(automatic, "auto")
+        return {"deepspeed": options}
+    return {"sequence_parallel_size": 2} if engine == "sp" else {}
+
+
+def train_layouts(folder: str) -> None:
     """Train every layout of FOLDER/job.json; rank 0 writes the weights to FOLDER/runs.pt."""
 
-    class Recording(trainer_class):
+    class Recording(PackedSFTTrainer):
+        losses: dict[int, Any]
+        passes: dict[int, int]
+
         def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             loss, step = super().training_step(*args, **kwargs), self.state.global_step
             self.losses[step] = self.losses.get(step, 0.0) + loss
@@ -307,14 +312,14 @@ def train_layouts(folder: str, trainer_class: Any, config_class: Any) -> None:
     runs = []
     for layout in job["layouts"]:
         micro_batches = layout["accumulation"] * (1 if layout["engine"] == "sp" else layout["processes"])
-        args = config_class(
+        args = PackedSFTConfig(
             output_dir=f"{folder}/out", use_cpu=True, bf16=False, report_to="none", save_strategy="no",
             disable_tqdm=True, max_length=job["max_length"], max_steps=job["max_steps"],
             per_device_train_batch_size=job["examples_per_step"] // micro_batches,
             gradient_accumulation_steps=layout["accumulation"], tokens_per_pass=layout["tokens_per_pass"],
             packing=layout["tokens_per_pass"] is not None,
             learning_rate=LEARNING_RATE, weight_decay=0.01, gradient_checkpointing=False, logging_strategy="no",
-            **compat.engine_fields(layout["engine"], job["layer"]),
+            **_engine_fields(layout["engine"], job["layer"]),
         )  # fmt: skip
         compat.engine_on_cpu(layout["engine"], args)
         model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=getattr(torch, job["dtype"]))
@@ -328,3 +333,7 @@ def train_layouts(folder: str, trainer_class: Any, config_class: Any) -> None:
     if trainer.is_world_process_zero():
         torch.save(runs, f"{folder}/runs.pt")
     PartialState().destroy_process_group()  # gloo's threads may abort the process at exit
+
+
+if __name__ == "__main__":
+    train_layouts(sys.argv[1])

@@ -5,9 +5,8 @@ import json
 import pytest
 import torch
 
-from packsft.app.check import WORKER
 from packsft.app.cli import main
-from packsft.proof.invariance import (
+from packsft.app.invariance import (
     EXACT,
     LAYOUTS,
     ROUNDING,
@@ -17,9 +16,9 @@ from packsft.proof.invariance import (
     certify,
     layouts_of,
     random_rows,
-    rounds_to_float32,
     small_models,
 )
+from packsft.model.claims import rounds_to_float32
 
 SOME = (Layout(None, 8, 1), Layout(512, 1, 1), Layout(1024, 8, 1), Layout(4096, 1, 1))
 FEW = (Layout(None, 8, 1), Layout(4096, 1, 1))
@@ -41,7 +40,7 @@ def test_weights_after_ten_steps_agree(name, tolerance, layouts):
     # 200 rows of 8 to 512 tokens: 16 of them, a step, are about 3,600
     model, tokenizer = small_models()[name]
     assert rounds_to_float32(model) == (tolerance == ROUNDING)
-    results = certify(model, tokenizer, random_rows(200, 512, 256), max_length=512, worker=WORKER, layouts=layouts)
+    results = certify(model, tokenizer, random_rows(200, 512, 256), max_length=512, layouts=layouts)
     assert [result.layout for result in results] == list(layouts)
     for result in results:
         assert result.difference < tolerance, result
@@ -69,7 +68,7 @@ def test_weights_that_are_no_number_do_not_agree():
 
 def test_the_command_fails_where_weights_differ(monkeypatch, capsys):
     results = [InvarianceResult("GPT-2", Layout(None, 8, 1), 8.0, 2e-12, 0.0, EXACT)]
-    monkeypatch.setattr("packsft.app.check.check_batch_invariance", lambda model, num_steps, engine: results)
+    monkeypatch.setattr("packsft.app.invariance.check_batch_invariance", lambda model, num_steps, engine: results)
     assert main(["check", "--batch-invariance", "--json"]) == 1
     (printed,) = json.loads(capsys.readouterr().out)
     assert (printed["agrees"], printed["layout"]["tokens_per_pass"]) == (False, None)
@@ -81,4 +80,4 @@ def test_the_command_fails_where_weights_differ(monkeypatch, capsys):
 
 def test_a_step_that_does_not_divide_is_named():
     with pytest.raises(ValueError, match=r"examples_per_step=6: must be a multiple .* accumulation=8"):
-        certify(*small_models()["GPT-2"], random_rows(8, 512, 256), max_length=512, worker=WORKER, examples_per_step=6)
+        certify(*small_models()["GPT-2"], random_rows(8, 512, 256), max_length=512, examples_per_step=6)

@@ -1,1 +1,0 @@
-"""Proofs that packed training is the same training."""
