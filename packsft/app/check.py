@@ -14,8 +14,7 @@ from packsft_kernels.varlen_attention import BACKENDS
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import is_peft_available
 
-from packsft.app.rows import could_not_load, prepared_rows
-from packsft.arguments import check_model_name
+from packsft.app.rows import loaded, prepared_rows
 from packsft.compat import is_out_of_memory
 from packsft.data.collator import PackingCollator
 from packsft.data.joined_pictures import JoinedPictures, RotaryPositions
@@ -106,9 +105,5 @@ def _load(model: str, dtype: torch.dtype, attn: str | None, loads: Any) -> PreTr
         if attn is not None:
             network.set_attn_implementation(attn)
         return network
-    check_model_name(model)
     options = {} if attn is None else {"attn_implementation": attn}
-    try:
-        return loads.from_pretrained(model, dtype=dtype, **options)
-    except Exception as error:  # transformers raises anything about a damaged folder
-        raise ValueError(could_not_load(model, error)) from error
+    return loaded(loads, model, dtype=dtype, **options)

@@ -38,9 +38,8 @@ from packsft.app.demo_rows import Row, decode, demo_rows, of_texts, prompt_ids, 
 from packsft.app.drawing import block_colours, draw_packs
 from packsft.app.inspect import inspection_of
 from packsft.app.page import check_page, html_page, write_whole
-from packsft.app.rows import could_not_load, decoder_of
+from packsft.app.rows import decoder_of, loaded
 from packsft.app.tables import markdown, print_table
-from packsft.arguments import check_model_name
 
 if TYPE_CHECKING:
     from packsft import PackedSFTTrainer
@@ -121,13 +120,9 @@ def prepare(
 
         model, tokenizer = load_smollm2(torch.float32)
     else:
-        check_model_name(model_name)
         # float32 master weights: rounding to bfloat16 would lose a step of 1e-4.
-        try:
-            model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(model_name)
-        except Exception as error:  # transformers raises anything about a damaged folder
-            raise ValueError(could_not_load(model_name, error)) from error
+        model = loaded(AutoModelForCausalLM, model_name, dtype=torch.float32)
+        tokenizer = loaded(AutoTokenizer, model_name, "the tokenizer of ")
     if not of_texts(rows[0]) and tokenizer.chat_template is None:
         raise ValueError(f"{data} holds messages, but the tokenizer of {model_name} has no chat template")
     if tokenizer.eos_token is None:

@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from packsft import compat
-from packsft.arguments import check_model_name
+from packsft.app.rows import loaded
 from packsft.config import PackedSFTConfig
 from packsft.model.claims import rounds_to_float32
 from packsft.model.parts import decoder_layers
@@ -117,18 +117,16 @@ def check_batch_invariance(model: str | None, num_steps: int, engine: str | None
     """`certify` on random tokens, for a model by folder or name (dropout off); None for the two small models.
 
     Raises:
-        ValueError: a name for no model, or an engine that is not installed.
+        ValueError: the model cannot be loaded, or the engine is not installed.
     """
-    if model is not None:
-        check_model_name(model)
     if engine in ("zero2", "zero3") and importlib.util.find_spec("deepspeed") is None:
         raise ValueError(f"--engine {engine} needs the package deepspeed, which is not installed")
     if model is None:
         models = small_models()
     else:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
-        _without_dropout(loaded.config.get_text_config())
-        models = {model: (loaded, AutoTokenizer.from_pretrained(model))}
+        network = loaded(AutoModelForCausalLM, model, dtype=torch.float64)
+        _without_dropout(network.config.get_text_config())
+        models = {model: (network, loaded(AutoTokenizer, model, "the tokenizer of "))}
     results = []
     for name, (network, tokenizer) in models.items():
         config = network.config.get_text_config()

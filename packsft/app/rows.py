@@ -196,13 +196,7 @@ def _with_pictures(
     from transformers import AutoProcessor, ProcessorMixin
     from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-    from packsft.arguments import check_model_name
-
-    check_model_name(model)
-    try:
-        processor = AutoProcessor.from_pretrained(model)
-    except Exception as error:  # transformers raises anything about a damaged folder
-        raise ValueError(could_not_load(model, error, "the processor of ")) from error
+    processor = loaded(AutoProcessor, model, "the processor of ")
     if not isinstance(processor, ProcessorMixin):
         raise ValueError(f"{data} holds pictures, but {model} has no processor, only a {type(processor).__name__}")
     of_completions = {"prompt", "completion"} <= set(rows.column_names)
@@ -214,9 +208,16 @@ def _with_pictures(
     return PictureRows(with_hidden_pictures(rows), collator, max_length, None, data)
 
 
-def could_not_load(model: str, error: Exception, what: str = "") -> str:
-    where = "" if os.path.exists(model) else "there is no such folder, and from the hub: "
-    return f"could not load {what}{model}: {where}{error}"
+def loaded(kind: Any, model: str, what: str = "", **options: Any) -> Any:
+    """`kind.from_pretrained(model)` of transformers, by folder or hub name. Raises ValueError if that fails."""
+    from packsft.arguments import check_model_name
+
+    check_model_name(model)
+    try:
+        return kind.from_pretrained(model, **options)
+    except Exception as error:  # transformers raises anything about a damaged folder
+        where = "" if os.path.exists(model) else "there is no such folder, and from the hub: "
+        raise ValueError(f"could not load {what}{model}: {where}{error}") from error
 
 
 def decoder_of(tokenizer: Any) -> Callable[[Sequence[int]], str]:
@@ -234,11 +235,5 @@ def load_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     from packsft.app.smollm2 import load_smollm2_tokenizer
-    from packsft.arguments import check_model_name
 
-    check_model_name(model)
-    try:
-        tokenizer = load_smollm2_tokenizer() if model == "smollm2" else AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # transformers raises anything about a damaged folder
-        raise ValueError(could_not_load(model, error, "the tokenizer of ")) from error
-    return tokenizer
+    return load_smollm2_tokenizer() if model == "smollm2" else loaded(AutoTokenizer, model, "the tokenizer of ")
