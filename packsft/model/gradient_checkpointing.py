@@ -1,16 +1,18 @@
 """Gradient checkpointing that keeps the host less busy than PyTorch's.
 
 A layer keeps its inputs in the forward, and is computed again in the backward. As `torch.utils.checkpoint` with
-`use_reentrant=False`, by hooks on saved tensors: the forward saves only their number, shapes and dtypes, and the first
-tensor that the backward asks for runs the layer again. PyTorch keeps a weak reference, a handle and two entries of
-dictionaries for each tensor: with its hooks, over a third of what the host does in a step with checkpointing (`--suite
-step`). The host holds back a model of 1B on a fast GPU.
+`use_reentrant=False`, by hooks on saved tensors: the forward saves a slot in place of each tensor, and the first slot
+that the backward asks for runs the layer again, which fills them. For each tensor PyTorch has entries in three
+dictionaries, by backward, where a slot does: with its hooks, over a third of what the host does in a step with
+checkpointing (`--suite step`). The host holds back a model of 1B on a fast GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+KINDS = {"cpu", "cuda"}
+Form = tuple[torch.Size, torch.dtype, torch.device]
 DEFAULTS = {"use_reentrant": False, "preserve_rng_state": True}  # the first is transformers', the other PyTorch's
 
 
@@ -27,16 +31,16 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
     The backward computes it again, under the same autocast and random state, up to the last tensor it needs. Gradients
     flow to every tensor that the function uses, its arguments and others. Inside of another checkpoint, or of hooks
-    that offload saved tensors, `args` are saved tensors as any.
+    that offload saved tensors, `args` are saved tensors as any. PyTorch's checkpoint is called where it knows more:
+    while `torch.compile` traces, under `with torch.device(...)`, without tensors on a CPU or NVIDIA GPU in `args`.
 
     Raises:
         RuntimeError: in the backward, if the function computes other tensors than in the forward, or if one of `args`
             was changed in place since.
     """
-    if torch.compiler.is_compiling():  # which knows PyTorch's
+    devices = {value.device.type for value in args if isinstance(value, Tensor)}
+    if torch.compiler.is_compiling() or torch._C._len_torch_function_stack() or not devices or devices - KINDS:
         return torch_checkpoint(function, *args, use_reentrant=False, **kwargs)
-    if not torch.is_grad_enabled():
-        return function(*args, **kwargs)
     layer = _Recomputed(functools.partial(function, **kwargs), args)
     with saved_tensors_hooks(layer.pack, layer.unpack):
         return function(*args, **kwargs)
@@ -60,17 +64,28 @@ class _SavedInputs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
-        return anchor.clone()
+        return anchor.detach()
 
 
-class _AllSaved(Exception):
+class _Slot:
+    """In place of a saved tensor: `tensor` was computed again, for the backward number `backward`."""
+
+    __slots__ = ("__weakref__", "backward", "tensor")
+    tensor: Tensor | None
+    backward: int
+
+    def __init__(self) -> None:
+        self.tensor, self.backward = None, -1
+
+
+class _AllSaved(BaseException):
     """Ends a recomputation: nothing after the last saved tensor is needed."""
 
 
 class _Recomputed:
     """The tensors that `function(*args)` saves for the backward: not kept, but computed again when it needs the first.
 
-    A tensor is let go once it was handed out. Asked for again (`retain_graph=True`), all are computed again.
+    A tensor is let go once it was handed out, or its graph is gone. A second backward computes all of them again.
     """
 
     def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -84,35 +99,42 @@ class _Recomputed:
                 torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind),
                 torch.is_autocast_cache_enabled(),
             )
-            for kind in {"cpu", *(tensor.device.type for tensor in tensors)} - {"meta"}
+            for kind in {"cpu", *(tensor.device.type for tensor in tensors)}
         ]  # fmt: skip
         self._cuda = list({tensor.device for tensor in tensors if tensor.device.type == "cuda"})
         self._random = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._cuda)]
-        self._saved: list[tuple[torch.Size, torch.dtype]] = []
-        self._again: dict[int, Tensor] = {}
+        self._saved: list[tuple[weakref.ref[_Slot], Form]] = []
 
-    def pack(self, tensor: Tensor) -> int:
-        self._saved.append((tensor.shape, tensor.dtype))
-        return len(self._saved) - 1
+    def pack(self, tensor: Tensor) -> _Slot:
+        slot = _Slot()
+        self._saved.append((weakref.ref(slot), (tensor.shape, tensor.dtype, tensor.device)))
+        return slot
 
-    def unpack(self, number: int) -> Tensor:
-        if number not in self._again:
-            self._again = dict(enumerate(self._compute_again()))
-        return self._again.pop(number)
+    def unpack(self, slot: _Slot) -> Tensor:
+        backward = torch._C._current_graph_task_id()
+        if slot.tensor is None or slot.backward != backward:
+            self._compute_again(backward)
+        tensor, slot.tensor = slot.tensor, None
+        assert tensor is not None
+        return tensor
 
-    def _compute_again(self) -> list[Tensor]:
-        found: list[Tensor] = []
+    def _compute_again(self, backward: int) -> None:
+        # The graph of this run has `keep`, and a layer may keep a part of that graph: no tensor, and not `self`, in it
+        saved, count, differences = self._saved, itertools.count(1), list[str]()
 
         def keep(tensor: Tensor) -> Tensor:
-            saved = self._saved[len(found)]
-            if (tensor.shape, tensor.dtype) != saved:
-                raise _differs(
-                    f"{tensor.dtype} {list(tensor.shape)} where the forward saved {saved[1]} {list(saved[0])}"
-                )
-            found.append(tensor.detach())
-            if len(found) == len(self._saved):
+            if (number := next(count)) > len(saved):  # the function went on behind `_AllSaved`
                 raise _AllSaved
-            return found[-1]
+            reference, expected = saved[number - 1]
+            if (form := (tensor.shape, tensor.dtype, tensor.device)) != expected:
+                differences.append(f"{_describe(*form)} where the forward saved {_describe(*expected)}")
+                raise _AllSaved
+            tensor = tensor.detach()
+            if (slot := reference()) is not None:
+                slot.tensor, slot.backward = tensor, backward
+            if number == len(saved):
+                raise _AllSaved
+            return tensor
 
         args = self._args.copy()
         for place, tensor in zip(self._places, self._inputs.saved_tensors, strict=True):
@@ -128,13 +150,14 @@ class _Recomputed:
             stack.enter_context(saved_tensors_hooks(keep, lambda tensor: tensor))
             stack.enter_context(contextlib.suppress(_AllSaved))
             self._function(*args)
-        if len(found) < len(self._saved):
-            raise _differs(f"{len(found)} saved tensors, {len(self._saved)} in the forward")
-        return found
+        if (num_saved := next(count) - 1) < len(saved):
+            differences.append(f"{num_saved} saved tensors, {len(saved)} in the forward")
+        if differences:
+            raise RuntimeError(
+                f"gradient checkpointing: a layer does not compute the same a second time: {differences[0]}. Set "
+                "gradient_checkpointing=False if it keeps a state from call to call"
+            )
 
 
-def _differs(how: str) -> RuntimeError:
-    return RuntimeError(
-        f"gradient checkpointing: a layer does not compute the same a second time: {how}. Set "
-        "gradient_checkpointing=False if it keeps a state from call to call"
-    )
+def _describe(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:
+    return f"{dtype} {[*shape]} on {device}"

@@ -12,9 +12,11 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from packsft.model import gradient_checkpointing
 from packsft.model.gradient_checkpointing import checkpoint, install_checkpoint
 
 pytorchs = functools.partial(torch_checkpoint, use_reentrant=False)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 class Layer(nn.Module):
@@ -24,35 +26,45 @@ class Layer(nn.Module):
         super().__init__()
         self.linear, self.norm, self.outside, self.calls = nn.Linear(8, 8), nn.LayerNorm(8), outside, 0
 
-    def forward(self, hidden, number=1, scale=1.0):
+    def forward(self, hidden, number=1, shift=0.0, scale=1.0):
         self.calls += 1
-        gate, up = self.linear(self.norm(hidden)).chunk(2, dim=-1)
-        mixed = torch.cat([nn.functional.silu(gate) * up, torch.exp(up)], dim=-1)
-        return hidden + nn.functional.dropout(mixed, 0.5) * scale * self.outside * number
+        gate, up = self.linear(self.norm(hidden * number)).chunk(2, dim=-1)
+        mixed = torch.cat([nn.functional.silu(gate + shift) * up, torch.exp(up)], dim=-1)
+        return hidden + nn.functional.dropout(mixed, 0.5) * scale * self.outside
 
 
-def gradients(run, seed=0, backwards=1):
+def gradients(run, seed=0, backwards=1, device="cpu", autocast=torch.bfloat16, frozen=False):
     """The output of two layers, all gradients, and random numbers drawn before and after the backward."""
     torch.manual_seed(seed)
-    outside, scale = torch.randn(8, requires_grad=True), torch.randn(8, requires_grad=True)
-    layers = [Layer(outside), Layer()]
-    hidden = first = torch.randn(5, 8, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    outside, scale, shift = (torch.randn(width).to(device).requires_grad_() for width in (8, 8, 4))
+    layers = [Layer(outside).to(device), Layer().to(device)]
+    hidden = first = torch.randn(5, 8).to(device).requires_grad_()
+    if frozen:
+        hidden, shift = first.detach(), shift.detach()
+    with torch.autocast(device, autocast):
         for layer in layers:
-            hidden = run(layer, hidden, 2, scale=scale)
-    drawn = torch.rand(3)
+            hidden = run(layer, hidden, 2, shift, scale=scale)
+    drawn = torch.rand(3, device=device)
     for _ in range(backwards):
         hidden.square().sum().backward(retain_graph=True)
-    leaves = [outside, scale, first, *(parameter for layer in layers for parameter in layer.parameters())]
-    return [hidden.detach(), drawn, torch.rand(3), *(leaf.grad for leaf in leaves)]
+    leaves = [outside, scale, *(parameter for layer in layers for parameter in layer.parameters())]
+    leaves += [] if frozen else [first, shift]
+    return [hidden.detach(), drawn, torch.rand(3), torch.rand(3, device=device), *(leaf.grad for leaf in leaves)]
 
 
-@pytest.mark.parametrize("backwards", [1, 2])
-def test_bits_of_pytorchs_checkpoint(backwards):
+def equal(ours, theirs):
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "options", [{}, {"backwards": 2}, {"autocast": torch.float16}, {"frozen": True}], ids=lambda options: str(options)
+)
+def test_bits_of_pytorchs_checkpoint(options, device):
     """Gradients of arguments, keywords and others, under autocast and dropout; the random state after the backward."""
-    ours = gradients(checkpoint, backwards=backwards)
-    assert all(map(torch.equal, ours, gradients(pytorchs, backwards=backwards)))
-    assert not torch.equal(ours[0], gradients(checkpoint, seed=1)[0])
+    ours = gradients(checkpoint, device=device, **options)
+    assert equal(ours, gradients(pytorchs, device=device, **options))
+    assert not torch.equal(ours[0], gradients(checkpoint, 1, device=device, **options)[0])
 
 
 def test_it_computes_again_once_and_only_to_the_last_saved_tensor():
@@ -72,10 +84,13 @@ def test_it_computes_again_once_and_only_to_the_last_saved_tensor():
 
 def test_only_the_inputs_are_kept():
     seen = []
-    layer, hidden = Layer(), torch.randn(5, 8, requires_grad=True)
-    with saved_tensors_hooks(lambda tensor: seen.append(tensor.data_ptr()) or tensor, lambda tensor: tensor):
+    layer, hidden = Layer(), torch.randn(5, 8, requires_grad=True) * 1
+    alive = weakref.ref(hidden)
+    with saved_tensors_hooks(lambda tensor: seen.append(tensor.data_ptr()) or tensor.clone(), lambda tensor: tensor):
         output = checkpoint(layer, hidden)
     assert seen == [hidden.data_ptr()]
+    del hidden
+    assert alive() is None  # a hook has replaced it, and nothing else has it
     output.sum().backward()
     assert layer.calls == 2
 
@@ -85,19 +100,17 @@ def test_inputs_can_be_offloaded():
         with save_on_cpu():
             return checkpoint(*args, **kwargs)
 
-    assert all(map(torch.equal, gradients(offloaded), gradients(pytorchs)))
+    assert equal(gradients(offloaded), gradients(pytorchs))
 
 
 @pytest.mark.parametrize("inner", [checkpoint, pytorchs])
 @pytest.mark.parametrize("outer", [checkpoint, pytorchs])
 def test_a_checkpoint_inside_a_checkpoint(inner, outer):
-    def nested(inner, outer, layer, hidden, number, scale):
-        return outer(lambda states: inner(layer, states.sin(), number, scale=scale).cos(), hidden)
+    def nested(inner, outer, layer, hidden, number, shift, scale):
+        return outer(lambda states: inner(layer, states.sin(), number, shift, scale=scale).cos(), hidden)
 
-    ours = gradients(functools.partial(nested, inner, outer))
-    assert all(
-        map(torch.equal, ours, gradients(functools.partial(nested, lambda f, *args, **kw: f(*args, **kw), pytorchs)))
-    )
+    ours, theirs = (gradients(functools.partial(nested, *pair)) for pair in [(inner, outer), (pytorchs, pytorchs)])
+    assert equal(ours, theirs)
 
 
 def test_a_backward_inside_of_the_function():
@@ -109,6 +122,21 @@ def test_a_backward_inside_of_the_function():
     (ours,) = torch.autograd.grad(checkpoint(function, hidden).sum(), hidden)
     (plain,) = torch.autograd.grad(function(hidden).sum(), hidden)
     assert torch.equal(ours, plain)
+
+
+def test_a_second_backward_does_not_take_what_the_first_left():
+    """Of the layer as it is now, all tensors: not some of before."""
+    weight = torch.tensor(2.0)
+
+    def run(checkpoint):
+        weight.fill_(2.0)
+        hidden = torch.linspace(0.1, 1, 5, requires_grad=True)
+        first, other = checkpoint(lambda hidden: ((hidden * weight).sin(), (hidden * weight).cos()), hidden)
+        torch.autograd.grad(first.sum(), hidden)
+        weight.fill_(3.0)
+        return torch.autograd.grad(other.sum(), hidden)
+
+    assert equal(run(checkpoint), run(pytorchs))
 
 
 def test_without_gradients_nothing_is_kept():
@@ -133,6 +161,52 @@ def test_memory_is_freed_by_the_backward():
         gc.enable()
 
 
+def tensors_alive():
+    gc.collect()
+    return sum(isinstance(value, torch.Tensor) for value in gc.get_objects())
+
+
+@pytest.mark.parametrize("retain_graph", [False, True])
+def test_tensors_are_let_go_one_by_one_and_those_that_nothing_needs_at_once(retain_graph):
+    counts = []
+
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            counts.append(tensors_alive())
+            return gradient
+
+    def function(hidden):
+        for _ in range(8):
+            hidden.cos().exp()  # saves a tensor whose graph ends here
+            hidden = Counted.apply(hidden).exp()
+        return hidden
+
+    before = tensors_alive()
+    checkpoint(function, torch.zeros(4, requires_grad=True)).sum().backward(retain_graph=retain_graph)
+    assert [counts[0] - count for count in counts[:7]] == [*range(7)]
+    assert counts[0] - before < 16
+
+
+def test_a_layer_may_keep_a_part_of_its_graph():
+    """As Gemma 3n keeps keys and values in a dictionary: it keeps what it saves, and no other tensor for ever."""
+    kept = {}
+
+    def function(hidden):
+        kept["states"] = hidden.exp()
+        return kept["states"].sin().exp().cos()
+
+    def step():
+        checkpoint(function, torch.zeros(4, requires_grad=True)).sum().backward()
+        return tensors_alive()
+
+    assert step() == step() == step()
+
+
 def test_an_input_changed_in_place_is_refused():
     hidden = torch.randn(5, 8, requires_grad=True) * 1
     output = checkpoint(Layer(), hidden)
@@ -141,19 +215,53 @@ def test_an_input_changed_in_place_is_refused():
         output.sum().backward()
 
 
+def stubborn(hidden):
+    try:
+        return hidden.exp().exp()
+    except BaseException:
+        return hidden.sin()
+
+
+FLOATS = r"where the forward saved torch.float32 \[5, 8\] on cpu"
+
+
 @pytest.mark.parametrize(
-    ("second", "how"),
+    ("first", "second", "how"),
     [
-        (lambda hidden: hidden[:2].exp(), r"float32 \[2, 8\] where the forward saved torch.float32 \[5, 8\]"),
-        (lambda hidden: hidden.double().exp(), r"float64 \[5, 8\] where the forward saved torch.float32 \[5, 8\]"),
-        (lambda hidden: hidden + 1, "0 saved tensors, 1 in the forward"),
+        (torch.exp, lambda hidden: hidden[:2].exp(), r"float32 \[2, 8\] on cpu " + FLOATS),
+        (torch.exp, lambda hidden: hidden.double().exp(), r"float64 \[5, 8\] on cpu " + FLOATS),
+        (torch.exp, lambda hidden: hidden.to("meta").exp(), r"float32 \[5, 8\] on meta " + FLOATS),
+        (torch.exp, lambda hidden: hidden + 1, "0 saved tensors, 1 in the forward"),
+        (torch.exp, lambda hidden: stubborn(hidden[:2]), r"float32 \[2, 8\] on cpu " + FLOATS),
     ],
+    ids=["shape", "dtype", "device", "number", "swallowed"],
 )
-def test_a_layer_that_computes_something_else_is_refused(second, how):
-    functions = iter([torch.exp, second])
+def test_a_layer_that_computes_something_else_is_refused(first, second, how):
+    functions = iter([first, second])
     output = checkpoint(lambda hidden: next(functions)(hidden), torch.randn(5, 8, requires_grad=True))
     with pytest.raises(RuntimeError, match=how):
         output.sum().backward()
+
+
+def test_a_layer_that_goes_on_behind_the_last_tensor_is_right():
+    hidden = torch.randn(5, 8, requires_grad=True)
+    (ours,) = torch.autograd.grad(checkpoint(stubborn, hidden).sum(), hidden)
+    (plain,) = torch.autograd.grad(stubborn(hidden).sum(), hidden)
+    assert torch.equal(ours, plain)
+
+
+def test_pytorchs_is_called_where_it_knows_more(monkeypatch):
+    def refuse(*args):
+        raise AssertionError
+
+    monkeypatch.setattr(gradient_checkpointing, "_Recomputed", refuse)
+    layer, hidden = Layer(), torch.randn(5, 8, requires_grad=True)
+    with torch.device("cpu"):
+        checkpoint(layer, hidden)
+    checkpoint(layer, hidden=hidden)  # of its keywords it does not know the device, and PyTorch's does not either
+    checkpoint(layer.to("meta"), hidden.to("meta"))
+    with pytest.raises(AssertionError):
+        checkpoint(layer, hidden)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +272,7 @@ def test_a_layer_that_computes_something_else_is_refused(second, how):
         ({"use_reentrant": False, "preserve_rng_state": False}, False),
         ({"use_reentrant": True}, False),
     ],
+    ids=str,
 )
 def test_only_the_defaults_are_replaced(arguments, replaced):
     model = tiny_model()
@@ -173,20 +282,29 @@ def test_only_the_defaults_are_replaced(arguments, replaced):
     assert (functions == {checkpoint}) is replaced
 
 
-@pytest.mark.parametrize("options", [{}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}, {"bf16": True}])
+@pytest.mark.parametrize("other", [functools.partial(lambda *args: None, use_reentrant=False), lambda *args: None])
+def test_another_function_is_left_alone(other):
+    model = tiny_model()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.model.layers[0]._gradient_checkpointing_func = other
+    install_checkpoint(model)
+    assert [layer._gradient_checkpointing_func for layer in model.model.layers] == [other, checkpoint]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}, {"bf16": True}], ids=str
+)
 def test_training(options, tmp_path, monkeypatch):
     """The trainer uses it; with `torch_compile`, which traces PyTorch's, the bits are the same, too."""
-    calls, models = [], []
-    forward = checkpoint.__globals__["_Recomputed"].pack
-    monkeypatch.setattr(
-        "packsft.model.gradient_checkpointing._Recomputed.pack", lambda *a: calls.append(1) or forward(*a)
-    )
+    made, models = [], []
+    recomputed = gradient_checkpointing._Recomputed
+    monkeypatch.setattr(gradient_checkpointing, "_Recomputed", lambda *args: made.append(1) or recomputed(*args))
     for installs in (True, False):
         if not installs:
             monkeypatch.setattr("packsft.trainer.install_checkpoint", lambda model: None)
         ours = trainer(tmp_path, tiny_model(), gradient_checkpointing=True, max_steps=2, **options)
         ours.train()
         models.append(list(ours.model.parameters()))
-        assert bool(calls) is (installs and "torch_compile" not in options)
-        calls.clear()
-    assert all(map(torch.equal, *models))
+        assert bool(made) is (installs and "torch_compile" not in options)
+        made.clear()
+    assert equal(*models)
