@@ -54,7 +54,7 @@ _MOVED = 1e-6 * LEARNING_RATE
 @dataclass(frozen=True)
 class Layout:
     """How a step is split: gradient accumulation, processes, and passes of at most `tokens_per_pass` tokens (None: not
-    packed, one pass per accumulation step); and the engine of several processes: see `_engine_fields`."""
+    packed, one pass per accumulation step); and the engine of several processes: see `engine_fields`."""
 
     tokens_per_pass: int | None
     accumulation: int
@@ -278,7 +278,7 @@ def _launch(folder: str, processes: int, engine: str) -> list[dict[str, Any]]:
     return torch.load(results)
 
 
-def _engine_fields(engine: str, layer: str) -> dict[str, Any]:
+def engine_fields(engine: str, layer: str) -> dict[str, Any]:
     """Fields of a configuration: "fsdp2" with this class of layers, "zero2", "zero3", "sp" over two ranks, or ""."""
     if engine == "fsdp2":
         config = {"version": 2, "transformer_layer_cls_to_wrap": [layer], "reshard_after_forward": True}
@@ -317,7 +317,7 @@ def train_layouts(folder: str) -> None:
             gradient_accumulation_steps=layout["accumulation"], tokens_per_pass=layout["tokens_per_pass"],
             packing=layout["tokens_per_pass"] is not None,
             learning_rate=LEARNING_RATE, weight_decay=0.01, gradient_checkpointing=False, logging_strategy="no",
-            **_engine_fields(layout["engine"], job["layer"]),
+            **engine_fields(layout["engine"], job["layer"]),
         )  # fmt: skip
         compat.engine_on_cpu(layout["engine"], args)
         model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=getattr(torch, job["dtype"]))

@@ -20,7 +20,8 @@ from transformers.distributed import DistributedConfig
 from vision import rows_with_pictures, vision_model
 
 from packsft import PackedSFTTrainer
-from packsft.compat import engine_fields, engine_on_cpu, whole_parameters
+from packsft.app.invariance import engine_fields
+from packsft.compat import engine_on_cpu, whole_parameters
 from packsft.data.collator import PackingCollator
 
 RUN = {"max_steps": 4, "optim": "sgd", "tokens_per_pass": 128, "per_device_eval_batch_size": 2, "use_cpu": True}

@@ -23,6 +23,7 @@ BFD = {"packing_strategy": "bfd", "max_length": 24, "tokens_per_pass": None}
 RUNS = {
     "step": LLAMA,
     "bfd": LLAMA | BFD,
+    "checkpointing": LLAMA | {"gradient_checkpointing": True},
     "untied": LLAMA | UNTIED,
     "LoRA": LLAMA | {"lora": {"target_modules": LAYERS}},
     "LoRA on the head": LLAMA | UNTIED | {"lora": {"target_modules": [*LAYERS, "lm_head"]}},

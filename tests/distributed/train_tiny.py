@@ -36,7 +36,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from packsft import PackedSFTTrainer
-from packsft.compat import engine_fields, engine_on_cpu, whole_parameters
+from packsft.app.invariance import engine_fields
+from packsft.compat import engine_on_cpu, whole_parameters
 from packsft.model import head
 from packsft.model.sequence_parallel import SequenceGroup
 
