@@ -435,7 +435,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
                 hook.remove()
 
     def _inner_training_loop(self, *positional: Any, **named: Any) -> TrainOutput:
-        """Adds to the parent: NEFTune's noise by document, other dropout on each part of a row, our checkpoints."""
+        """Adds to the parent: NEFTune's noise by document, dropout by part of a row, our gradient checkpointing."""
         if self._sequence is not None:
             torch.manual_seed(torch.initial_seed() + (self._sequence.rank << 32))
         if self.neftune_noise_alpha is not None:

@@ -119,8 +119,7 @@ class PackedLoaders(Trainer):
 
         Args:
             batch_size: items on each rank; with exact steps, examples of a step on each rank.
-            order: of training, which samples by `train_sampling_strategy`: filled with what the order depends on, or
-                holds it, if a run resumes. Evaluation keeps the order of the rows.
+            order: of training: filled with what the order depends on, or read, if a run resumes. None for evaluation.
         """
         training, args, accelerator, collator = order is not None, self.args, self.accelerator, self.data_collator
         ranks = Ranks.of(accelerator)
@@ -135,7 +134,10 @@ class PackedLoaders(Trainer):
                 dataset, step_size, limit if training else min(limit, self._tokens_in_evaluation), ranks,
                 collator.padded,
             )  # fmt: skip
-            batch_size, ranks_of_batches = (step_size if sampler else 1), Ranks()  # every rank asks for the whole step
+            batch_size, ranks_of_batches = (
+                (1 if sampler is None else step_size),
+                Ranks(),
+            )  # every rank asks for the whole step
         elif isinstance(dataset, PackedStream) and ranks.size > 1:
             source = dataset.share(ranks, endless=training)
         seeds_workers = training and sampler is not None

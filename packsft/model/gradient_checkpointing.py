@@ -2,9 +2,9 @@
 
 A layer keeps its inputs in the forward, and is computed again in the backward. As `torch.utils.checkpoint` with
 `use_reentrant=False`, by hooks on saved tensors: the forward saves a slot in place of each tensor, and the first slot
-that the backward asks for runs the layer again, which fills them. For each tensor PyTorch has entries in three
-dictionaries, by backward, where a slot does: with its hooks, over a third of what the host does in a step with
-checkpointing (`--suite step`). The host holds back a model of 1B on a fast GPU.
+that the backward asks for runs the layer again, which fills them. PyTorch keeps entries in three dictionaries for each
+tensor; one slot is enough. Its hooks and dictionaries take over a third of the host's time in a step with checkpointing
+(`--suite step`), and the host holds back a model of 1B on a fast GPU.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     devices = {value.device.type for value in args if isinstance(value, Tensor)}
     if torch.compiler.is_compiling() or torch._C._len_torch_function_stack() or not devices or devices - KINDS:
         return torch_checkpoint(function, *args, use_reentrant=False, **kwargs)
+    if not torch.is_grad_enabled():
+        return function(*args, **kwargs)
     layer = _Recomputed(functools.partial(function, **kwargs), args)
     with saved_tensors_hooks(layer.pack, layer.unpack):
         return function(*args, **kwargs)
@@ -78,8 +80,8 @@ class _Slot:
         self.tensor, self.backward = None, -1
 
 
-class _AllSaved(BaseException):
-    """Ends a recomputation: nothing after the last saved tensor is needed."""
+class _AllSaved(Exception):
+    """Ends a recomputation: nothing after the last saved tensor is needed. Hooks with `always_call` see it."""
 
 
 class _Recomputed:

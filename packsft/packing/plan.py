@@ -209,8 +209,8 @@ def _check_plan(
             raise ValueError(f"{name}={count}: must be at least 0")
     if not len(examples) == len(starts) == len(stops):
         raise ValueError(f"it has {len(examples)} examples, {len(starts)} starts and {len(stops)} stops")
-    if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(examples) or (offsets[1:] < offsets[:-1]).any():
-        raise ValueError(f"offsets must rise from 0 to {len(examples)}, the number of segments")
+    if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(examples) or (offsets[1:] <= offsets[:-1]).any():
+        raise ValueError(f"offsets must rise from 0 to {len(examples)}, the number of segments, with no empty pack")
     if (examples >= account.examples_in).any():
         raise ValueError(f"it packs example {examples.max()} of {account.examples_in}")
     wrong = np.flatnonzero((stops <= starts) | (stops > account.tokens_in))

@@ -77,6 +77,20 @@ def test_killed_at_any_position_it_goes_on_with_the_same_packs(kind, strategy):
         assert begun + sequence(resumed) == everything
 
 
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped", "none"])
+def test_a_document_is_let_go_with_its_last_part(strategy):
+    packs = packed(stream_of(COUNT), strategy=strategy)
+    held = []
+    for _ in packs:
+        state = packs.state_dict()
+        held.append({document[0] for document in state["held"]})
+        assert held[-1] == {key for pack in state["buffer"]["complete"] for key, *_ in pack} | {
+            key for key, *_ in state["buffer"]["waiting"]
+        }
+    assert held[-1] == set()
+    assert any(held) is (strategy != "none")
+
+
 @pytest.mark.parametrize("num_ranks", [2, 3])
 @pytest.mark.parametrize("kind", ["one shard", "a plain iterable"])
 def test_a_killed_rank_goes_on_with_its_share(kind, num_ranks):

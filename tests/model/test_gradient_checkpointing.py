@@ -143,7 +143,23 @@ def test_without_gradients_nothing_is_kept():
     layer = Layer()
     with torch.no_grad():
         assert checkpoint(layer, torch.randn(5, 8)).grad_fn is None
+        assert torch.equal(checkpoint(slope_of_sine, torch.zeros(3)), torch.ones(3))
     assert layer.calls == 1
+
+
+def slope_of_sine(hidden):
+    with torch.enable_grad():
+        hidden = hidden.detach().requires_grad_()
+        return torch.autograd.grad(hidden.sin().sum(), hidden)[0]
+
+
+def test_hooks_that_are_always_called_are_called_where_it_stops():
+    """Those of PyTorch's FSDP2 and of TRL's offloading close what a hook before the forward has opened."""
+    layer, is_open = nn.Sequential(nn.Tanh()), []
+    layer.register_forward_pre_hook(lambda *args: is_open.append(True))
+    layer.register_forward_hook(lambda *args: is_open.pop() and None, always_call=True)
+    checkpoint(layer, torch.randn(4, requires_grad=True)).sum().backward()
+    assert not is_open
 
 
 def test_memory_is_freed_by_the_backward():

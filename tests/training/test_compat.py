@@ -53,6 +53,7 @@ SOURCES = {
         "self._get_output_dir(", "self._push_from_checkpoint(", "output_dir = os.path.join(run_dir, checkpoint_folder)",
     ],
     "transformers.trainer.Trainer._init_training_state": ["compare_trainer_and_checkpoint_args("],
+    "transformers.modeling_layers.GradientCheckpointingLayer": ["_gradient_checkpointing_func("],
     "transformers.masking_utils._preprocess_mask_arguments": ["ALL_MASK_ATTENTION_FUNCTIONS._global_mapping"],
 }  # fmt: skip
 
