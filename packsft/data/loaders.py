@@ -129,15 +129,11 @@ class PackedLoaders(Trainer):
         if dataset.strategy.exact_steps:
             step_size = batch_size * (1 if args.accelerator_config.split_batches else ranks.size)
             limit = self._passes.tokens_per_pass
+            limit = limit if training else min(limit, self._tokens_in_evaluation)
             steps = StepDataset if isinstance(dataset, PackedDataset) else StepStream
-            source = steps(
-                dataset, step_size, limit if training else min(limit, self._tokens_in_evaluation), ranks,
-                collator.padded,
-            )  # fmt: skip
-            batch_size, ranks_of_batches = (
-                (1 if sampler is None else step_size),
-                Ranks(),
-            )  # every rank asks for the whole step
+            source = steps(dataset, step_size, limit, ranks, collator.padded)
+            batch_size = 1 if sampler is None else step_size
+            ranks_of_batches = Ranks()  # every rank asks for the whole step
         elif isinstance(dataset, PackedStream) and ranks.size > 1:
             source = dataset.share(ranks, endless=training)
         seeds_workers = training and sampler is not None
