@@ -64,7 +64,7 @@ from packsft.data.ranks import Ranks, check_same_on_all_ranks, on_a_disk_of_the_
 from packsft.data.raw import checked_rows, formatted_rows, in_one_form, once_of
 from packsft.data.streams import PackedStream
 from packsft.model.claims import PackingCheck, check_packing, first_documents
-from packsft.model.compilation import mark_sizes
+from packsft.model.compilation import mark_all_sizes
 from packsft.model.gradient_checkpointing import install_checkpoint
 from packsft.model.isolation import IsolationVerdict
 from packsft.model.parts import base_model_of, count_embeddings
@@ -474,7 +474,7 @@ class PackedSFTTrainer(PackedLoaders, WholeCheckpoints, StepBoundary, ExactSteps
         if self.neftune_noise_alpha is not None:
             self._document_lengths = document_lengths(inputs)
         if self.data_collator.round_sizes:
-            mark_sizes(inputs)
+            mark_all_sizes(inputs)
             if not isinstance(num_items, Tensor):  # a varying number would be compiled into the graph
                 num_items = torch.full((), num_items, dtype=torch.float64, device=inputs["input_ids"].device)
         own_loss = callable(self.compute_loss_func)  # deprecated in TRL; needs logits: a second forward

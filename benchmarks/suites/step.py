@@ -1,7 +1,7 @@
 """Times one training step against the bare GEMMs of the model, and says where the rest of its time goes.
 
 SmolLM2-135M on real instruction text, on a GPU a model of 1B random weights on random tokens; through
-`PackedSFTTrainer`'s own `compute_loss`, `gradient_checkpointing=False`.
+`PackedSFTTrainer`'s own `compute_loss`, `gradient_checkpointing=False`. And what checkpointing takes of the host.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def _known_options() -> list[str]:
     return torch._inductor.list_options()
 
 
-def mark_sizes(batch: dict[str, Any]) -> None:
+def mark_all_sizes(batch: dict[str, Any]) -> None:
     """Tell `torch.compile` that sizes vary: its first graph then serves all sizes except 0 and 1."""
     for tensor in batch.values():
         if isinstance(tensor, Tensor):

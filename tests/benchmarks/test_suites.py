@@ -78,6 +78,13 @@ def test_what_the_host_takes_is_of_a_whole_step_and_of_the_models_own(tmp_path: 
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_what_checkpointing_takes_is_beside_a_step_and_a_forward_and_beside_pytorchs() -> None:
+    limit, pytorchs, ours = step.checkpointing(repeats=1)
+    assert [row["ratio"] for row in (pytorchs, ours)] == [row["value"] / limit["value"] for row in (pytorchs, ours)]
+    assert ours["passed"] is (ours["value"] <= pytorchs["value"])
+    assert (limit["target"], pytorchs["target"]) == ("", "")
+
+
 def test_the_memory_suite_needs_no_gpu_and_meets_its_targets() -> None:
     figures = list(memory.bench(Settings(quick=True)))
     judged = {figure["name"]: figure["passed"] for figure in figures if figure["passed"] is not None}
